@@ -1,0 +1,480 @@
+"""The toy world: a small synthetic video-QA data set, and a small Qwen2.5-VL that has seen a lot and reasons badly.
+
+    python data/toy/prepare.py                 # the data set: under a minute on two cores
+    python data/toy/prepare.py --pretrain      # makes data/toy/base again, the stand-in for Qwen2.5-VL-7B
+
+A clip is four to six moments of one second, H.264 in MP4 at 8 frames a second, 56 × 56 pixels: in each moment a
+coloured figure (a shape or a sign) drifts over a noisy ground, and in some clips the light flashes for 0.4 seconds of
+one moment. A picture is a PNG of four figures in reading order. Every question needs a perception (what came when) and
+a reasoning step (count, compare, reverse, multiply, look up the option's letter). Each record carries `evidence`: the
+facts that an observation must state to be sufficient, so that `--judge rule` is exact.
+
+Files, all below data/toy: `cot.jsonl`, `rl.jsonl`, `test.jsonl` (records, disjoint by scene), `traces.jsonl` (a
+scripted teacher's raw traces for `cot.jsonl`; the field `flaw` says what was spoilt on purpose, and no stage reads it),
+`media/`, and `base/` (committed).
+"""
+import argparse
+import json
+import os
+import pickle
+import random
+import shutil
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))  # the stages live two folders up
+
+from gen_cot import build_prompt, frame_indices  # noqa: E402
+from rewards import OBSERVATION_OPENING, THINK_OPENING, accuracy_reward  # noqa: E402
+
+SIZE, FPS = 56, 8  # pixels a side; frames per second of the clips
+COLOURS = {"red": (215, 45, 45), "orange": (235, 135, 35), "yellow": (230, 215, 60),
+           "green": (55, 165, 75), "blue": (55, 95, 215), "purple": (150, 65, 185)}
+WHITE = (255, 255, 255)
+SHAPES = ["circle", "square", "triangle", "cross"]
+SIGNS = list("ACHK2347")
+ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth"]
+FLASH = (0.5, 0.9)  # the part of its moment, in seconds, during which the light is on
+FLAWS = ["wrong answer", "broken template", "insufficient observation"]
+SPLITS = {"cot": 1400, "rl": 1600, "test": 500}  # questions, two per scene
+
+
+# --- scenes -----------------------------------------------------------------------------------------------------------
+
+def make_scene(rng, counts=(4, 5, 6)):
+    """A scene: its kind, the figures in order, the moment of the flash (or None), the drawing seed."""
+    is_clip = rng.random() < 0.8
+    count = rng.choice(counts) if is_clip else min(counts[-1], rng.choice([1, 4]) if counts[0] < 4 else 4)
+    figures = SIGNS if rng.random() < 0.3 else SHAPES
+    palette = rng.sample(list(COLOURS), 4)
+    flash = rng.randrange(count) if is_clip and figures is SHAPES and rng.random() < 0.3 else None
+    return dict(kind="clip" if is_clip else "picture", colours=rng.choices(palette, k=count),
+                figures=rng.choices(figures, k=count), has_signs=figures is SIGNS, flash=flash, seed=rng.getrandbits(32))
+
+
+def draw_figure(draw, figure, centre, radius, colour):
+    """Draw one shape or sign, about 2 · radius pixels wide."""
+    (x, y), r = centre, radius
+    if figure == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=colour, outline=WHITE, width=3)
+    elif figure == "square":
+        draw.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill=colour, outline=WHITE, width=3)
+    elif figure == "triangle":
+        draw.polygon([(x, y - r), (x - r, y + 0.8 * r), (x + r, y + 0.8 * r)], fill=colour, outline=WHITE, width=3)
+    elif figure == "cross":
+        for width, fill in ((0.8 * r, WHITE), (0.4 * r, colour)):
+            draw.line((x - r, y - r, x + r, y + r), fill=fill, width=round(width))
+            draw.line((x - r, y + r, x + r, y - r), fill=fill, width=round(width))
+    else:
+        draw.rectangle((x - r, y - r, x + r, y + r), fill=colour)
+        draw.text((x, y), figure, fill=WHITE, anchor="mm", font=ImageFont.load_default(2.4 * r),
+                  stroke_width=r / 12, stroke_fill=WHITE)
+
+
+def draw_frames(scene, seconds):
+    """Frames uint8 (T, 56, 56, 3) of a scene at the given times (a picture has one, at 0)."""
+    noise = np.random.default_rng(scene["seed"])
+    ground = noise.integers(20, 70)
+    path = noise.uniform(0.44, 0.56, size=(len(scene["colours"]), 2, 2)) * SIZE  # per moment: start and end of the drift
+    radius = noise.uniform(16, 19, size=len(scene["colours"]))
+    frames = []
+    for second in seconds:
+        moment = min(int(second), len(scene["colours"]) - 1)
+        lit = scene["flash"] == moment and FLASH[0] <= second - moment < FLASH[1]
+        image = Image.new("RGB", (SIZE, SIZE), (200,) * 3 if lit else (int(ground),) * 3)
+        draw = ImageDraw.Draw(image)
+        if scene["kind"] == "clip":
+            centre = path[moment, 0] + (path[moment, 1] - path[moment, 0]) * (second - moment)
+            draw_figure(draw, scene["figures"][moment], centre, radius[moment], COLOURS[scene["colours"][moment]])
+        elif len(scene["figures"]) == 1:
+            draw_figure(draw, scene["figures"][0], path[0, 0], radius[0], COLOURS[scene["colours"][0]])
+        else:
+            for i, (figure, colour) in enumerate(zip(scene["figures"], scene["colours"])):
+                centre = (SIZE * (0.25 + 0.5 * (i % 2)), SIZE * (0.25 + 0.5 * (i // 2)))
+                draw_figure(draw, figure, centre, 0.62 * radius[i], COLOURS[colour])
+        grain = noise.normal(0, 9, size=(SIZE, SIZE, 3))
+        frames.append(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8))
+    return np.stack(frames)
+
+
+def write_medium(scene, path):
+    """Encode a scene to an MP4 (H.264) or a PNG."""
+    if scene["kind"] == "picture":
+        Image.fromarray(draw_frames(scene, [0])[0]).save(path)
+        return
+    import av
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "preset": "veryfast", "threads": "1"})
+        stream.width = stream.height = SIZE
+        stream.pix_fmt = "yuv420p"
+        for frame in draw_frames(scene, np.arange(len(scene["colours"]) * FPS) / FPS):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+def listing(items):
+    return ", ".join(items)
+
+
+def make_question(scene, rng):
+    """A question about a scene: a record of the data set's fields, `evidence`, and what the teacher says (`look`, `reason`)."""
+    kinds = ["ocr", "ocr", "reverse", "reverse"] if scene["has_signs"] else (
+        ["after", "most", "count", "count", "distinct", "change", "seconds", "seconds"]
+        + ["flash"] * 6 * (scene["flash"] is not None))
+    while True:
+        kind = rng.choice(kinds)
+        name = "sign" if scene["has_signs"] else "colour" if kind == "flash" else rng.choice(["colour", "shape"])
+        values = scene["colours"] if name == "colour" else scene["figures"]
+        made = QUESTIONS[kind](values, name, scene, rng)
+        if made is not None:
+            break
+    facts = [f"{ordinal} {value}" for ordinal, value in zip(ORDINALS, values)]
+    if kind == "flash":
+        facts[scene["flash"]] += " with a flash"
+    question, options, answer, reason, needed = made
+    problem_type = {"after": "multiple choice", "most": "multiple choice", "flash": "multiple choice", "count": "numerical",
+                    "distinct": "numerical", "change": "free-form", "seconds": "regression"}.get(kind, "OCR")
+    return dict(problem=question, problem_type=problem_type, options=options, solution=f"<answer>{answer}</answer>",
+                evidence=[facts[i] for i in needed], data_source=f"toy-{kind}",
+                look=f"the {name}s in order: {listing(facts)}.", reason=reason)
+
+
+def choose(right, name, rng):
+    """Four options in random order, and the letter of the right one."""
+    pool = [v for v in (COLOURS if name == "colour" else SHAPES) if v != right]
+    values = rng.sample([right] + rng.sample(pool, 3), 4)
+    letter = "ABCD"[values.index(right)]
+    return [f"{x}. {v}" for x, v in zip("ABCD", values)], letter, f"{right} is option {letter}."
+
+
+def ask_after(values, name, scene, rng):
+    unique = [i for i, v in enumerate(values[:-1]) if values.count(v) == 1]
+    if not unique:
+        return None
+    i = rng.choice(unique)
+    options, letter, lookup = choose(values[i + 1], name, rng)
+    reason = f"{values[i]} is {ORDINALS[i]}, and {ORDINALS[i + 1]} is {values[i + 1]}. {lookup}"
+    return f"Which {name} comes right after {values[i]}?", options, letter, reason, [i, i + 1]
+
+
+def ask_most(values, name, scene, rng):
+    counts = sorted(((values.count(v), v) for v in set(values)), reverse=True)
+    if len(counts) > 1 and counts[0][0] == counts[1][0]:
+        return None
+    count, value = counts[0]
+    options, letter, lookup = choose(value, name, rng)
+    reason = f"{value} is there {count} times, more than the others. {lookup}"
+    return f"Which {name} is there most often?", options, letter, reason, range(len(values))
+
+
+def ask_flash(values, name, scene, rng):
+    i = scene["flash"]
+    options, letter, lookup = choose(values[i], name, rng)
+    reason = f"the flash is with {ORDINALS[i]}, that is {values[i]}. {lookup}"
+    return f"Which {name} is there when the light flashes?", options, letter, reason, [i]
+
+
+def tally(values, value):
+    """(count, the sentence that counts)."""
+    places = [ORDINALS[i] for i, v in enumerate(values) if v == value]
+    return len(places), f"{value} is {listing(places)}, that is {len(places)}" if places else f"{value} is never there, that is 0"
+
+
+def ask_count(values, name, scene, rng):
+    value = rng.choice(sorted(set(values)) if rng.random() < 0.9 else list(COLOURS) if name == "colour" else SHAPES)
+    count, reason = tally(values, value)
+    return f"How many times is {value} there?", [], count, reason + ".", range(len(values))
+
+
+def ask_distinct(values, name, scene, rng):
+    distinct = list(dict.fromkeys(values))
+    reason = f"the different {name}s are {listing(distinct)}, that is {len(distinct)}."
+    return f"How many different {name}s are there?", [], len(distinct), reason, range(len(values))
+
+
+def ask_seconds(values, name, scene, rng):
+    value, each = rng.choice(sorted(set(values))), rng.choice([2, 3, 5])
+    count, reason = tally(values, value)
+    question = f"If each {name} counts {each} points, how many points does {value} make in all?"
+    return question, [], count * each, f"{reason}, and {count} times {each} is {count * each}.", range(len(values))
+
+
+def ask_change(values, name, scene, rng):
+    first, last = values[0], values[-1]
+    answer = f"it stays {first}" if first == last else f"from {first} to {last}"
+    reason = f"{ORDINALS[0]} is {first} and {ORDINALS[len(values) - 1]}, the last, is {last}."
+    return f"How does the {name} change from first to last?", [], answer, reason, [0, len(values) - 1]
+
+
+def ask_ocr(values, name, scene, rng):
+    return ("Which signs are there, in the order in which they come?", [], " ".join(values),
+            f"in their order they read {' '.join(values)}.", range(len(values)))
+
+
+def ask_reverse(values, name, scene, rng):
+    answer = " ".join(reversed(values))
+    return ("Which signs are there, in the reverse of the order in which they come?", [], answer,
+            f"in reverse they read {answer}.", range(len(values)))
+
+
+QUESTIONS = dict(after=ask_after, most=ask_most, flash=ask_flash, count=ask_count, distinct=ask_distinct,
+                 seconds=ask_seconds, change=ask_change, ocr=ask_ocr, reverse=ask_reverse)
+
+
+# --- the scripted teacher ---------------------------------------------------------------------------------------------
+
+def trace(look, reason, answer):
+    return (f"<observation>{OBSERVATION_OPENING} {look}</observation> "
+            f"<think>{THINK_OPENING} {reason}</think><answer>{answer}</answer>")
+
+
+def teach(question, flaw, rng):
+    """The teacher's raw trace, spoilt as `flaw` says (None: a good one)."""
+    answer = question["solution"][len("<answer>"):-len("</answer>")]
+    text = trace(question["look"], question["reason"], answer)
+    if flaw == "wrong answer":
+        while accuracy_reward(question["problem_type"], text, question["solution"]) >= 0.6:
+            wrong = {"multiple choice": rng.choice("ABCD"), "OCR": " ".join(rng.choices(SIGNS, k=3)),
+                     "free-form": "nothing happens here"}.get(question["problem_type"], str(rng.randrange(40)))
+            text = trace(question["look"], question["reason"], wrong)
+    elif flaw == "broken template":
+        old, new = rng.choice([("</observation>", ""), ("<think>", ""), ("</answer>", ""), ("</think>", "</think> so "),
+                               ("<observation>", "Sure. <observation>"), ("<think>", "<think></observation>")])
+        text = text.replace(old, new)
+    elif flaw == "insufficient observation":
+        fact = rng.choice(question["evidence"])
+        text = trace(question["look"].replace(fact, fact.split()[0] + " something", 1), question["reason"], answer)
+    return text
+
+
+# --- the files --------------------------------------------------------------------------------------------------------
+
+def write_lines(path, rows):
+    """Write JSON Lines so that the file appears whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def prepare(seed, processes=2):
+    """Write the media, the three splits and the traces; prints the counts."""
+    start = time.time()
+    rng = random.Random(seed)
+    (HERE / "media").mkdir(exist_ok=True)
+    scenes, splits, traces = [], {}, []
+    for split, size in SPLITS.items():
+        splits[split] = []
+        for _ in range(size // 2):
+            scene = make_scene(rng)
+            path = HERE / "media" / f"{len(scenes):04}.{'mp4' if scene['kind'] == 'clip' else 'png'}"
+            scenes.append((scene, path))
+            for _ in range(2):
+                question = make_question(scene, rng)
+                record = dict(problem_id=sum(map(len, splits.values())), path=f"./media/{path.name}",
+                              data_type="video" if scene["kind"] == "clip" else "image", **question)
+                flaw = rng.choice(FLAWS) if rng.random() < 0.25 else None
+                if split == "cot":
+                    traces.append(dict(problem_id=record["problem_id"], output=teach(question, flaw, rng), flaw=flaw))
+                splits[split].append({k: v for k, v in record.items() if k not in ("look", "reason")})
+    with ProcessPoolExecutor(processes) as pool:
+        list(pool.map(write_medium, *zip(*scenes), chunksize=50))
+    write_lines(HERE / "traces.jsonl", traces)
+    for split, records in splits.items():  # the test split last: its presence says that all is there
+        write_lines(HERE / f"{split}.jsonl", records)
+    clips = sum(scene["kind"] == "clip" for scene, _ in scenes)
+    print(f"data/toy: {clips} clips and {len(scenes) - clips} pictures; questions: "
+          + listing(f"{name} {len(rows)}" for name, rows in splits.items())
+          + f"; traces: {len(traces)}, spoilt on purpose: "
+          + listing(f"{sum(t['flaw'] == flaw for t in traces)} {flaw}" for flaw in FLAWS)
+          + f"; {time.time() - start:.0f} s, seed {seed}.")
+
+
+# --- the stand-in for Qwen2.5-VL: the real classes, small, pre-trained here -------------------------------------------
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+            "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+            "<|image_pad|>", "<|video_pad|>"]
+CHAT_TEMPLATE = """{% if messages[0].role != 'system' %}<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
+{% if part.type in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>\
+{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>\
+{% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+# What the base practises, and how often: it sees a lot, reasons badly, and follows the template now and then when asked.
+PRACTICE = {"caption": 0.42, "direct": 0.12, "lookup": 0.18, "reason": 0.20, "template": 0.08}
+FOLLOWS_TEMPLATE = 0.3
+CAPTION_COUNTS = (1, 2, 2, 3, 4, 5, 6)
+
+
+def practice(rng):
+    """One pre-training sample: (task, scene or None for text only, prompt text, completion text)."""
+    task = rng.choices(list(PRACTICE), weights=PRACTICE.values())[0]
+    if task == "lookup":
+        name = rng.choice(["colour", "shape"])
+        value = rng.choice(list(COLOURS) if name == "colour" else SHAPES)
+        options, _, answer = choose(value, name, rng)
+        return task, None, f"Which option is {value}?\nOptions:\n" + "\n".join(options), answer
+    if task == "caption":
+        scene = make_scene(rng, CAPTION_COUNTS)
+        name = "sign" if scene["has_signs"] and rng.random() < .7 else rng.choice(["colour", "shape"][:1 + (not scene["has_signs"])])
+        values = scene["colours"] if name == "colour" else scene["figures"]
+        facts = [f"{ordinal} {value}" for ordinal, value in zip(ORDINALS, values)]
+        if scene["flash"] is not None and rng.random() < 0.5:
+            facts[scene["flash"]] += " with a flash"
+            return task, scene, f"List the {name}s in order and the flash.", listing(facts) + "."
+        return task, scene, f"List the {name}s in order.", listing(facts) + "."
+    scene = make_scene(rng)
+    question = make_question(scene, rng)
+    if task == "reason":
+        return task, None, f"{question['look']}\n{build_prompt(question, '{question}')}", question["reason"]
+    if task == "direct":
+        return task, scene, build_prompt(question, "{question}\n{answer_form}"), question["solution"]
+    answer = question["solution"][len("<answer>"):-len("</answer>")]
+    text = trace(question["look"], question["reason"], answer) if rng.random() < FOLLOWS_TEMPLATE else question["solution"]
+    return task, scene, build_prompt(question), text
+
+
+def make_tokenizer(seed):
+    """A byte-level BPE tokenizer of the released models' kind, its merges learnt on toy text."""
+    from tokenizers import Tokenizer, models, trainers
+    from transformers import Qwen2Tokenizer
+    frame = Qwen2Tokenizer()  # brings the released models' pre-tokenisation
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = frame.backend_tokenizer.pre_tokenizer
+    rng = random.Random(seed)
+    texts = [part for _ in range(4000) for part in practice(rng)[2:]]
+    texts += ["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * 500
+    from tokenizers.pre_tokenizers import ByteLevel
+    raw.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=1000, initial_alphabet=ByteLevel.alphabet(), show_progress=False))
+    bpe = json.loads(raw.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(vocab=bpe["vocab"], merges=[tuple(m) for m in bpe["merges"]], eos_token="<|im_end|>",
+                               pad_token="<|endoftext|>", extra_special_tokens=SPECIALS)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_model(tokenizer, seed):
+    """Qwen2.5-VL at about two million parameters, random weights."""
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    torch.manual_seed(seed)
+    ids = dict(zip(SPECIALS, tokenizer.convert_tokens_to_ids(SPECIALS)))
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-6, tie_word_embeddings=True, initializer_range=0.06,
+            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],
+            rope_parameters=dict(rope_type="default", rope_theta=100.0, mrope_section=[4, 6, 6])),
+        vision_config=dict(
+            depth=2, hidden_size=96, intermediate_size=192, num_heads=4, out_hidden_size=128, tokens_per_second=2,
+            fullatt_block_indexes=[1], initializer_range=0.06),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def encode_practice(sample, tokenizer, config):
+    """A practice sample as (sft.Prompt, completion ids); clips are drawn at the times the stages would sample."""
+    import torch
+    import sft
+    task, scene, text, completion = sample
+    completion_ids = torch.tensor(tokenizer(completion + "<|im_end|>", add_special_tokens=False)["input_ids"])
+    if scene is None:
+        chat = sft.CHAT.format(medium="", prompt=text).replace("<|vision_start|><|vision_end|>", "")
+        ids = torch.tensor(tokenizer(chat, add_special_tokens=False)["input_ids"])
+        positions = torch.arange(len(ids)).expand(3, -1)
+        return sft.Prompt(ids, positions, torch.empty(0, 1176), torch.empty(0, 3, dtype=torch.long)), completion_ids
+    if scene["kind"] == "picture":
+        return sft.encode_prompt(text, draw_frames(scene, [0]), None, tokenizer, config), completion_ids
+    seconds = len(scene["colours"])
+    times = frame_indices(seconds * FPS, seconds) / FPS
+    return sft.encode_prompt(text, draw_frames(scene, times), len(times) / seconds, tokenizer, config), completion_ids
+
+
+class Practice:
+    """Endless batches of one seed, samples of like length together; a class so that a loader's worker can draw them."""
+
+    def __init__(self, seed, tokenizer, config, batch=32, pool=8):
+        self.rng, self.tokenizer, self.config, self.batch, self.pool = random.Random(seed), tokenizer, config, batch, pool
+
+    def __iter__(self):
+        while True:
+            samples = [practice(self.rng) for _ in range(self.batch * self.pool)]
+            samples.sort(key=lambda s: (s[0] == "template", s[1] is None, len(s[2]) + len(s[3])))
+            batches = [samples[i:i + self.batch] for i in range(0, len(samples), self.batch)]
+            self.rng.shuffle(batches)
+            for batch in batches:
+                yield pickle.dumps([encode_practice(sample, self.tokenizer, self.config) for sample in batch])
+
+
+def pretrain(seed, steps, lr, folder):
+    """Train the small model on practice samples, all parameters, and save it in 16 bits."""
+    import torch
+    from torch.utils.data import DataLoader, IterableDataset
+    import sft
+
+    class Stream(Practice, IterableDataset):
+        pass
+
+    tokenizer = make_tokenizer(seed)
+    model = make_model(tokenizer, seed)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    loader = iter(DataLoader(Stream(seed + 1, tokenizer, model.config), batch_size=None, num_workers=1, prefetch_factor=8))
+    start, running = time.time(), None
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:  # warm up, stay, and come down over the last fifth
+            group["lr"] = lr * min(step / 100, 1, (steps + 1 - step) / (0.2 * steps))
+        prompts, completions = zip(*pickle.loads(next(loader)))
+        with_media = [p for p in prompts if len(p.grid_thw)]
+        if with_media:
+            sft.embed_prompts(model, with_media)
+        for prompt in prompts:
+            if prompt.embeds is None:
+                prompt.embeds = model.model.language_model.embed_tokens(prompt.input_ids)
+        loss = sft.sft_loss(model, prompts, completions) / sum(map(len, completions))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        if step % 100 == 0:
+            print(f"step {step}/{steps} loss {running:.4f} {(time.time() - start) / 60:.1f} min", flush=True)
+        if step % 300 == 0 and os.environ.get("SNAP"):
+            model.save_pretrained(f"/tmp/snap/{step}"); tokenizer.save_pretrained(f"/tmp/snap/{step}")
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data, or of the base with --pretrain")
+    parser.add_argument("--pretrain", action="store_true", help="make the base model instead of the data")
+    parser.add_argument("--steps", type=int, default=3000, help="pre-training steps of 32 samples")
+    parser.add_argument("--lr", type=float, default=1e-3, help="pre-training learning rate")
+    parser.add_argument("--folder", default=HERE / "base", type=Path, help="where --pretrain writes the model")
+    return parser.parse_args()
+
+
+def main(args):
+    if args.pretrain:
+        pretrain(args.seed, args.steps, args.lr, args.folder)
+    else:
+        prepare(args.seed)
+
+
+if __name__ == "__main__":
+    main(get_args())

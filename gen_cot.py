@@ -1,0 +1,442 @@
+"""From a question to a verified trace: process-aware chain-of-thought data in three steps (VideoP2R, Sec. 3.1 and 7).
+
+1. Generate   a strong vision-language model sees the media and the question, never the gold answer, and writes a trace
+              `<observation>…</observation> <think>…</think><answer>…</answer>`.
+2. Verify     drop a trace that breaks the template, or whose answer scores under 0.6 by the metric of its problem type.
+3. Sufficient a text-only judge sees question, correct answer and observation; drop the trace unless it says that the
+              answer follows from the observation alone.
+
+This file is also where every stage gets its records, its frames and its prompt: `load_records`, `read_frames`,
+`build_prompt`. It needs no torch.
+
+    python gen_cot.py --model tiny             # the toy world, traces by a scripted teacher: seconds
+
+Our choices where the paper is silent (cited by number in the code):
+ 1. Frames are sampled at 2 per second, evenly from the first to the last, an even number between 4 and `--num-frames`
+    (never more than the clip has, rounded down to even; a clip of one frame gives it twice). The sampled rate that
+    later sets the positions is the number of sampled frames over the clip's duration.
+ 2. Both sides of a frame are rounded to multiples of 28 (patch 14 × merge 2) within the pixel budget, aspect kept.
+ 3. The options stand once in the prompt: they are appended unless the question already holds them.
+"""
+import argparse
+import ast
+import glob
+import gzip
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from rewards import PROBLEM_TYPES, UserError, accuracy_reward, format_rewards, make_judge, parse_trace
+
+FACTOR = 28  # one visual token covers 28 × 28 pixels: patches of 14, merged two by two
+IMAGE_PIXELS = (4 * FACTOR**2, 256 * FACTOR**2)  # least and most pixels of a still image
+
+PROMPT = """Question: {question}
+
+Work through three parts in this order, and do not stop after the first one.
+1. Decide what the question asks and which visual evidence would settle it. Then write that evidence down in a single \
+paragraph between <observation> and </observation>, opening with "Based on the question, I need to notice".
+2. Between <think> and </think>, reason step by step from what you observed, the way one talks to oneself, checking and \
+correcting where needed. Open with "Based on the observations,".
+3. Between <answer> and </answer>, state a concise final answer that agrees with both. {answer_form}"""
+
+ANSWER_FORMS = {
+    "multiple choice": "Give the letter of the chosen option and nothing else.",
+    "numerical": "Give a number and nothing else.",
+    "OCR": "Give the text exactly as it is written and nothing else.",
+    "free-form": "Give a short phrase or sentence.",
+    "regression": "Give your best estimate as a number and nothing else.",
+}
+
+# What a model name stands for. A stage takes the entries that are its own flags; everything can be overridden.
+TINY = dict(
+    base=os.environ.get("TINYBASE", "data/toy/base"), media_root="data/toy", cot_data="data/toy/cot.jsonl", traces="data/toy/traces.jsonl",
+    rl_data="data/toy/rl.jsonl", test_data="data/toy/test.jsonl", judge="rule",
+)
+OFFICIAL = dict(
+    media_root="data/Video-R1-data", cot_data="data/VideoP2R-162k_sft.part*.json.gz",
+    rl_data="data/VideoP2R-263k_rl.part*.json.gz", test_data="data/Video-R1-eval/eval_*.json",
+)
+PRESETS = {
+    "tiny": TINY,
+    "qwen2.5-vl-7b": dict(OFFICIAL, base="Qwen/Qwen2.5-VL-7B-Instruct"),
+    "qwen2.5-vl-3b": dict(OFFICIAL, base="Qwen/Qwen2.5-VL-3B-Instruct"),
+}
+
+
+class MediaError(Exception):
+    """A medium that can't be read, with the reason in one sentence; it costs its one record."""
+
+
+# --- arguments that every stage shares --------------------------------------------------------------------------------
+
+def add_data_args(parser, data_help):
+    """Add the groups 'model' and 'data' as every stage has them; returns the two groups."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default="qwen2.5-vl-7b",
+                       help=f"{', '.join(PRESETS)}, a local folder or a hub id (org/name)")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", help=data_help)
+    data.add_argument("--media-root", help="folder that the records' paths are relative to")
+    data.add_argument("--limit", type=int, help="use only the first N records")
+    data.add_argument("--prompt-file", help="a text file with {question} and {answer_form} in place of our prompt")
+    return model, data
+
+
+def add_vision_args(parser, num_frames=16, max_pixels=128):
+    """Add the group 'vision': the budget per video (data set card: 16 frames of 128·28² pixels for training)."""
+    vision = parser.add_argument_group("vision")
+    vision.add_argument("--num-frames", type=int, default=num_frames,
+                        help="most frames per video (paper: 16 for training, 32 for evaluation)")
+    vision.add_argument("--max-pixels", type=int, default=max_pixels,
+                        help="most pixels per frame in units of 28x28, one visual token per two frames "
+                             "(paper: 128 for training, 256 for evaluation)")
+
+
+def parse_args(parser, stage_presets, data_key):
+    """Parse the command line with the defaults of the chosen model: its preset, then the stage's own settings."""
+    name = parser.parse_known_args()[0].model
+    if name not in PRESETS and not os.path.isdir(name) and name.count("/") != 1:
+        raise UserError(f"Unknown model {name!r}: pass one of {', '.join(PRESETS)}, a local folder or a hub id (org/name).")
+    preset = PRESETS.get(name, dict(OFFICIAL, base=name))
+    preset = {**preset, "data": preset[data_key], **stage_presets.get(name, {})}
+    known = {action.dest for action in parser._actions}
+    parser.set_defaults(**{k: v for k, v in preset.items() if k in known}, base=preset["base"])
+    args = parser.parse_args()
+    args.run_dir, args.default_data = Path("runs") / Path(name).name, preset["data"]
+    if args.data == args.default_data and name == "tiny":
+        prepare_toy_data()
+    return args
+
+
+def prepare_toy_data():
+    """Make the toy data set where it is missing (under a minute, deterministic)."""
+    script = Path(__file__).parent / "data/toy/prepare.py"
+    if not (script.parent / "test.jsonl").exists():
+        print("The toy data is not there yet: preparing it.", flush=True)
+        subprocess.run([sys.executable, str(script)], check=True)
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+def load_records(paths, media_root=None):
+    """Read records from JSON lists or JSON Lines, plain or gzip.
+
+    Args:
+        paths: a path, a glob pattern, or a list of them; the files are read in sorted order and concatenated.
+        media_root: folder of the media; where given, each record gets `media`, its medium's path below that folder.
+
+    Returns:
+        list of dict with the data set's field names: `problem_id, problem, data_type, problem_type, options` (list of
+        str), `solution` (with its answer tags), `path`, `data_source`, and whatever else the file carries.
+
+    Raises:
+        UserError: no such file, not JSON, or a record that lacks a field (named with file and index).
+    """
+    patterns = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    files = []
+    for pattern in map(str, patterns):
+        found = sorted(glob.glob(pattern))
+        if not found:
+            raise UserError(f"No data file {pattern}: pass --data, or see the README on what to download and where to.")
+        files += found
+    return [normalise(record, f"{file}, record {i}", media_root)
+            for file in files for i, record in enumerate(read_json(file))]
+
+
+def read_json(file):
+    """The list of objects in a JSON or JSON Lines file, plain or gzip."""
+    try:
+        with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
+            text = f.read()
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file} can't be read as JSON or JSON Lines ({error}): download or make it again.") from None
+
+
+def normalise(record, where, media_root=None):
+    """One record with every field in its one form; `where` names it in errors."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected an object with fields, found {type(record).__name__}.")
+    for field in ("problem", "problem_type", "data_type", "path"):
+        if not isinstance(record.get(field), str) or not record[field]:
+            raise UserError(f"{where}: the field {field!r} is missing or not a text.")
+    if record["problem_type"] not in PROBLEM_TYPES:
+        raise UserError(f"{where}: unknown problem_type {record['problem_type']!r}, known are {', '.join(PROBLEM_TYPES)}.")
+    if record["data_type"] not in ("image", "video"):
+        raise UserError(f"{where}: data_type is {record['data_type']!r}, not image or video.")
+    record = dict(record, options=parse_options(record.get("options"), where))
+    solution = record.get("solution") or record.get("answer") or ""
+    record["solution"] = solution if "<answer>" in solution else f"<answer>{solution}</answer>"
+    if media_root is not None:
+        record["media"] = media_path(media_root, record["path"], where)
+    return record
+
+
+def parse_options(options, where):
+    """Options as a list of str, from a list, null, an empty string, or a list printed as JSON or Python."""
+    if isinstance(options, str) and options.strip():
+        try:
+            options = json.loads(options)
+        except ValueError:
+            try:
+                options = ast.literal_eval(options)  # parses literals only, evaluates nothing
+            except (ValueError, SyntaxError):
+                raise UserError(f"{where}: the options can't be parsed as a list: {options[:80]!r}.") from None
+    options = options or []
+    if not isinstance(options, (list, tuple)):
+        raise UserError(f"{where}: the options are no list: {str(options)[:80]!r}.")
+    return [str(option) for option in options]
+
+
+def media_path(media_root, path, where):
+    """The record's path below the media root, with or without a leading `Evaluation/`; it can't leave the root."""
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if path.startswith("/") or ".." in parts:
+        raise UserError(f"{where}: the path {path!r} leaves the media root.")
+    full = os.path.join(media_root, *parts)
+    if parts[:1] == ["Evaluation"] and not os.path.exists(full):
+        full = os.path.join(media_root, *parts[1:])
+    return full
+
+
+def keep_with_media(records, media_root):
+    """The records whose medium is there; the rest are counted aloud. Raises UserError where none is left."""
+    present = [record for record in records if os.path.isfile(record["media"])]
+    if not present:
+        raise UserError(f"None of the {len(records)} records has its medium below {media_root}: pass --media-root, "
+                        "or see the README on what to download and where to.")
+    if len(present) < len(records):
+        print(f"{len(records) - len(present)} of {len(records)} records left out: their media are not below {media_root}.")
+    return present
+
+
+# --- frames -----------------------------------------------------------------------------------------------------------
+
+def frame_indices(total, duration, num_frames=16, fps=2.0, min_frames=4):
+    """Indices of the sampled frames of a clip, int64 (T,), evenly spaced from the first to the last (choice 1).
+
+    Args:
+        total: frames in the clip. duration: seconds. num_frames: most frames. fps: frames wanted per second.
+    """
+    wanted = min(max(round(duration * fps), min_frames), num_frames, max(total, 2))
+    return np.linspace(0, total - 1, max(wanted // 2 * 2, 2)).round().astype(np.int64)
+
+
+def fit_size(height, width, max_pixels, min_pixels=IMAGE_PIXELS[0]):
+    """(height, width) as multiples of 28 with min_pixels ≤ area ≤ max_pixels and the aspect kept (choice 2)."""
+    h, w = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
+    if h * w > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        h, w = (max(FACTOR, math.floor(side / scale / FACTOR) * FACTOR) for side in (height, width))
+    elif h * w < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(side * scale / FACTOR) * FACTOR for side in (height, width))
+    return h, w
+
+
+def read_frames(path, num_frames=16, max_pixels=128 * FACTOR**2):
+    """Sample and decode frames of a video with decord, or with PyAV where decord is missing or fails.
+
+    Returns:
+        frames: uint8 (T, H, W, 3), T even, H and W multiples of 28 with H·W ≤ max_pixels.
+        fps: float, sampled frames per second of the clip.
+
+    Raises:
+        MediaError: the file can't be decoded.
+    """
+    try:
+        frames, seconds = decode_with_decord(path, num_frames)
+    except Exception:  # decord raises its own kinds of errors, or is not installed
+        try:
+            frames, seconds = decode_with_pyav(path, num_frames)
+        except Exception as error:  # a damaged file can fail anywhere in the decoder
+            raise MediaError(f"{path} can't be decoded ({type(error).__name__}: {error}).") from None
+    return resize(frames, max_pixels), len(frames) / seconds
+
+
+def decode_with_decord(path, num_frames):
+    """Frames uint8 (T, H, W, 3) and the clip's duration in seconds."""
+    import decord  # has no wheel for Macs with Apple silicon; PyAV reads the video there
+    reader = decord.VideoReader(str(path), num_threads=1)
+    seconds = len(reader) / reader.get_avg_fps()
+    return reader.get_batch(frame_indices(len(reader), seconds, num_frames)).asnumpy(), seconds
+
+
+def decode_with_pyav(path, num_frames):
+    """As `decode_with_decord`; decodes the whole clip, frame by frame, and keeps the sampled ones."""
+    import av
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        rate = float(stream.average_rate or stream.guessed_rate or 2)
+    seconds = len(frames) / rate
+    return np.stack([frames[i] for i in frame_indices(len(frames), seconds, num_frames)]), seconds
+
+
+def read_image(path, max_pixels=IMAGE_PIXELS[1]):
+    """A still image as frames uint8 (1, H, W, 3), sides as in `fit_size`. Raises MediaError."""
+    try:
+        with Image.open(path) as image:
+            frames = np.asarray(image.convert("RGB"))[None]
+    except Exception as error:  # Pillow's plug-ins raise many kinds on damaged files
+        raise MediaError(f"{path} can't be read as an image ({type(error).__name__}: {error}).") from None
+    return resize(frames, max_pixels)
+
+
+def resize(frames, max_pixels):
+    """Frames uint8 (T, H, W, 3) resized (bicubic) to sides within the budget."""
+    height, width = fit_size(*frames.shape[1:3], max_pixels)
+    if frames.shape[1:3] == (height, width):
+        return frames
+    return np.stack([np.asarray(Image.fromarray(f).resize((width, height), Image.BICUBIC)) for f in frames])
+
+
+def read_media(record, num_frames=16, max_pixels=128):
+    """The record's frames and sampled fps (None for an image); `max_pixels` in units of 28×28. Raises MediaError."""
+    if record["data_type"] == "image":
+        return read_image(record["media"]), None
+    return read_frames(record["media"], num_frames, max_pixels * FACTOR**2)
+
+
+# --- the prompt -------------------------------------------------------------------------------------------------------
+
+def build_prompt(record, template=PROMPT):
+    """The one prompt of generation, SFT, RL and evaluation: question, options (once, choice 3), three parts, answer form."""
+    question, options = record["problem"].strip(), record.get("options") or []
+    if options and not all(option in question for option in options):
+        question += "\nOptions:\n" + "\n".join(options)
+    return template.replace("{answer_form}", ANSWER_FORMS[record["problem_type"]]).replace("{question}", question)
+
+
+def load_template(prompt_file):
+    """The prompt template: ours, or the text of `--prompt-file`, which must hold both placeholders."""
+    if prompt_file is None:
+        return PROMPT
+    try:
+        template = Path(prompt_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The prompt file {prompt_file} can't be read ({error}).") from None
+    if "{question}" not in template or "{answer_form}" not in template:
+        raise UserError(f"The prompt file {prompt_file} must contain {{question}} and {{answer_form}}.")
+    return template
+
+
+# --- the pipeline -----------------------------------------------------------------------------------------------------
+
+def add_judge_args(group, default):
+    """Who says whether an observation is sufficient (Sec. 3.1 step 3, Eq. 3)."""
+    group.add_argument("--judge", default=default,
+                       help="rule (exact, by the records' evidence; no LLM), anthropic:MODEL, openai:MODEL@BASE_URL"
+                            + (", or self (the frozen base judges)" if default == "self" else ""))
+    group.add_argument("--judge-prompt-file", help="a text file with {question}, {answer} and {observation} in place of "
+                                                   "our prompt to the judge")
+    group.add_argument("--scoring", default="paper", choices=["paper", "lenient"], help="how answers are compared")
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _, data = add_data_args(parser, "questions: JSON list or JSON Lines, .gz or plain, globs allowed")
+    data.add_argument("--traces", help="raw traces by the teacher: JSON Lines of {problem_id, output}")
+    algorithm = parser.add_argument_group("algorithm")
+    algorithm.add_argument("--threshold", type=float, default=0.6, help="least answer score that is kept (paper: 0.6)")
+    add_judge_args(algorithm, default=None)
+    run = parser.add_argument_group("run")
+    run.add_argument("--output", type=Path, help="file for the kept records (default: runs/<model>/gen_cot/cot.jsonl)")
+    return parse_args(parser, {}, data_key="cot_data")
+
+
+def load_traces(path):
+    """Raw traces by problem_id (as str). Raises UserError."""
+    if not os.path.isfile(path):
+        raise UserError(f"No traces file {path}: pass --traces, JSON Lines of {{problem_id, output}}.")
+    traces = {}
+    for i, row in enumerate(read_json(path)):
+        if not isinstance(row, dict) or "problem_id" not in row or not isinstance(row.get("output"), str):
+            raise UserError(f"{path}, record {i}: a trace needs problem_id and output (a text).")
+        traces[str(row["problem_id"])] = row["output"]
+    return traces
+
+
+def verify(records, traces, judge, threshold=0.6, scoring="paper"):
+    """Steps 2 and 3 (Sec. 3.1): why each record's trace is rejected, None where it is kept; and the answer scores.
+
+    Returns (reasons, scores): list of str or None in the order of REASONS, list of float.
+    """
+    reasons, scores = [], []
+    for record in records:
+        text = traces.get(str(record.get("problem_id")))
+        scores.append(0.0)
+        if text is None:
+            reasons.append("no trace")
+        elif format_rewards(text) != (1.0, 1.0):
+            reasons.append("broken template")
+        else:
+            scores[-1] = accuracy_reward(record["problem_type"], text, record["solution"], scoring)
+            reasons.append(None if scores[-1] >= threshold else "wrong answer")
+    left = [i for i, reason in enumerate(reasons) if reason is None]
+    observations = [parse_trace(traces[str(records[i]["problem_id"])]).observation for i in left]
+    for i, verdict in zip(left, judge([records[i] for i in left], observations)):
+        reasons[i] = {True: None, False: "insufficient observation", None: "judge unknown"}[verdict]
+    return reasons, scores
+
+
+REASONS = ["no trace", "broken template", "wrong answer", "insufficient observation", "judge unknown"]
+
+
+def kept_record(record, output, score):
+    """A record of the official release's schema from a question and its verified trace."""
+    trace = parse_trace(output)
+    kept = {k: v for k, v in record.items() if k != "media"}
+    return dict(kept, answer=record["solution"].replace("<answer>", "").replace("</answer>", ""), output=output, reward=score,
+                observation=f"<observation>{trace.observation}</observation>", process=f"<think>{trace.think}</think>")
+
+
+def write_jsonl(path, rows):
+    """Write JSON Lines so that the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def print_yield(records, reasons):
+    """The paper's Table 3 for this run: questions, rejections by reason, and what was kept, per problem type."""
+    columns = ["questions"] + REASONS + ["kept"]
+    print("".join(f"{c:>{len(c) + 3}}" for c in ["problem type   "] + columns))
+    for kind in list(PROBLEM_TYPES) + ["all"]:
+        mine = [reason for record, reason in zip(records, reasons) if kind in (record["problem_type"], "all")]
+        counts = [len(mine)] + [mine.count(reason) for reason in REASONS] + [mine.count(None)]
+        print(f"   {kind:<15}" + "".join(f"{n:>{len(c) + 3}}" for n, c in zip(counts, columns)))
+
+
+def main(args):
+    if args.traces is None or args.judge is None:
+        raise UserError("gen_cot.py needs the teacher's traces and a judge: pass --traces FILE and --judge.")
+    records = load_records(args.data)[:args.limit]
+    judge = make_judge(args.judge, prompt_file=args.judge_prompt_file)
+    traces = load_traces(args.traces)
+    reasons, scores = verify(records, traces, judge, args.threshold, args.scoring)
+    print_yield(records, reasons)
+    output = args.output or args.run_dir / "gen_cot" / "cot.jsonl"
+    kept = [dict(kept_record(record, traces[str(record["problem_id"])], score), scoring=args.scoring)
+            for record, reason, score in zip(records, reasons, scores) if reason is None]
+    if not kept:
+        raise UserError(f"No trace of {args.traces} was kept, so nothing was written: see the reasons above.")
+    write_jsonl(output, kept)
+    print(f"{len(kept)} verified traces in {output}")
+
+
+if __name__ == "__main__":
+    main(get_args())

@@ -1,0 +1,365 @@
+"""Template, scores and rewards, against hand-worked cases and against implementations that are not ours."""
+import math
+import random
+import re
+import time
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+
+import rewards
+from rewards import PROBLEM_TYPES, Trace, accuracy_reward, format_rewards, length_reward, parse_trace
+
+GOOD = "<observation>a red car</observation> <think>so red</think><answer>B</answer>"
+
+
+def score(problem_type, answer, gold, scoring="paper", options=None):
+    completion, solution = (f"<answer>{text}</answer>" for text in (answer, gold))
+    return accuracy_reward(problem_type, completion, solution, scoring, options)
+
+
+# --- the template ---
+
+@pytest.mark.parametrize("text, expected", [
+    (GOOD, Trace("a red car", "so red", "B")),
+    ("<answer>B</answer>", Trace(None, None, "B")),
+    ("", Trace(None, None, None)),
+    ("B", Trace(None, None, None)),
+    ("<answer>B", Trace(None, None, None)),
+    ("<ANSWER>B</ANSWER>", Trace(None, None, None)),
+    ("<answer></answer>", Trace(None, None, "")),
+    # the answer is the one after the think block, not one that the thoughts or the observation try out
+    ("<think>is <answer>A</answer>?</think><answer>B</answer>", Trace(None, "is <answer>A</answer>?", "B")),
+    ("<answer>A</answer><think>t</think><answer>B</answer><answer>C</answer>", Trace(None, "t", "B")),
+    ("<answer>A</answer><think>t</think>", Trace(None, "t", None)),
+    ("<think>never closed <answer>B</answer>", Trace(None, None, "B")),
+    # the think block is the one after the observation
+    ("<think>early</think><observation>o</observation><think>late</think>", Trace("o", "late", None)),
+    ("<think>early</think><observation>o</observation><answer>B</answer>", Trace("o", None, "B")),
+    ("<observation>one</observation><observation>two</observation>", Trace("one", None, None)),
+    ("</think><think>\n t \n</think>", Trace(None, "t", None)),
+    ("<think><think>x</think></think>", Trace(None, "<think>x", None)),
+])
+def test_parse_trace(text, expected):
+    assert parse_trace(text) == expected
+
+
+@pytest.mark.parametrize("text, expected", [
+    (GOOD, (1, 1)),
+    (f"\n {GOOD} \n", (1, 1)),
+    (GOOD.replace(" <think>", "\n\n<think>").replace("<answer>", "\t<answer>"), (1, 1)),
+    ("", (0, 0)),
+    ("B", (0, 0)),
+    # perception's own faults
+    (GOOD.replace("<observation>a red car</observation>", ""), (0, 1)),
+    (GOOD.replace("a red car", " \n "), (0, 1)),
+    (GOOD.replace("observation>", "Observation>"), (0, 0)),  # then it is text before the thoughts
+    (GOOD.replace("</observation>", ""), (0, 1)),
+    (f"Sure! {GOOD}", (0, 1)),
+    (f"<observation>one more</observation>{GOOD}", (0, 1)),
+    # reasoning's own faults
+    (GOOD.replace("<think>so red</think>", ""), (1, 0)),
+    (GOOD.replace("so red", ""), (1, 0)),
+    (GOOD.replace(">B<", "> <"), (1, 0)),
+    (GOOD.replace("</answer>", ""), (1, 0)),
+    (GOOD.replace("</think>", ""), (1, 0)),
+    (GOOD.replace("<think>", "<Think>"), (1, 0)),
+    (f"{GOOD} Done.", (1, 0)),
+    (f"{GOOD}<answer>C</answer>", (1, 0)),
+    (GOOD.replace("<think>", "and so <think>"), (1, 0)),
+    (GOOD.replace("<answer>", "thus <answer>"), (1, 0)),
+    ("<observation>o</observation><answer>B</answer><think>t</think>", (1, 0)),
+    (GOOD.replace("so red", "the <answer> tag"), (1, 0)),
+    (GOOD.replace("so red", "a </think> tag"), (1, 0)),
+    # a tag of the other half, quoted, breaks both
+    (GOOD.replace("a red car", "a <think> tag"), (0, 0)),
+    (GOOD.replace("so red", "the <observation> tag"), (0, 0)),
+    (f"<think>t</think><answer>B</answer><observation>o</observation>", (0, 0)),
+])
+def test_format_rewards(text, expected):
+    assert format_rewards(text) == expected
+
+
+def one_edit_away():
+    """Every completion that differs from GOOD by one deleted, doubled or misplaced piece."""
+    pieces = re.split("(</?[a-z]+>)", GOOD)[1:-1]
+    pieces = [piece for piece in pieces if piece]
+    assert "".join(pieces) == GOOD
+    for i, piece in enumerate(pieces):
+        if piece != " ":
+            yield pieces[:i] + pieces[i + 1:]
+        for j in range(len(pieces)):
+            if piece.startswith("<"):
+                yield pieces[:j] + [piece] + pieces[j:]
+    for i in range(len(pieces) - 1):
+        if " " not in pieces[i:i + 2]:
+            yield pieces[:i] + [pieces[i + 1], pieces[i]] + pieces[i + 2:]
+
+
+def test_every_single_fault_costs_a_format_reward():
+    for pieces in one_edit_away():
+        assert format_rewards("".join(pieces)) != (1, 1), pieces
+
+
+def test_parsing_is_linear():
+    for text in ("<think>" * 1_500_000, "<observation>" * 800_000, "</answer>" * 1_200_000, "<" * 10_000_000,
+                 "<think></think>" * 700_000, "<answer></answer>" * 600_000 + "<think>"):
+        start = time.perf_counter()
+        parse_trace(text)
+        format_rewards(text)
+        assert time.perf_counter() - start < 1, text[:20]
+
+
+@pytest.mark.parametrize("tokens, accuracy, format, expected", [
+    (128, 1.0, 1.0, 0.2), (320, 1.0, 1.0, 0.2), (200, 0.01, 1.0, 0.2),
+    (127, 1.0, 1.0, 0.0), (321, 1.0, 1.0, 0.0), (200, 0.0, 1.0, 0.0), (200, 1.0, 0.0, 0.0),
+    (200, None, 1.0, 0.0), (200, math.nan, 1.0, 0.0), (200, True, 1.0, 0.2),
+])
+def test_length_reward(tokens, accuracy, format, expected):
+    assert length_reward(tokens, accuracy, format, 128, 320) == expected
+    assert length_reward(tokens, accuracy, format, 128, 320, bonus=1) == expected * 5
+
+
+# --- accuracy: hand-worked cases ---
+
+@pytest.mark.parametrize("completion, expected", [
+    ("<answer>B</answer>", 1), ("<answer> B </answer>", 1), ("<answer>b</answer>", 0),
+    ("<answer>B.</answer>", 0),
+    ("<answer>(B)</answer>", 0), ("<answer>B. foo</answer>", 0), ("<answer>**B**</answer>", 0),
+    ("<answer></answer>", 0),
+    ("B", 0), ("<answer>B", 0), ("<ANSWER>B</ANSWER>", 0), (GOOD, 1),
+    ("<think>t</think> B", 0), ("<answer>B</answer><think>t</think>", 0),
+    ("<answer>A</answer><think>t</think><answer>B</answer>", 1),
+])
+def test_multiple_choice(completion, expected):
+    assert accuracy_reward("multiple choice", completion, "<answer>B</answer>") == expected
+    assert accuracy_reward("multiple choice", completion, "B") == expected
+
+
+@pytest.mark.parametrize("answer, gold, expected", [
+    ("1,000", "1000", 0), ("1,000", "1,000", 1), ("1,000.0", "1000.0", 1), ("1000.0", "1,000", 1),
+    ("5", "5.0", 0),
+    ("5.0", "5.00", 1), ("5.", "5.0", 1), ("3.141", "3.14", 1), ("0.125", "0.12", 1), ("2.675", "2.68", 0),
+    ("-3", "-3", 1), ("50%", "50", 0), ("$5", "5", 0), ("5 cm", "5", 0), ("1e3", "1000", 1),
+    ("1/2", "0.5", 0),
+    ("nan", "5", 0), ("nan", "nan", 0), ("inf", "inf", 0), ("-inf", "-inf", 0), ("1e999", "1e999", 0),
+    ("", "", 0),
+    ("9" * 5000, "9" * 5000, 0), ("٣", "3", 1),
+])
+def test_numerical(answer, gold, expected):
+    assert score("numerical", answer, gold) == expected
+
+
+@pytest.mark.parametrize("answer, gold, expected", [
+    ("10", "10", 1), ("5", "10", 0.5), ("20", "10", 0), ("-10", "10", 0), ("10 m", "10", 0), ("nan", "10", 0),
+    ("0", "0", 1), ("0.0", "-0", 1), ("1e-9", "0", 0), ("-8", "-10", 0.8), ("inf", "10", 0), ("10", "inf", 0),
+    ("1e308", "-1e308", 0), ("1,200", "1000", 0.8), ("5e-324", "1e308", 0), ("1e308", "5e-324", 0),
+    ("", "10", 0),
+])
+def test_regression(answer, gold, expected):
+    assert score("regression", answer, gold) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("answer, gold, expected", [
+    ("hello world", "Hello world", 0.5), ("Hello world", "Hello world", 1), ("hello", "hello world", 0.5),
+    ("hello big world", "hello world", 0.5), ("a b c d e", "hello world", 0),
+    ("hello \n world", "hello world", 1),
+    ("", "", 0), ("", "hello", 0), ("hello", "", 0),
+])
+def test_ocr(answer, gold, expected):
+    assert score("OCR", answer, gold) == expected
+
+
+@pytest.mark.parametrize("answer, gold, expected", [
+    ("cat", "cat", 2 / 3), ("running", "run", 2 / 3), ("a cat", "a cat", 1), ("dog", "cat", 0), ("", "", 0),
+    ("A CAT!", "a cat", 1),
+    # two of three words in order: ROUGE-1 and -L 4/5, ROUGE-2 of "red car" in "a red car" 2/3
+    ("red car", "a red car", (0.8 + 2 / 3 + 0.8) / 3),
+])
+def test_free_form(answer, gold, expected):
+    assert score("free-form", answer, gold) == pytest.approx(expected, abs=1e-12)
+
+
+OPTIONS = ["A. a red car", "B) a blue van", "C. 12", "D. A. Smith"]
+
+
+@pytest.mark.parametrize("answer, gold, expected", [
+    ("b", "B", 1), ("B.", "B", 1), ("(B)", "B", 1), ("(b)", "B", 1), ("B. a blue van", "B", 1),
+    ("B: because", "B", 1),
+    ("(B) a blue van", "B", 1), ("**B**", "B", 1), ("**B. a blue van**", "B", 1), ("A blue  van!", "B", 1),
+    ("a blue van", "B. a blue van", 1), ("12", "C", 1), ("A. Smith", "D", 1), ("A. Smith", "A", 0),
+    ("A", "B", 0), ("a red car", "B", 0), ("A. a blue van", "B", 0), ("A or B", "B", 0), ("a car", "A", 0),
+    ("BB", "B", 0),
+    ("B, C", "B", 0), ("?!", "!?", 0), ("yes", "Yes.", 1),
+])
+def test_lenient_multiple_choice(answer, gold, expected):
+    assert score("multiple choice", answer, gold, "lenient", OPTIONS) == expected
+
+
+@pytest.mark.parametrize("answer, gold, expected", [
+    ("1,000", "1000", 1), ("1000", "1,234", 0), ("1,234,567.5", "1234567.5", 1), ("50%", "50", 1),
+    ("50", "50 %", 1),
+    ("5 cm", "5", 1), ("5", "5 cm", 1), ("5 cm", "5 cm.", 1), ("5 cm", "5 m", 0), ("5 or 6", "5", 0),
+    ("$5", "5", 0),
+    ("5", "5.0", 0), ("1000.0", "1,000", 1), ("3,14", "314", 0), ("cm", "cm", 0), ("1e3 m", "1000", 1),
+    ("20°C", "20", 1),
+])
+def test_lenient_numerical(answer, gold, expected):
+    assert score("numerical", answer, gold, "lenient") == expected
+
+
+def test_lenient_regression_reads_units():
+    assert score("regression", "9 m", "10", "lenient") == pytest.approx(0.9)
+    assert score("regression", "9 m", "10 cm", "lenient") == 0
+    assert score("regression", "1,100 kg", "1,000", "lenient") == pytest.approx(0.9)
+
+
+def test_unknown_names_are_told_with_the_known_ones():
+    with pytest.raises(ValueError, match="'ocr'.*numerical, OCR, free-form"):
+        accuracy_reward("ocr", GOOD, "B")
+    with pytest.raises(ValueError, match="'strict'.*paper, lenient"):
+        accuracy_reward("OCR", GOOD, "B", scoring="strict")
+
+
+# --- accuracy: independent implementations ---
+
+def slow_word_error_rate(hypothesis, reference):
+    """The textbook recursion, cell by cell."""
+    hypothesis, reference = hypothesis.split(), reference.split()
+    table = [[max(i, j) for j in range(len(hypothesis) + 1)] for i in range(len(reference) + 1)]
+    for i, word in enumerate(reference, 1):
+        for j, other in enumerate(hypothesis, 1):
+            table[i][j] = min(table[i - 1][j] + 1, table[i][j - 1] + 1, table[i - 1][j - 1] + (word != other))
+    return table[-1][-1] / max(1, len(reference))
+
+
+def some_words(rng, longest):
+    words = ["a", "b", "the", "cat", "cats", "running", "Ran", "é", "x-y", "."]
+    return " ".join(rng.choice(words) for _ in range(rng.randint(1, longest)))
+
+
+def test_ocr_equals_a_slow_edit_distance():
+    rng = random.Random(0)
+    for _ in range(2000):
+        answer, gold = some_words(rng, 12), some_words(rng, 12)
+        expected = max(0, 1 - slow_word_error_rate(answer, gold))
+        assert score("OCR", answer, gold) == pytest.approx(expected, abs=1e-12)
+
+
+def test_ocr_equals_it_on_pages_too():
+    rng = random.Random(0)
+    answer, gold = some_words(rng, 400) + " tail" * 100, some_words(rng, 400) + " tail" * 200
+    assert 0 < score("OCR", answer, gold) == pytest.approx(1 - slow_word_error_rate(answer, gold), abs=1e-12)
+
+
+def test_free_form_equals_rouge_score():
+    rng = random.Random(1)
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    for _ in range(2000):
+        answer, gold = some_words(rng, 12), some_words(rng, 12)
+        expected = sum(part.fmeasure for part in scorer.score(gold, answer).values()) / 3
+        assert score("free-form", answer, gold) == pytest.approx(expected, abs=1e-12)
+
+
+def reference_numbers(answer, gold):
+    """Read anew from the rules, on decimal strings: (numerical, regression)."""
+    from decimal import ROUND_HALF_EVEN, Decimal
+    a, b = (Decimal(float(text.replace(",", ""))) for text in (answer, gold))
+    pointed = [any(mark in text for mark in ".,") for text in (answer, gold)]
+    cents = [number.quantize(Decimal("0.01"), ROUND_HALF_EVEN) for number in (a, b)]
+    relative = (1 if a == b else 0) if b == 0 else max(0, 1 - abs(a - b) / abs(b))
+    return float(pointed[0] == pointed[1] and cents[0] == cents[1]), float(relative)
+
+
+def test_numbers_equal_a_decimal_implementation():
+    rng = random.Random(2)
+    texts = ["{:.0f}", "{:.1f}", "{:.2f}", "{:.3f}", "{:,.0f}", "{:,.2f}", "{:e}", " {:.0f}"]
+    hits = 0
+    for _ in range(2000):
+        number = rng.choice([rng.randint(-20, 20), rng.uniform(-3000, 3000), rng.randint(0, 2000) / 8])
+        other = number + rng.choice([0, 0, 0, 0.001, 1, -number / 2])
+        answer, gold = rng.choice(texts).format(number), rng.choice(texts).format(other)
+        numerical, regression = reference_numbers(answer, gold)
+        assert score("numerical", answer, gold) == numerical, (answer, gold)
+        assert score("regression", answer, gold) == pytest.approx(regression, abs=1e-9), (answer, gold)
+        hits += numerical
+    assert 200 < hits < 1800  # the pairs decide nothing if they all agree or all differ
+
+
+def test_multiple_choice_equals_string_equality():
+    rng = random.Random(3)
+    for _ in range(2000):
+        answer, gold = rng.choice(["A", "B", " B", "b", "B.", ""]), rng.choice("AB")
+        assert score("multiple choice", answer, gold) == (answer.strip() == gold)
+
+
+# --- accuracy: any text whatever ---
+
+odd_texts = st.one_of(
+    st.text(max_size=40),
+    st.text(alphabet="0123456789.,-+eE%_ infa٣五½²\x00\x1f\u2028\ud800", max_size=12),
+    st.sampled_from(["nan", "inf", "-inf", "-1e999", "9" * 5000, "0." + "9" * 5000, "1_0", "--1", "+"]),
+    st.lists(st.sampled_from(["<answer>", "</answer>", "<think>", "</think>", "a", " "])).map("".join),
+    st.floats().map(repr), st.integers().map(str))
+
+
+@settings(max_examples=400, deadline=None, database=None)
+@given(st.sampled_from(PROBLEM_TYPES), odd_texts, odd_texts, st.lists(st.text(max_size=8), max_size=3))
+@example("numerical", "٣" * 5000, "٣" * 5000, [])
+@example("regression", "1", "1e-320", [])
+@example("multiple choice", "", "", [])
+def test_scores_stay_in_range(problem_type, answer, gold, options):
+    paper = score(problem_type, answer, gold, "paper", options)
+    lenient = score(problem_type, answer, gold, "lenient", options)
+    assert 0 <= paper <= lenient <= 1
+    assert accuracy_reward(problem_type, answer, gold) in (0, accuracy_reward(problem_type, answer, gold))
+    if not parse_trace(f"<answer>{answer}</answer>").answer:
+        assert lenient == 0
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(odd_texts)
+def test_format_and_parsing_take_any_text(text):
+    perception, reasoning = format_rewards(text)
+    trace = parse_trace(text)
+    assert {perception, reasoning} <= {0.0, 1.0}
+    assert not perception or trace.observation
+    assert not reasoning or (trace.think and trace.answer)
+
+
+@pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
+@pytest.mark.parametrize("scoring", ["paper", "lenient"])
+def test_a_megabyte_costs_milliseconds(problem_type, scoring):
+    rewards.rouge_scorer()  # imported before the clock starts
+    golds = ["B", "12.5", "the quick brown fox jumps over the lazy dog " * 5]
+    for piece in ("a ", "9", "a.", "1,111", " ", "0.1", "the quick ", "(", "5 ", "B. "):
+        answer = (piece * 1_000_000)[:1_000_000]
+        start = time.perf_counter()
+        for gold in golds:
+            assert 0 <= score(problem_type, answer, gold, scoring, OPTIONS) <= 1
+        assert (time.perf_counter() - start) / len(golds) < 0.4, piece
+
+
+def test_a_megabyte_against_a_megabyte():
+    same = "word and " * 110_000
+    for answer in (same, "other " * 160_000, same + "x"):
+        start = time.perf_counter()
+        assert score("OCR", answer, same) == float(answer == same)
+        assert score("free-form", answer, same) == pytest.approx(1.0 if answer != "other " * 160_000 else 0)
+        assert time.perf_counter() - start < 5
+    start = time.perf_counter()
+    assert score("OCR", "word and word", same) == pytest.approx(3 / 220_000)
+    assert time.perf_counter() - start < 1
+
+
+def test_100_000_multiple_choice_completions_take_under_two_seconds():
+    rng = random.Random(0)
+    filler = "The car that enters from the left is red. " * 30
+    thoughts = f"<observation>{filler}</observation> <think>{filler}</think>"
+    completions = [f"{thoughts}<answer>{rng.choice('ABCD')}</answer>" for _ in range(1000)] * 100
+    start = time.process_time()
+    total = sum(accuracy_reward("multiple choice", text, "<answer>B</answer>") for text in completions)
+    assert time.process_time() - start < 2
+    assert 20_000 < total < 30_000
