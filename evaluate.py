@@ -15,7 +15,6 @@ Our choices (cited by number in the code):
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from gen_cot import (add_data_args, add_judge_args, add_vision_args, keep_with_media, load_records, load_template,
                      parse_args, write_jsonl)
 from pagrpo import rollout
-from rewards import PROBLEM_TYPES, UserError, accuracy_reward, format_rewards, make_judge, parse_trace
+from rewards import PROBLEM_TYPES, accuracy_reward, format_rewards, make_judge, parse_trace
 from sft import add_model_args, core, embed_prompts, encode_batch, load_model, seed_everything
 
 STAGE_PRESETS = {"tiny": dict(batch_size=50, max_completion_tokens=112, max_pixels=4)}

@@ -25,14 +25,13 @@ import gzip
 import json
 import math
 import os
-import random
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from rewards import PROBLEM_TYPES, UserError, accuracy_reward, format_rewards, make_judge, parse_trace
 
@@ -76,7 +75,7 @@ class MediaError(Exception):
     """A medium that can't be read, with the reason in one sentence; it costs its one record."""
 
 
-# --- arguments that every stage shares --------------------------------------------------------------------------------
+# --- arguments that every stage shares ----------------------------------------------------------------------
 
 def add_data_args(parser, data_help):
     """Add the groups 'model' and 'data' as every stage has them; returns the two groups."""
@@ -125,7 +124,7 @@ def prepare_toy_data():
         subprocess.run([sys.executable, str(script)], check=True)
 
 
-# --- records ----------------------------------------------------------------------------------------------------------
+# --- records ------------------------------------------------------------------------------------------------
 
 def load_records(paths, media_root=None):
     """Read records from JSON lists or JSON Lines, plain or gzip.
@@ -159,8 +158,8 @@ def read_json(file):
             text = f.read()
         if text.lstrip().startswith("["):
             return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError, EOFError) as error:
+        return [json.loads(line) for line in text.split("\n") if line.strip()]  # not at U+2028 and its like
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"{file} can't be read as JSON or JSON Lines ({error}): download or make it again.") from None
 
 
@@ -176,7 +175,9 @@ def normalise(record, where, media_root=None):
     if record["data_type"] not in ("image", "video"):
         raise UserError(f"{where}: data_type is {record['data_type']!r}, not image or video.")
     record = dict(record, options=parse_options(record.get("options"), where))
-    solution = record.get("solution") or record.get("answer") or ""
+    solution = record.get("solution") or record.get("answer", record.get("solution"))
+    if not isinstance(solution, str):
+        raise UserError(f"{where}: the field 'solution' is missing or not a text.")
     record["solution"] = solution if "<answer>" in solution else f"<answer>{solution}</answer>"
     if media_root is not None:
         record["media"] = media_path(media_root, record["path"], where)
@@ -205,9 +206,8 @@ def media_path(media_root, path, where):
     if path.startswith("/") or ".." in parts:
         raise UserError(f"{where}: the path {path!r} leaves the media root.")
     full = os.path.join(media_root, *parts)
-    if parts[:1] == ["Evaluation"] and not os.path.exists(full):
-        full = os.path.join(media_root, *parts[1:])
-    return full
+    other = os.path.join(media_root, *(parts[1:] if parts[:1] == ["Evaluation"] else ["Evaluation", *parts]))
+    return other if os.path.exists(other) and not os.path.exists(full) else full
 
 
 def keep_with_media(records, media_root):
@@ -221,7 +221,7 @@ def keep_with_media(records, media_root):
     return present
 
 
-# --- frames -----------------------------------------------------------------------------------------------------------
+# --- frames -------------------------------------------------------------------------------------------------
 
 def frame_indices(total, duration, num_frames=16, fps=2.0, min_frames=4):
     """Indices of the sampled frames of a clip, int64 (T,), evenly spaced from the first to the last (choice 1).
@@ -238,7 +238,8 @@ def fit_size(height, width, max_pixels, min_pixels=IMAGE_PIXELS[0]):
     h, w = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
     if h * w > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
-        h, w = (max(FACTOR, math.floor(side / scale / FACTOR) * FACTOR) for side in (height, width))
+        longest = max_pixels // FACTOR**2 * FACTOR  # of a strip that is one block wide
+        h, w = (min(max(FACTOR, math.floor(side / scale / FACTOR) * FACTOR), longest) for side in (height, width))
     elif h * w < min_pixels:
         scale = math.sqrt(min_pixels / (height * width))
         h, w = (math.ceil(side * scale / FACTOR) * FACTOR for side in (height, width))
@@ -278,7 +279,7 @@ def decode_with_pyav(path, num_frames):
     import av
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        frames = [np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90) for frame in container.decode(stream)]
         rate = float(stream.average_rate or stream.guessed_rate or 2)
     seconds = len(frames) / rate
     return np.stack([frames[i] for i in frame_indices(len(frames), seconds, num_frames)]), seconds
@@ -288,7 +289,10 @@ def read_image(path, max_pixels=IMAGE_PIXELS[1]):
     """A still image as frames uint8 (1, H, W, 3), sides as in `fit_size`. Raises MediaError."""
     try:
         with Image.open(path) as image:
-            frames = np.asarray(image.convert("RGB"))[None]
+            if image.mode.startswith("I;16"):  # convert() would clip it to white
+                image = image.point(lambda value: value / 256).convert("L")
+            on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            frames = np.asarray(on_white.convert("RGB"))[None]
     except Exception as error:  # Pillow's plug-ins raise many kinds on damaged files
         raise MediaError(f"{path} can't be read as an image ({type(error).__name__}: {error}).") from None
     return resize(frames, max_pixels)
@@ -309,7 +313,7 @@ def read_media(record, num_frames=16, max_pixels=128):
     return read_frames(record["media"], num_frames, max_pixels * FACTOR**2)
 
 
-# --- the prompt -------------------------------------------------------------------------------------------------------
+# --- the prompt ---------------------------------------------------------------------------------------------
 
 def build_prompt(record, template=PROMPT):
     """The one prompt of generation, SFT, RL and evaluation: question, options (once, choice 3), three parts, answer form."""
@@ -332,7 +336,7 @@ def load_template(prompt_file):
     return template
 
 
-# --- the pipeline -----------------------------------------------------------------------------------------------------
+# --- the pipeline -------------------------------------------------------------------------------------------
 
 def add_judge_args(group, default):
     """Who says whether an observation is sufficient (Sec. 3.1 step 3, Eq. 3)."""

@@ -56,7 +56,7 @@ from tqdm import tqdm
 from gen_cot import (add_data_args, add_judge_args, add_vision_args, keep_with_media, load_records, load_template,
                      parse_args)
 from rewards import accuracy_reward, format_rewards, length_reward, make_judge, parse_trace
-from sft import (Prompt, add_model_args, add_training_args, check_adapter, core, cosine_lr, embed_prompts, encode_batch,
+from sft import (Prompt, add_model_args, add_training_args, core, cosine_lr, embed_prompts, encode_batch,
                  encode_text, load_model, log_line, logprobs_from_hidden, optimiser_step, prepare_for_training,
                  save_adapter, seed_everything, use_adapter)
 
@@ -65,7 +65,7 @@ STAGE_PRESETS = {"tiny": dict(
     perception_length=(16, 64), reasoning_length=(16, 64), max_pixels=4, no_checkpointing=True)}
 
 
-# --- rollout ----------------------------------------------------------------------------------------------------------
+# --- rollout ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def rollout(model, prompts, tokenizer, num_generations, max_tokens, generator=None, greedy=False):
@@ -124,7 +124,7 @@ def banned_ids(tokenizer):
             if i != tokenizer.eos_token_id and token.content.startswith("<|")]
 
 
-# --- whose token is it ------------------------------------------------------------------------------------------------
+# --- whose token is it --------------------------------------------------------------------------------------
 
 def segment_masks(completion_ids, tokenizer):
     """Which tokens are perception's and which are reasoning's (choice 1).
@@ -172,7 +172,7 @@ def token_text(tokenizer):
     return text
 
 
-# --- rewards and advantages -------------------------------------------------------------------------------------------
+# --- rewards and advantages ---------------------------------------------------------------------------------
 
 def score(record, completion, lengths, verdict, args):
     """All rewards of one completion (Eq. 3-5): dict of `perception_…` and `reasoning_…` parts and their two sums.
@@ -211,7 +211,7 @@ def process_advantages(perception_rewards, reasoning_rewards, without=None):
     return group_advantages(perception_rewards), group_advantages(reasoning_rewards)
 
 
-# --- log-probs and loss -----------------------------------------------------------------------------------------------
+# --- log-probs and loss -------------------------------------------------------------------------------------
 
 def token_logprobs(model, prompt, completion_ids, completion_mask):
     """Log-probs of a group's completions under the model, float32 (G, T), 0 at padding, in one pass.
@@ -281,7 +281,7 @@ def pa_grpo_loss(logprobs, old_logprobs, ref_logprobs, perception_mask, reasonin
     return loss, metrics
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------
+# --- the loop -----------------------------------------------------------------------------------------------
 
 @dataclass
 class Group:
@@ -534,7 +534,7 @@ def main(args):
     reference = None  # π_ref is the base, where there is no SFT adapter
     if adapter is not None:
         reference = "ref"  # the same adapter once more, frozen: with adapters off, π_ref would be the base
-        model.load_adapter(check_adapter(adapter), reference, is_trainable=False)
+        model.load_adapter(str(adapter), reference, is_trainable=False)
     train(model, reference, tokenizer, records, args)
 
 

@@ -26,6 +26,7 @@ import os
 import random
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from gen_cot import (FACTOR, MediaError, add_data_args, add_vision_args, build_prompt, keep_with_media, load_records,
+from gen_cot import (MediaError, add_data_args, add_vision_args, build_prompt, keep_with_media, load_records,
                      load_template, parse_args, read_media)
 from rewards import UserError, parse_trace
 
@@ -53,7 +54,7 @@ CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|
 STAGE_PRESETS = {"tiny": dict(lr=1e-3, lora_rank=32, micro_batch=16, max_pixels=4, no_checkpointing=True)}
 
 
-# --- the model --------------------------------------------------------------------------------------------------------
+# --- the model ----------------------------------------------------------------------------------------------
 
 def add_model_args(model_group):
     """What every stage with a model can be told about it."""
@@ -76,6 +77,7 @@ def load_base(base, four_bit=True):
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's use of an old name
     device, dtype = pick_device()
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
@@ -101,12 +103,14 @@ def load_model(base, adapter=None, four_bit=True, lora_rank=64, lora_alpha=None,
 
     Returns (model, tokenizer). Raises UserError where the adapter is missing or does not fit the base.
     """
+    if adapter is not None:
+        check_adapter(adapter)
     model, tokenizer = load_base(base, four_bit)
     if adapter is None:
         config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha or 2 * lora_rank, target_modules=LORA_TARGETS)
         model = get_peft_model(model, config, adapter_name="policy")
     else:
-        model = PeftModel.from_pretrained(model, check_adapter(adapter), adapter_name="policy", is_trainable=trainable)
+        model = PeftModel.from_pretrained(model, str(adapter), adapter_name="policy", is_trainable=trainable)
         check_adapter_acts(model, adapter)
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -117,10 +121,9 @@ def load_model(base, adapter=None, four_bit=True, lora_rank=64, lora_alpha=None,
 
 
 def check_adapter(adapter):
-    """The folder of a saved adapter, as str. Raises UserError where there is none."""
+    """Raises UserError where the folder holds no saved adapter."""
     if not (Path(adapter) / "adapter_config.json").exists():
         raise UserError(f"No adapter in {adapter}: train one with sft.py, or pass --adapter none to start from the base.")
-    return str(adapter)
 
 
 def check_adapter_acts(model, adapter):
@@ -158,7 +161,7 @@ def save_adapter(model, folder):
             os.replace(Path(partial) / "policy" / name, folder / name)
 
 
-# --- from a record to tensors -----------------------------------------------------------------------------------------
+# --- from a record to tensors -------------------------------------------------------------------------------
 
 @dataclass
 class Prompt:
@@ -207,7 +210,6 @@ def rope_positions(input_ids, grid_thw, second_per_grid, config):
     """
     vision = config.vision_config
     visual = (input_ids == config.image_token_id) | (input_ids == config.video_token_id)
-    starts_of_text = (~visual).nonzero().flatten().tolist() + [len(input_ids)]
     blocks, start, i = [], 0, 0
     media = iter(zip(torch.as_tensor(grid_thw).reshape(-1, 3).tolist(), second_per_grid))
     while i < len(input_ids):
@@ -287,7 +289,7 @@ def logprobs_from_hidden(model, hidden, targets, chunk=1024):
                       for h, t in zip(hidden.split(chunk), targets.split(chunk))])
 
 
-# --- SFT --------------------------------------------------------------------------------------------------------------
+# --- SFT ----------------------------------------------------------------------------------------------------
 
 def target_text(record, process_agnostic=False):
     """The completion to learn: the record's whole trace, or without its observation block (choice 3)."""
@@ -336,7 +338,7 @@ def sft_loss(model, prompts, completions):
 
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 def seed_everything(seed):
     random.seed(seed)

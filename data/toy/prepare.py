@@ -14,6 +14,7 @@ scripted teacher's raw traces for `cot.jsonl`; the field `flaw` says what was sp
 `media/`, and `base/` (committed).
 """
 import argparse
+import itertools
 import json
 import os
 import pickle
@@ -45,7 +46,7 @@ FLAWS = ["wrong answer", "broken template", "insufficient observation"]
 SPLITS = {"cot": 1400, "rl": 1600, "test": 500}  # questions, two per scene
 
 
-# --- scenes -----------------------------------------------------------------------------------------------------------
+# --- scenes -------------------------------------------------------------------------------------------------
 
 def make_scene(rng, counts=(4, 5, 6)):
     """A scene: its kind, the figures in order, the moment of the flash (or None), the drawing seed."""
@@ -118,7 +119,7 @@ def write_medium(scene, path):
         container.mux(stream.encode(None))
 
 
-# --- questions --------------------------------------------------------------------------------------------------------
+# --- questions ----------------------------------------------------------------------------------------------
 
 def listing(items):
     return ", ".join(items)
@@ -229,7 +230,7 @@ QUESTIONS = dict(after=ask_after, most=ask_most, flash=ask_flash, count=ask_coun
                  seconds=ask_seconds, change=ask_change, ocr=ask_ocr, reverse=ask_reverse)
 
 
-# --- the scripted teacher ---------------------------------------------------------------------------------------------
+# --- the scripted teacher -----------------------------------------------------------------------------------
 
 def trace(look, reason, answer):
     return (f"<observation>{OBSERVATION_OPENING} {look}</observation> "
@@ -255,7 +256,7 @@ def teach(question, flaw, rng):
     return text
 
 
-# --- the files --------------------------------------------------------------------------------------------------------
+# --- the files ----------------------------------------------------------------------------------------------
 
 def write_lines(path, rows):
     """Write JSON Lines so that the file appears whole or not at all."""
@@ -297,7 +298,7 @@ def prepare(seed, processes=2):
           + f"; {time.time() - start:.0f} s, seed {seed}.")
 
 
-# --- the stand-in for Qwen2.5-VL: the real classes, small, pre-trained here -------------------------------------------
+# --- the stand-in for Qwen2.5-VL: the real classes, small, pre-trained here ---------------------------------
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
             "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -315,12 +316,13 @@ You are a helpful assistant.<|im_end|>
 # What the base practises, and how often: it sees a lot, reasons badly, and follows the template now and then when asked.
 PRACTICE = {"caption": 0.42, "direct": 0.12, "lookup": 0.18, "reason": 0.20, "template": 0.08}
 FOLLOWS_TEMPLATE = 0.3
+CAPTION_STEPS = 450  # it learns to see first
 CAPTION_COUNTS = (1, 2, 2, 3, 4, 5, 6)
 
 
-def practice(rng):
+def practice(rng, captions_only=False):
     """One pre-training sample: (task, scene or None for text only, prompt text, completion text)."""
-    task = rng.choices(list(PRACTICE), weights=PRACTICE.values())[0]
+    task = "caption" if captions_only else rng.choices(list(PRACTICE), weights=PRACTICE.values())[0]
     if task == "lookup":
         name = rng.choice(["colour", "shape"])
         value = rng.choice(list(COLOURS) if name == "colour" else SHAPES)
@@ -411,8 +413,8 @@ class Practice:
         self.rng, self.tokenizer, self.config, self.batch, self.pool = random.Random(seed), tokenizer, config, batch, pool
 
     def __iter__(self):
-        while True:
-            samples = [practice(self.rng) for _ in range(self.batch * self.pool)]
+        for round in itertools.count():
+            samples = [practice(self.rng, round * self.pool < CAPTION_STEPS) for _ in range(self.batch * self.pool)]
             samples.sort(key=lambda s: (s[0] == "template", s[1] is None, len(s[2]) + len(s[3])))
             batches = [samples[i:i + self.batch] for i in range(0, len(samples), self.batch)]
             self.rng.shuffle(batches)

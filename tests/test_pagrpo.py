@@ -1,0 +1,356 @@
+"""The algorithm against oracles from outside: slow float64 loops, and Hugging Face's own model."""
+import math
+import random
+
+import pytest
+import torch
+
+import pagrpo
+import sft
+
+# --- whose token is it --------------------------------------------------------------------------------------
+
+
+class ByteTokenizer:
+    """A tokenizer of arbitrary byte pieces, to split tags and characters anywhere; id 0 pads, id 1 ends."""
+    pad_token_id, eos_token_id = 0, 1
+
+    def __init__(self, pieces):
+        self.pieces = {0: b"<|pad|>", 1: b"<|end|>"} | dict(enumerate(pieces, 2))
+
+    def decode(self, ids, **kwargs):
+        return b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
+
+
+def split_anywhere(text, rng):
+    """The UTF-8 bytes of a text in random pieces of 1 to 12 bytes, so that tags and characters are torn apart."""
+    raw, pieces = text.encode(), []
+    while raw:
+        n = rng.randint(1, 12)
+        pieces.append(raw[:n])
+        raw = raw[n:]
+    return pieces
+
+
+def slow_split(pieces):
+    """How many leading pieces are perception's, straight from the definition, on bytes."""
+    raw = b"".join(pieces)
+    if b"<observation>" not in raw:
+        return 0
+    end = raw.find(b"</observation>")
+    think = raw.find(b"<think>")
+    for n in range(len(pieces) + 1):
+        done = len(b"".join(pieces[:n]))
+        if end >= 0:
+            if done >= end + len(b"</observation>"):
+                return n
+        elif think >= 0 and n < len(pieces) and done + len(pieces[n]) > think:
+            return n
+    return len(pieces)
+
+
+PARTS = ["<observation>", "</observation>", "<think>", "</think>", "<answer>", "</answer>", " ", "é", "観察", "🙂", "red", "<",
+         "</", "observation>", "<observation", "\n"]
+
+
+def test_masks_partition_the_completion_wherever_the_tokenizer_splits_it():
+    rng = random.Random(0)
+    for _ in range(1000):
+        if rng.random() < 0.5:
+            text = "<observation>é {0}</observation> <think>{0}観</think><answer>{0}</answer>".format(rng.choice(PARTS))
+        else:
+            text = "".join(rng.choices(PARTS, k=rng.randint(1, 14)))
+        pieces = split_anywhere(text, rng)
+        ended = rng.random() < 0.7
+        ids = torch.tensor([list(range(2, len(pieces) + 2)) + [1] * ended + [0] * rng.randint(0, 3) * ended])
+        p, r = pagrpo.segment_masks(ids, ByteTokenizer(pieces))
+        length, split = len(pieces) + ended, slow_split(pieces + [b"<|end|>"] * ended)
+        index = torch.arange(ids.shape[1])
+        assert torch.equal(p[0], index < split), text
+        assert torch.equal(r[0], (index >= split) & (index < length)), text
+
+
+@pytest.mark.parametrize("text, perception", [
+    ("<observation>a</observation> <think>b</think><answer>c</answer>", "<observation>a</observation>"),
+    ("<observation>a <think>b</think><answer>c</answer>", "<observation>a "),  # never closed: up to the think block
+    ("<observation>a and on and on", "<observation>a and on and on\n"),  # never closed, no think block: all, the end too
+    ("<think>b</think><answer>c</answer>", ""),  # never opened
+    ("<observation>a</observation> <observation>b</observation>", "<observation>a</observation>"),
+])
+def test_masks_by_hand(text, perception):
+    ids = torch.tensor([list(range(2, len(text) + 2)) + [1]])
+    p, r = pagrpo.segment_masks(ids, ByteTokenizer([c.encode() for c in text]))
+    assert p[0].tolist() == [t < len(perception) for t in range(len(text) + 1)]
+    assert torch.equal(r, ~p)  # the end-of-sequence token included
+
+
+# --- advantages and loss ------------------------------------------------------------------------------------
+
+
+def test_advantages_by_hand():
+    nan = math.nan
+    assert pagrpo.group_advantages(torch.tensor([0.1] * 8)).tolist() == [0.0] * 8  # exact, though 0.1 has no exact mean
+    got = pagrpo.group_advantages(torch.tensor([1.0, 2.0, nan, 3.0]))
+    assert got.tolist() == pytest.approx([-1 / 1.0001, 0, 0, 1 / 1.0001])  # unbiased std of 1, 2, 3 is 1
+    assert pagrpo.group_advantages(torch.tensor([nan, nan])).tolist() == [0, 0]
+    assert pagrpo.group_advantages(torch.tensor([2.0, nan])).tolist() == [0, 0]  # nobody to compare with
+
+
+def test_ablations_are_the_rows_of_the_table():
+    p, r = torch.tensor([0.0, 1, 2, 1]), torch.tensor([2.0, 2, 0, 1])
+    a = pagrpo.group_advantages
+    expected = {None: (a(p), a(r)), "length": (a(p), a(r)), "perception": (a(r), a(r)), "reasoning": (a(p), a(p)),
+                "separation": (a(p + r), a(p + r))}
+    for without, pair in expected.items():
+        got = pagrpo.process_advantages(p, r, without)
+        assert torch.equal(got[0], pair[0]) and torch.equal(got[1], pair[1])
+
+
+def slow_objective(logp, old, ref, perception, reasoning, adv_p, adv_r, eps, beta, average):
+    """Eq. 7 with a minus, token by token, in Python floats."""
+    total = 0.0
+    for i in range(len(logp)):
+        sums = {"P": 0.0, "R": 0.0}
+        counts = {"P": 0, "R": 0}
+        for t in range(len(logp[i])):
+            for k, mask, adv in (("P", perception, adv_p), ("R", reasoning, adv_r)):
+                if mask[i][t]:
+                    rho = math.exp(logp[i][t] - old[i][t])
+                    value = min(rho * adv[i], min(max(rho, 1 - eps), 1 + eps) * adv[i])
+                    if beta:
+                        x = min(max(ref[i][t] - logp[i][t], -10), 10)
+                        value -= beta * (math.exp(x) - x - 1)
+                    sums[k] += value
+                    counts[k] += 1
+        if average == "segment":
+            total += sum(sums[k] / counts[k] for k in "PR" if counts[k])
+        else:
+            total += (sums["P"] + sums["R"]) / max(1, counts["P"] + counts["R"])
+    return -total / len(logp)
+
+
+def random_case(rng):
+    """Unequal lengths, empty segments, unknown verdicts, equal rewards, ratios beyond both clips."""
+    g = torch.Generator().manual_seed(rng.getrandbits(30))
+    G, T = rng.randint(2, 5), rng.randint(1, 7)
+    logp = -torch.rand(G, T, generator=g, dtype=torch.float64) * 3
+    old, ref = (logp + 0.6 * torch.randn(G, T, generator=g, dtype=torch.float64) for _ in range(2))
+    if rng.random() < 0.2:
+        ref = ref + 30 * torch.randn(G, T, generator=g, dtype=torch.float64)  # x beyond its clamp
+    lengths = torch.randint(0, T + 1, (G, 1), generator=g)
+    splits = torch.randint(0, T + 1, (G, 1), generator=g).minimum(lengths)
+    index = torch.arange(T)
+    rewards = torch.randint(0, 3, (2, G), generator=g).double()
+    if rng.random() < 0.3:
+        rewards[0, 0] = math.nan
+    if rng.random() < 0.3:
+        rewards[1] = 1.0
+    adv = pagrpo.process_advantages(*rewards, rng.choice([None, "perception", "reasoning", "separation"]))
+    return logp.requires_grad_(), old, ref, index < splits, (index >= splits) & (index < lengths), *adv
+
+
+def test_loss_and_gradient_equal_a_slow_loop():
+    rng = random.Random(1)
+    clipped = 0
+    for _ in range(200):
+        case = random_case(rng)
+        eps, beta, average = rng.choice([0.1, 0.2]), rng.choice([0.0, 0.04]), rng.choice(["segment", "completion"])
+        loss, metrics = pagrpo.pa_grpo_loss(*case, clip_eps=eps, beta=beta, loss_average=average)
+        clipped += metrics["clip_frac"] > 0
+        gradient, = torch.autograd.grad(loss, case[0])
+        lists = [x.tolist() for x in case]
+        assert loss.item() == pytest.approx(slow_objective(*lists, eps, beta, average), abs=1e-6)
+        for i, t in [(i, t) for i in range(len(lists[0])) for t in range(len(lists[0][0]))]:  # central differences
+            values = []
+            for step in (1e-6, -1e-6):
+                lists[0][i][t] += step
+                values.append(slow_objective(*lists, eps, beta, average))
+                lists[0][i][t] -= step
+            assert gradient[i, t].item() == pytest.approx((values[0] - values[1]) / 2e-6, abs=1e-5)
+    assert clipped > 50
+
+
+def test_a_process_without_advantage_sends_no_gradient_through_its_tokens():
+    logp, old, ref, perception, reasoning, adv_p, adv_r = random_case(random.Random(2))
+    perception[:, 0], reasoning[:, 0] = True, False
+    for zero, mask in ((0, perception), (1, reasoning)):
+        advantages = [torch.ones_like(adv_p), torch.ones_like(adv_r)]
+        advantages[zero] = torch.zeros_like(adv_p)
+        loss, _ = pagrpo.pa_grpo_loss(logp, logp.detach(), None, perception, reasoning, *advantages, beta=0.0)
+        gradient, = torch.autograd.grad(loss, logp)
+        assert (gradient[mask] == 0).all() and (gradient[(perception | reasoning) & ~mask] != 0).all()
+
+
+def test_equal_process_rewards_and_completion_average_are_grpo():
+    """GRPO (Eq. 1, 2): one advantage, one mean over all tokens of a completion."""
+    logp, old, ref, perception, reasoning, adv, _ = random_case(random.Random(5))
+    ours, _ = pagrpo.pa_grpo_loss(logp, old, ref, perception, reasoning, adv, adv, loss_average="completion")
+    mask = perception | reasoning
+    ratio = (logp - old).exp()
+    surrogate = torch.minimum(ratio * adv[:, None], ratio.clamp(0.8, 1.2) * adv[:, None])
+    x = (ref - logp).clamp(-10, 10)
+    per_token = surrogate - 0.04 * (x.exp() - x - 1)
+    grpo = -((per_token * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+    assert ours.item() == pytest.approx(grpo.item(), abs=1e-12)
+
+
+def test_the_loss_is_zero_and_its_gradient_is_not_at_the_first_step():
+    """μ = 1: ρ is 1 and a group's advantages add up to 0; what learns is the gradient."""
+    logp = torch.randn(4, 3, requires_grad=True)
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    adv = pagrpo.group_advantages(torch.tensor([0.0, 1, 1, 2]))
+    loss, _ = pagrpo.pa_grpo_loss(logp, logp.detach(), None, mask, torch.zeros_like(mask), adv, adv, beta=0.0)
+    loss.backward()
+    assert abs(loss.item()) < 1e-6 and logp.grad.abs().max() > 0.05
+
+
+# --- the model's side ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def group(tiny, toy_records):
+    """Two prompts (a video and a picture) with four sampled completions each, at temperature 1."""
+    model, tokenizer = tiny
+    chosen = [next(r for r in toy_records if r["data_type"] == kind) for kind in ("video", "image")]
+    prompts = []
+    for record in chosen:
+        frames, fps = sft.read_media(record, 16, 4)
+        prompts.append(sft.encode_prompt(sft.build_prompt(record), frames, fps, tokenizer, sft.core(model).config))
+    with torch.no_grad():
+        sft.embed_prompts(model, prompts)
+    ids, mask, logprobs = pagrpo.rollout(model, prompts, tokenizer, 4, 60, torch.Generator().manual_seed(0))
+    return prompts, ids, mask, logprobs
+
+
+def test_samples_differ_and_hold_no_control_tokens(tiny, group):
+    _, tokenizer = tiny
+    _, ids, mask, _ = group
+    assert len({tuple(row.tolist()) for row in ids[:4]}) > 1
+    sampled = ids[mask]
+    specials = set(tokenizer.added_tokens_decoder) - {tokenizer.eos_token_id}
+    assert len(specials) >= 13 and not specials & set(sampled.tolist())
+    for row, keep in zip(ids.tolist(), mask.tolist()):  # the mask ends with the first end-of-sequence token
+        ended = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+        assert keep == [t < ended for t in range(len(row))]
+
+
+def test_sampled_and_recomputed_logprobs_agree(tiny, group):
+    """Rollout (key-value cache, padded prompts) and training (packed, no cache) see the same pixels and positions."""
+    model, _ = tiny
+    prompts, ids, mask, sampled = group
+    with torch.no_grad():
+        again = torch.cat([pagrpo.token_logprobs(model, p, ids[i:i + 4], mask[i:i + 4]) for i, p in zip((0, 4), prompts)])
+    assert (again - sampled).abs().max() < 1e-4  # float32 arithmetic on a 4-bit base
+
+
+def hugging_face_logprobs(model, prompt, ids, mask):
+    """The naive way: one full sequence per completion through Hugging Face's own forward, pixels and all."""
+    qwen, rows = sft.core(model), []
+    for row, keep in zip(ids, mask):
+        row = row[keep]
+        sequence = torch.cat([prompt.input_ids, row])[None]
+        after = (prompt.next_position + torch.arange(len(row))).expand(3, -1)
+        media = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.grid_thw}
+        if (prompt.input_ids == qwen.config.video_token_id).any():
+            media = {"pixel_values_videos": prompt.pixel_values, "video_grid_thw": prompt.grid_thw}
+        logits = qwen(input_ids=sequence, position_ids=torch.cat([prompt.positions, after], 1)[:, None], **media).logits[0]
+        rows.append(logits[len(prompt.input_ids) - 1:-1].log_softmax(-1).gather(1, row[:, None])[:, 0])
+    return rows
+
+
+def test_packed_logprobs_and_gradients_equal_hugging_face(tiny, group):
+    model, _ = tiny
+    prompts, ids, mask, _ = group
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for first, prompt in zip((0, 4), prompts):
+        rows, keep = ids[first:first + 4], mask[first:first + 4]
+        ours = pagrpo.token_logprobs(model, prompt, rows, keep)
+        naive = torch.cat(hugging_face_logprobs(model, prompt, rows, keep))
+        assert (ours[keep] - naive).abs().max() < 1e-4
+        coefficients = torch.randn(len(naive), generator=torch.Generator().manual_seed(3))
+        a = torch.autograd.grad((ours[keep] * coefficients).sum(), weights)
+        b = torch.autograd.grad((naive * coefficients).sum(), weights)
+        scale = max(x.abs().max() for x in b)
+        assert scale > 0 and max((x - y).abs().max() for x, y in zip(a, b)) < 1e-3 * scale
+        assert (ours[~keep] == 0).all()
+
+
+def make_args(**changes):
+    defaults = dict(beta=0.04, num_iterations=1, clip_eps=0.2, loss_average="segment", max_grad_norm=5.0, without=None,
+                    scoring="paper", length_bonus=0.2, perception_length=(4, 64), reasoning_length=(4, 64))
+    return type("Args", (), defaults | changes)
+
+
+@pytest.fixture
+def started(tiny, group, tmp_path):
+    """The policy as it starts: a saved adapter loaded twice, trainable as `policy` and frozen as `ref`."""
+    model, tokenizer = tiny
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.05)
+    sft.save_adapter(model, tmp_path / "sft")
+    model.load_adapter(str(tmp_path / "sft"), "ref", is_trainable=False)
+    yield model, tokenizer
+    model.delete_adapter("ref")
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.zero_()
+
+
+def test_at_the_start_kl_is_zero_and_only_the_policy_gets_gradients(started, group, toy_records):
+    model, tokenizer = started
+    prompts, ids, mask, _ = group
+    p_mask, r_mask = mask[:4] & (torch.arange(ids.shape[1]) < 5), mask[:4] & (torch.arange(ids.shape[1]) >= 5)
+    adv = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    with torch.no_grad(), sft.use_adapter(model, "ref"):
+        ref = pagrpo.token_logprobs(model, prompts[0], ids[:4], mask[:4])
+    with torch.no_grad(), sft.use_adapter(model, None):
+        base = pagrpo.token_logprobs(model, prompts[0], ids[:4], mask[:4])
+    logp = pagrpo.token_logprobs(model, prompts[0], ids[:4], mask[:4])
+    loss, metrics = pagrpo.pa_grpo_loss(logp, logp.detach(), ref, p_mask, r_mask, adv, -adv)
+    assert metrics["kl"] < 1e-8 and metrics["clip_frac"] == 0
+    assert (base - ref).abs().max() > 1e-2  # the base is not the reference, so KL 0 says something
+    loss.backward()
+    for name, p in model.named_parameters():
+        if ".policy." in name and "lora_B" in name:
+            assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
+        elif ".policy." not in name:
+            assert p.grad is None and not p.requires_grad, name
+    model.zero_grad(set_to_none=True)
+
+
+def test_updates_raise_the_likelihood_of_what_was_rewarded_and_leave_the_reference(started, group, toy_records):
+    """μ = 3 steps with real old log-probs: the rewarded completion gains, the punished one loses."""
+    model, tokenizer = started
+    prompts, ids, mask, _ = group
+    rows, keep = ids[:4], mask[:4]
+    p_mask, r_mask = keep & (torch.arange(ids.shape[1]) < 8), keep & (torch.arange(ids.shape[1]) >= 8)
+    adv = torch.tensor([1.5, -0.5, -0.5, -0.5])
+    made = pagrpo.Group(toy_records[0], prompts[0], rows, keep, p_mask, r_mask, perception_advantages=adv,
+                        reasoning_advantages=adv)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if ".ref." in n}
+    args = make_args(num_iterations=3, lr=1e-3, weight_decay=0.0, no_checkpointing=True)
+    optimizer = sft.prepare_for_training(model, args)
+    with torch.no_grad():
+        before = pagrpo.token_logprobs(model, *made.inputs).sum(1)
+    metrics = pagrpo.update_policy(model, "ref", optimizer, [made], 1e-3, args)
+    with torch.no_grad():
+        gain = pagrpo.token_logprobs(model, *made.inputs).sum(1) - before
+    assert gain[0] > 0 and gain[0] > gain[1:].max()
+    assert metrics["kl"] > 0 and math.isfinite(metrics["grad_norm"])
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if ".ref." in n)
+
+
+def test_unknown_verdicts_are_left_out_and_scores_add_up():
+    record = dict(problem_type="numerical", solution="<answer>2</answer>")
+    text = "<observation>first red.</observation> <think>one and one</think><answer>2</answer>"
+    good = pagrpo.score(record, text, (10, 10), True, make_args())
+    assert (good["perception"], good["reasoning"]) == (2.2, 2.2)
+    short = pagrpo.score(record, text, (3, 10), True, make_args())
+    assert (short["perception"], short["reasoning"]) == (2.0, 2.2)
+    unsure = pagrpo.score(record, text, (10, 10), None, make_args())
+    assert math.isnan(unsure["perception"]) and unsure["reasoning"] == 2.2
+    assert pagrpo.score(record, text, (10, 10), True, make_args(without="length"))["perception"] == 2.0
+    wrong = pagrpo.score(record, text.replace(">2<", ">3<"), (10, 10), False, make_args())
+    assert (wrong["perception"], wrong["reasoning"]) == (1.0, 1.0)  # format alone; no length bonus without accuracy

@@ -1,0 +1,79 @@
+"""The stages as a newcomer runs them: on a copy of the repository, by their commands, one after the other."""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The repository without anything that a run leaves behind."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("rewards.py", "gen_cot.py", "sft.py", "pagrpo.py", "evaluate.py"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "data" / "toy").mkdir(parents=True)
+    shutil.copy(ROOT / "data/toy/prepare.py", folder / "data/toy")
+    shutil.copytree(ROOT / "data/toy/base", folder / "data/toy/base")
+    return folder
+
+
+def run(folder, command, code=0):
+    """Run `python COMMAND` in the folder; returns stdout and stderr together."""
+    done = subprocess.run([sys.executable, *command.split()], cwd=folder, capture_output=True, text=True, timeout=280)
+    text = done.stdout + done.stderr
+    assert done.returncode == code, text
+    return text
+
+
+def test_all_stages_in_order(clone):
+    """`pagrpo.py` alone prepares the toy data and starts from the base; then each stage finds the one before it."""
+    alone = run(clone, "pagrpo.py --model tiny --updates 1 --output runs/alone")
+    assert "preparing it" in alone and "starting from the base" in alone
+    assert not (clone / "runs/tiny").exists()
+
+    rejected = {}
+    for line in open(clone / "data/toy/traces.jsonl"):
+        flaw = json.loads(line)["flaw"]
+        rejected[flaw] = rejected.get(flaw, 0) + 1
+    assert len(rejected) == 4 and min(rejected.values()) > 50
+    table = run(clone, "gen_cot.py --model tiny").splitlines()
+    counts = next(line.split() for line in table if line.strip().startswith("all "))
+    assert counts == ["all", "1400", "0", str(rejected["broken template"]), str(rejected["wrong answer"]),
+                      str(rejected["insufficient observation"]), "0", str(rejected[None])]  # exactly the planted flaws
+
+    run(clone, "sft.py --model tiny --limit 32")
+    rl = run(clone, "pagrpo.py --model tiny --updates 2 --prompts-per-update 2 --num-iterations 2 --show-every 1")
+    assert "starting from the base" not in rl and "advantage" in rl
+    rows = [json.loads(line) for line in open(clone / "runs/tiny/pagrpo/metrics.jsonl")]
+    assert len(rows) == 2 and rows[0]["kl"] >= 0 and 0 < rows[0]["length/reasoning"] <= 112
+    assert (clone / "runs/tiny/pagrpo/curves.png").stat().st_size > 10_000
+
+    table = run(clone, "evaluate.py --model tiny --limit 20").splitlines()
+    names = [line[:16].strip() for line in table if "±" in line[16:]]
+    assert names == ["constant", "base", "SFT", "SFT + PA-GRPO"]
+    results = json.loads((clone / "runs/tiny/evaluate/results.json").read_text())
+    assert results["questions"] == 20 and results["settings"]["scoring"] == "paper"
+    completions = [json.loads(line) for line in open(clone / "runs/tiny/evaluate/completions-pagrpo.jsonl")]
+    assert len(completions) == 20 and abs(100 * sum(c["answer"] for c in completions) / 20
+                                          - results["rows"]["SFT + PA-GRPO"]["answer"][0]) < 0.01
+
+
+@pytest.mark.parametrize("command, says", [
+    ("sft.py --model qwen-7b", "Unknown model 'qwen-7b': pass one of tiny, qwen2.5-vl-7b, qwen2.5-vl-3b"),
+    ("pagrpo.py --model qwen2.5-vl-7b", "No data file data/VideoP2R-263k_rl.part*.json.gz"),
+    ("evaluate.py --model tiny --adapters runs/nowhere", "No adapter in runs/nowhere"),
+    ("pagrpo.py --model tiny --adapter runs/nowhere", "No adapter in runs/nowhere"),
+    ("pagrpo.py --model tiny --media-root nowhere", "has its medium below nowhere"),
+    ("pagrpo.py --model tiny --judge mystery", "mystery"),
+    ("evaluate.py --model tiny --prompt-file nowhere.txt", "prompt file nowhere.txt"),
+])
+def test_mistakes_get_one_sentence_and_leave_nothing(clone, command, says):
+    before = sorted(clone.rglob("*.json*"))
+    text = run(clone, command, code=1)
+    assert says in text and "Traceback" not in text
+    assert sorted(clone.rglob("*.json*")) == before
