@@ -1,15 +1,17 @@
-"""Does it work, and how do we know: accuracy of answers and of observations, before and after each stage (Sec. 4).
+"""Does it work, and how do we know: accuracy of answers and of observations,
+before and after each stage (Sec. 4).
 
-    python evaluate.py --model tiny            # base, SFT, SFT + PA-GRPO on the toy world's test split: about two minutes
+    python evaluate.py --model tiny            # base, SFT, SFT + PA-GRPO on the toy world's test split:
+                                               # about two minutes
     python evaluate.py --model tiny --adapters none runs/tiny/pagrpo
 
-Every record stays in the denominator: an answer that is empty or can't be parsed is wrong. A record whose medium can't
-be read counts as wrong too, and the score without such records is printed beside.
+Every record stays in the denominator: an answer that is empty or can't be parsed is wrong. A record whose
+medium can't be read counts as wrong too, and the score without such records is printed beside.
 
 Our choices (cited by number in the code):
  1. Decoding is greedy, which is what the paper's temperature 0.01 with top-p 0.001 comes to.
- 2. The row "constant" answers every question of a type with the one gold answer of that type that scores best on this
-    very test set: the most that guessing without looking could earn.
+ 2. The row "constant" answers every question of a type with the one gold answer of that type that scores best
+    on this very test set: the most that guessing without looking could earn.
  3. Intervals are 95 % by the normal approximation over questions.
 """
 import argparse
@@ -20,10 +22,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from gen_cot import (add_data_args, add_judge_args, add_vision_args, keep_with_media, load_records, load_template,
-                     parse_args, write_jsonl)
+from gen_cot import (add_data_args, add_judge_args, add_vision_args, judge_from, keep_with_media,
+                     load_records, load_template, parse_args, print_stats, write_jsonl)
 from pagrpo import rollout
-from rewards import PROBLEM_TYPES, accuracy_reward, format_rewards, make_judge, parse_trace
+from rewards import PROBLEM_TYPES, accuracy_reward, format_rewards, parse_trace
 from sft import add_model_args, core, embed_prompts, encode_batch, load_model, seed_everything
 
 STAGE_PRESETS = {"tiny": dict(batch_size=50, max_completion_tokens=112, max_pixels=4)}
@@ -34,7 +36,8 @@ def complete(model, tokenizer, records, args):
     template, config, skipped = load_template(args.prompt_file), core(model).config, []
     texts = {}
     for start in tqdm(range(0, len(records), args.batch_size), desc="completions", unit="batch"):
-        batch = [dict(record, index=i) for i, record in enumerate(records[start:start + args.batch_size], start)]
+        batch = [dict(record, index=i)
+                 for i, record in enumerate(records[start:start + args.batch_size], start)]
         encoded = encode_batch(batch, args, template, tokenizer, config, skipped)
         if not encoded:
             continue
@@ -49,11 +52,13 @@ def complete(model, tokenizer, records, args):
 
 
 def score_completions(records, texts, judge, scoring):
-    """One result per record: dict of problem_id, problem_type, completion, answer score, perception verdict, template."""
+    """One result per record: dict of problem_id, problem_type, completion, answer score,
+    perception verdict, template."""
     verdicts = judge(records, [parse_trace(text or "").observation for text in texts])
     return [dict(problem_id=record.get("problem_id"), problem_type=record["problem_type"], completion=text,
                  answer=accuracy_reward(record["problem_type"], text or "", record["solution"], scoring),
-                 perception=None if verdict is None else float(verdict), template=min(format_rewards(text or "")))
+                 perception=None if verdict is None else float(verdict),
+                 template=min(format_rewards(text or "")))
             for record, text, verdict in zip(records, texts, verdicts)]
 
 
@@ -62,9 +67,11 @@ def constant_answers(records, scoring):
     results = []
     for kind in PROBLEM_TYPES:
         golds = [record["solution"] for record in records if record["problem_type"] == kind]
-        scores = {guess: [accuracy_reward(kind, guess, gold, scoring) for gold in golds] for guess in set(golds)}
+        scores = {guess: [accuracy_reward(kind, guess, gold, scoring) for gold in golds]
+                  for guess in set(golds)}
         best = max(sorted(scores), key=lambda guess: sum(scores[guess]), default=None)
-        results += [dict(problem_type=kind, completion=best, answer=s, perception=0.0, template=0.0) for s in scores.get(best, [])]
+        results += [dict(problem_type=kind, completion=best, answer=s, perception=0.0, template=0.0)
+                    for s in scores.get(best, [])]
     return results
 
 
@@ -78,7 +85,8 @@ def mean(values):
 
 
 def summarise(results):
-    """The table's row as a dict of percentages: answers overall and per type, perception, template, media unread."""
+    """The table's row as a dict of percentages: answers overall and per type, perception, template,
+    media unread."""
     readable = [r for r in results if r["completion"] is not None]
     row = {"answer": mean([r["answer"] for r in results]),
            "perception": mean([r["perception"] for r in results if r["perception"] is not None]),
@@ -86,61 +94,73 @@ def summarise(results):
            "answer, readable media only": mean([r["answer"] for r in readable])}
     for kind in PROBLEM_TYPES:
         row[kind] = mean([r["answer"] for r in results if r["problem_type"] == kind])
-    return {key: tuple(round(100 * v, 2) for v in pair) for key, pair in row.items()} | {"unread": len(results) - len(readable)}
+    return ({key: tuple(round(100 * v, 2) for v in pair) for key, pair in row.items()}
+            | {"unread": len(results) - len(readable)})
 
 
 def print_table(rows, records):
     """rows: dict from the model's name to its `summarise`."""
     kinds = [kind for kind in PROBLEM_TYPES if any(record["problem_type"] == kind for record in records)]
-    print(f"\n{len(records)} questions; accuracy in %, ± 95 % interval; perception: observations that the judge finds sufficient")
-    print(f"{'':<16}{'answer':>13}{'perception':>13}{'template':>10}" + "".join(f"{kind:>17}" for kind in kinds))
+    print(f"\n{len(records)} questions; accuracy in %, ± 95 % interval; "
+          "perception: observations that the judge finds sufficient")
+    print(f"{'':<16}{'answer':>13}{'perception':>13}{'template':>10}"
+          + "".join(f"{kind:>17}" for kind in kinds))
     for name, row in rows.items():
         (a, da), (p, dp) = row["answer"], row["perception"]
         print(f"{name:<16}{a:>7.1f} ± {da:<3.1f}{p:>7.1f} ± {dp:<3.1f}{row['template'][0]:>10.1f}"
               + "".join(f"{row[kind][0]:>17.1f}" for kind in kinds))
         if row["unread"]:
-            print(f"  {row['unread']} media could not be read and count as wrong; without them the answers are "
-                  f"{row['answer, readable media only'][0]:.1f}")
+            print(f"  {row['unread']} media could not be read and count as wrong; without them "
+                  f"the answers are {row['answer, readable media only'][0]:.1f}")
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     model, _ = add_data_args(parser, "questions: JSON list or JSON Lines, .gz or plain, globs allowed")
     add_model_args(model)
     model.add_argument("--adapters", nargs="+",
-                       help="adapter folders to compare, none for the base (default: none, runs/<model>/sft, runs/<model>/pagrpo)")
+                       help="adapter folders to compare, none for the base "
+                            "(default: none, runs/<model>/sft, runs/<model>/pagrpo)")
     add_vision_args(parser, num_frames=32, max_pixels=256)
     algorithm = parser.add_argument_group("algorithm")
     add_judge_args(algorithm, default="rule")
     algorithm.add_argument("--max-completion-tokens", type=int, default=1024, help="completions are cut here")
     run = parser.add_argument_group("run")
     run.add_argument("--batch-size", type=int, default=4, help="questions decoded together")
-    run.add_argument("--seed", type=int, default=0, help="greedy decoding needs none; it is echoed in the results")
-    run.add_argument("--output", type=Path, help="folder for results.json and completions (default: runs/<model>/evaluate)")
+    run.add_argument("--seed", type=int, default=0,
+                     help="greedy decoding needs none; it is echoed in the results")
+    run.add_argument("--output", type=Path,
+                     help="folder for results.json and completions (default: runs/<model>/evaluate)")
     args = parse_args(parser, STAGE_PRESETS, data_key="test_data")
     args.output = args.output or args.run_dir / "evaluate"
     stages = [args.run_dir / "sft", args.run_dir / "pagrpo"]
-    args.adapters = args.adapters or ["none"] + [str(s) for s in stages if (s / "adapter_config.json").exists()]
+    args.adapters = args.adapters or ["none"] + [
+        str(s) for s in stages if (s / "adapter_config.json").exists()]
     return args
 
 
 def row_name(adapter):
-    return {"none": "base", "sft": "SFT", "pagrpo": "SFT + PA-GRPO"}.get(Path(adapter).name, Path(adapter).name)
+    return {"none": "base", "sft": "SFT", "pagrpo": "SFT + PA-GRPO"}.get(
+        Path(adapter).name, Path(adapter).name)
 
 
 def main(args):
     seed_everything(args.seed)
     records = keep_with_media(load_records(args.data, args.media_root)[:args.limit], args.media_root)
-    judge = make_judge(args.judge, prompt_file=args.judge_prompt_file)
+    judge = judge_from(args)
     rows = {"constant": summarise(constant_answers(records, args.scoring))}
     for adapter in args.adapters:
-        model, tokenizer = load_model(args.base, None if adapter == "none" else adapter, not args.no_4bit, trainable=False)
+        model, tokenizer = load_model(args.base, None if adapter == "none" else adapter, not args.no_4bit,
+                                      trainable=False)
         results = score_completions(records, complete(model, tokenizer, records, args), judge, args.scoring)
         write_jsonl(args.output / f"completions-{Path(adapter).name}.jsonl", results)
         rows[row_name(adapter)] = summarise(results)
     print_table(rows, records)
+    print_stats(judge)
     settings = {key: str(value) for key, value in vars(args).items()}
-    (args.output / "results.json").write_text(json.dumps(dict(rows=rows, questions=len(records), settings=settings), indent=1))
+    (args.output / "results.json").write_text(json.dumps(dict(rows=rows, questions=len(records),
+                                                              settings=settings), indent=1))
     print(f"\nresults.json and every completion in {args.output}")
 
 

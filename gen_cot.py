@@ -1,21 +1,24 @@
-"""From a question to a verified trace: process-aware chain-of-thought data in three steps (VideoP2R, Sec. 3.1 and 7).
+"""From a question to a verified trace: process-aware chain-of-thought data in three steps
+(VideoP2R, Sec. 3.1 and 7).
 
-1. Generate   a strong vision-language model sees the media and the question, never the gold answer, and writes a trace
-              `<observation>…</observation> <think>…</think><answer>…</answer>`.
-2. Verify     drop a trace that breaks the template, or whose answer scores under 0.6 by the metric of its problem type.
-3. Sufficient a text-only judge sees question, correct answer and observation; drop the trace unless it says that the
-              answer follows from the observation alone.
+1. Generate   a strong vision-language model sees the media and the question, never the gold answer, and
+              writes a trace `<observation>…</observation> <think>…</think><answer>…</answer>`.
+2. Verify     drop a trace that breaks the template, or whose answer scores under 0.6 by the metric of its
+              problem type.
+3. Sufficient a text-only judge sees question, correct answer and observation; drop the trace unless it says
+              that the answer follows from the observation alone.
 
-This file is also where every stage gets its records, its frames and its prompt: `load_records`, `read_frames`,
-`build_prompt`. It needs no torch.
+This file is also where every stage gets its records, its frames and its prompt: `load_records`,
+`read_frames`, `build_prompt`. It needs no torch.
 
     python gen_cot.py --model tiny             # the toy world, traces by a scripted teacher: seconds
 
 Our choices where the paper is silent (cited by number in the code):
- 1. Frames are sampled at 2 per second, evenly from the first to the last, an even number between 4 and `--num-frames`
-    (never more than the clip has, rounded down to even; a clip of one frame gives it twice). The sampled rate that
-    later sets the positions is the number of sampled frames over the clip's duration.
- 2. Both sides of a frame are rounded to multiples of 28 (patch 14 × merge 2) within the pixel budget, aspect kept.
+ 1. Frames are sampled at 2 per second, evenly from the first to the last, an even number between 4 and
+    `--num-frames` (never more than the clip has, rounded down to even; a clip of one frame gives it twice).
+    The sampled rate that later sets the positions is the number of sampled frames over the clip's duration.
+ 2. Both sides of a frame are rounded to multiples of 28 (patch 14 × merge 2) within the pixel budget, aspect
+    kept.
  3. The options stand once in the prompt: they are appended unless the question already holds them.
 """
 import argparse
@@ -41,10 +44,11 @@ IMAGE_PIXELS = (4 * FACTOR**2, 256 * FACTOR**2)  # least and most pixels of a st
 PROMPT = """Question: {question}
 
 Work through three parts in this order, and do not stop after the first one.
-1. Decide what the question asks and which visual evidence would settle it. Then write that evidence down in a single \
-paragraph between <observation> and </observation>, opening with "Based on the question, I need to notice".
-2. Between <think> and </think>, reason step by step from what you observed, the way one talks to oneself, checking and \
-correcting where needed. Open with "Based on the observations,".
+1. Decide what the question asks and which visual evidence would settle it. Then write that evidence down in \
+a single paragraph between <observation> and </observation>, opening with "Based on the question, I need to \
+notice".
+2. Between <think> and </think>, reason step by step from what you observed, the way one talks to oneself, \
+checking and correcting where needed. Open with "Based on the observations,".
 3. Between <answer> and </answer>, state a concise final answer that agrees with both. {answer_form}"""
 
 ANSWER_FORMS = {
@@ -55,10 +59,12 @@ ANSWER_FORMS = {
     "regression": "Give your best estimate as a number and nothing else.",
 }
 
-# What a model name stands for. A stage takes the entries that are its own flags; everything can be overridden.
+# What a model name stands for. A stage takes the entries that are its own flags; everything can be
+# overridden.
 TINY = dict(
-    base=os.environ.get("TINYBASE", "data/toy/base"), media_root="data/toy", cot_data="data/toy/cot.jsonl", traces="data/toy/traces.jsonl",
-    rl_data="data/toy/rl.jsonl", test_data="data/toy/test.jsonl", judge="rule",
+    base=os.environ.get("TINYBASE", "data/toy/base"), media_root="data/toy", cot_data="data/toy/cot.jsonl",
+    traces="data/toy/traces.jsonl", rl_data="data/toy/rl.jsonl", test_data="data/toy/test.jsonl",
+    judge="rule",
 )
 OFFICIAL = dict(
     media_root="data/Video-R1-data", cot_data="data/VideoP2R-162k_sft.part*.json.gz",
@@ -86,12 +92,14 @@ def add_data_args(parser, data_help):
     data.add_argument("--data", help=data_help)
     data.add_argument("--media-root", help="folder that the records' paths are relative to")
     data.add_argument("--limit", type=int, help="use only the first N records")
-    data.add_argument("--prompt-file", help="a text file with {question} and {answer_form} in place of our prompt")
+    data.add_argument("--prompt-file",
+                      help="a text file with {question} and {answer_form} in place of our prompt")
     return model, data
 
 
 def add_vision_args(parser, num_frames=16, max_pixels=128):
-    """Add the group 'vision': the budget per video (data set card: 16 frames of 128·28² pixels for training)."""
+    """Add the group 'vision': the budget per video (data set card: 16 frames of 128·28² pixels for
+    training)."""
     vision = parser.add_argument_group("vision")
     vision.add_argument("--num-frames", type=int, default=num_frames,
                         help="most frames per video (paper: 16 for training, 32 for evaluation)")
@@ -101,10 +109,12 @@ def add_vision_args(parser, num_frames=16, max_pixels=128):
 
 
 def parse_args(parser, stage_presets, data_key):
-    """Parse the command line with the defaults of the chosen model: its preset, then the stage's own settings."""
+    """Parse the command line with the defaults of the chosen model: its preset,
+    then the stage's own settings."""
     name = parser.parse_known_args()[0].model
     if name not in PRESETS and not os.path.isdir(name) and name.count("/") != 1:
-        raise UserError(f"Unknown model {name!r}: pass one of {', '.join(PRESETS)}, a local folder or a hub id (org/name).")
+        raise UserError(f"Unknown model {name!r}: pass one of {', '.join(PRESETS)}, a local folder "
+                        "or a hub id (org/name).")
     preset = PRESETS.get(name, dict(OFFICIAL, base=name))
     preset = {**preset, "data": preset[data_key], **stage_presets.get(name, {})}
     known = {action.dest for action in parser._actions}
@@ -131,11 +141,13 @@ def load_records(paths, media_root=None):
 
     Args:
         paths: a path, a glob pattern, or a list of them; the files are read in sorted order and concatenated.
-        media_root: folder of the media; where given, each record gets `media`, its medium's path below that folder.
+        media_root: folder of the media; where given, each record gets `media`,
+            its medium's path below that folder.
 
     Returns:
-        list of dict with the data set's field names: `problem_id, problem, data_type, problem_type, options` (list of
-        str), `solution` (with its answer tags), `path`, `data_source`, and whatever else the file carries.
+        list of dict with the data set's field names: `problem_id, problem, data_type, problem_type, options`
+        (list of str), `solution` (with its answer tags), `path`, `data_source`, and whatever else the file
+        carries.
 
     Raises:
         UserError: no such file, not JSON, or a record that lacks a field (named with file and index).
@@ -145,7 +157,8 @@ def load_records(paths, media_root=None):
     for pattern in map(str, patterns):
         found = sorted(glob.glob(pattern))
         if not found:
-            raise UserError(f"No data file {pattern}: pass --data, or see the README on what to download and where to.")
+            raise UserError(f"No data file {pattern}: pass --data, or see the README on what to download "
+                            "and where to.")
         files += found
     return [normalise(record, f"{file}, record {i}", media_root)
             for file in files for i, record in enumerate(read_json(file))]
@@ -160,7 +173,8 @@ def read_json(file):
             return json.loads(text)
         return [json.loads(line) for line in text.split("\n") if line.strip()]  # not at U+2028 and its like
     except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise UserError(f"{file} can't be read as JSON or JSON Lines ({error}): download or make it again.") from None
+        raise UserError(f"{file} can't be read as JSON or JSON Lines ({error}): download or make it "
+                        "again.") from None
 
 
 def normalise(record, where, media_root=None):
@@ -171,7 +185,8 @@ def normalise(record, where, media_root=None):
         if not isinstance(record.get(field), str) or not record[field]:
             raise UserError(f"{where}: the field {field!r} is missing or not a text.")
     if record["problem_type"] not in PROBLEM_TYPES:
-        raise UserError(f"{where}: unknown problem_type {record['problem_type']!r}, known are {', '.join(PROBLEM_TYPES)}.")
+        raise UserError(f"{where}: unknown problem_type {record['problem_type']!r}, "
+                        f"known are {', '.join(PROBLEM_TYPES)}.")
     if record["data_type"] not in ("image", "video"):
         raise UserError(f"{where}: data_type is {record['data_type']!r}, not image or video.")
     record = dict(record, options=parse_options(record.get("options"), where))
@@ -193,7 +208,8 @@ def parse_options(options, where):
             try:
                 options = ast.literal_eval(options)  # parses literals only, evaluates nothing
             except (ValueError, SyntaxError):
-                raise UserError(f"{where}: the options can't be parsed as a list: {options[:80]!r}.") from None
+                raise UserError(f"{where}: the options can't be parsed as a list: "
+                                f"{options[:80]!r}.") from None
     options = options or []
     if not isinstance(options, (list, tuple)):
         raise UserError(f"{where}: the options are no list: {str(options)[:80]!r}.")
@@ -201,7 +217,8 @@ def parse_options(options, where):
 
 
 def media_path(media_root, path, where):
-    """The record's path below the media root, with or without a leading `Evaluation/`; it can't leave the root."""
+    """The record's path below the media root, with or without a leading `Evaluation/`;
+    it can't leave the root."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if path.startswith("/") or ".." in parts:
         raise UserError(f"{where}: the path {path!r} leaves the media root.")
@@ -214,17 +231,19 @@ def keep_with_media(records, media_root):
     """The records whose medium is there; the rest are counted aloud. Raises UserError where none is left."""
     present = [record for record in records if os.path.isfile(record["media"])]
     if not present:
-        raise UserError(f"None of the {len(records)} records has its medium below {media_root}: pass --media-root, "
-                        "or see the README on what to download and where to.")
+        raise UserError(f"None of the {len(records)} records has its medium below {media_root}: pass "
+                        "--media-root, or see the README on what to download and where to.")
     if len(present) < len(records):
-        print(f"{len(records) - len(present)} of {len(records)} records left out: their media are not below {media_root}.")
+        print(f"{len(records) - len(present)} of {len(records)} records left out: "
+              f"their media are not below {media_root}.")
     return present
 
 
 # --- frames -------------------------------------------------------------------------------------------------
 
 def frame_indices(total, duration, num_frames=16, fps=2.0, min_frames=4):
-    """Indices of the sampled frames of a clip, int64 (T,), evenly spaced from the first to the last (choice 1).
+    """Indices of the sampled frames of a clip, int64 (T,), evenly spaced from the first to the last
+    (choice 1).
 
     Args:
         total: frames in the clip. duration: seconds. num_frames: most frames. fps: frames wanted per second.
@@ -234,12 +253,14 @@ def frame_indices(total, duration, num_frames=16, fps=2.0, min_frames=4):
 
 
 def fit_size(height, width, max_pixels, min_pixels=IMAGE_PIXELS[0]):
-    """(height, width) as multiples of 28 with min_pixels ≤ area ≤ max_pixels and the aspect kept (choice 2)."""
+    """(height, width) as multiples of 28 with min_pixels ≤ area ≤ max_pixels and the aspect kept
+    (choice 2)."""
     h, w = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
     if h * w > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
         longest = max_pixels // FACTOR**2 * FACTOR  # of a strip that is one block wide
-        h, w = (min(max(FACTOR, math.floor(side / scale / FACTOR) * FACTOR), longest) for side in (height, width))
+        h, w = (min(max(FACTOR, math.floor(side / scale / FACTOR) * FACTOR), longest)
+                for side in (height, width))
     elif h * w < min_pixels:
         scale = math.sqrt(min_pixels / (height * width))
         h, w = (math.ceil(side * scale / FACTOR) * FACTOR for side in (height, width))
@@ -279,7 +300,8 @@ def decode_with_pyav(path, num_frames):
     import av
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        frames = [np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90) for frame in container.decode(stream)]
+        frames = [np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+                  for frame in container.decode(stream)]
         rate = float(stream.average_rate or stream.guessed_rate or 2)
     seconds = len(frames) / rate
     return np.stack([frames[i] for i in frame_indices(len(frames), seconds, num_frames)]), seconds
@@ -307,7 +329,8 @@ def resize(frames, max_pixels):
 
 
 def read_media(record, num_frames=16, max_pixels=128):
-    """The record's frames and sampled fps (None for an image); `max_pixels` in units of 28×28. Raises MediaError."""
+    """The record's frames and sampled fps (None for an image);
+    `max_pixels` in units of 28×28. Raises MediaError."""
     if record["data_type"] == "image":
         return read_image(record["media"]), None
     return read_frames(record["media"], num_frames, max_pixels * FACTOR**2)
@@ -316,11 +339,13 @@ def read_media(record, num_frames=16, max_pixels=128):
 # --- the prompt ---------------------------------------------------------------------------------------------
 
 def build_prompt(record, template=PROMPT):
-    """The one prompt of generation, SFT, RL and evaluation: question, options (once, choice 3), three parts, answer form."""
+    """The one prompt of generation, SFT, RL and evaluation: question, options (once, choice 3),
+    three parts, answer form."""
     question, options = record["problem"].strip(), record.get("options") or []
     if options and not all(option in question for option in options):
         question += "\nOptions:\n" + "\n".join(options)
-    return template.replace("{answer_form}", ANSWER_FORMS[record["problem_type"]]).replace("{question}", question)
+    return template.replace("{answer_form}", ANSWER_FORMS[record["problem_type"]]).replace(
+        "{question}", question)
 
 
 def load_template(prompt_file):
@@ -339,24 +364,45 @@ def load_template(prompt_file):
 # --- the pipeline -------------------------------------------------------------------------------------------
 
 def add_judge_args(group, default):
-    """Who says whether an observation is sufficient (Sec. 3.1 step 3, Eq. 3)."""
+    """Who says whether an observation is sufficient (Sec. 3.1 step 3, Eq. 3), and how answers are scored."""
     group.add_argument("--judge", default=default,
-                       help="rule (exact, by the records' evidence; no LLM), anthropic:MODEL, openai:MODEL@BASE_URL"
-                            + (", or self (the frozen base judges)" if default == "self" else ""))
-    group.add_argument("--judge-prompt-file", help="a text file with {question}, {answer} and {observation} in place of "
-                                                   "our prompt to the judge")
-    group.add_argument("--scoring", default="paper", choices=["paper", "lenient"], help="how answers are compared")
+                       help="rule (exact, by the records' evidence; no LLM), anthropic:MODEL, "
+                            "openai:MODEL@BASE_URL"
+                            + (", or self (the frozen base)" if default == "self" else ""))
+    group.add_argument("--judge-prompt-file", help="a text file with {question}, {answer} and {observation} "
+                                                   "in place of our prompt to the judge")
+    group.add_argument("--judge-cache", default="runs/judge-cache", help="folder of a remote judge's replies")
+    group.add_argument("--judge-concurrency", type=int, default=8, help="requests in flight at most")
+    group.add_argument("--judge-max-calls", type=int, help="the run stops after this many requests")
+    group.add_argument("--scoring", default="paper", choices=["paper", "lenient"],
+                       help="how answers are compared")
+
+
+def judge_from(args, generate=None):
+    """The judge that the arguments of `add_judge_args` ask for."""
+    return make_judge(args.judge, args.judge_prompt_file, generate, cache_dir=args.judge_cache,
+                      concurrency=args.judge_concurrency, max_calls=args.judge_max_calls)
+
+
+def print_stats(judge):
+    """One line of what a judge cost; nothing for the rule, which costs nothing."""
+    if judge.stats["calls"] or judge.stats["cache_hits"]:
+        print("judge: " + ", ".join(f"{value:.0f} {name.replace('_', ' ')}"
+                                    for name, value in judge.stats.items()))
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     _, data = add_data_args(parser, "questions: JSON list or JSON Lines, .gz or plain, globs allowed")
     data.add_argument("--traces", help="raw traces by the teacher: JSON Lines of {problem_id, output}")
     algorithm = parser.add_argument_group("algorithm")
-    algorithm.add_argument("--threshold", type=float, default=0.6, help="least answer score that is kept (paper: 0.6)")
+    algorithm.add_argument("--threshold", type=float, default=0.6,
+                           help="least answer score that is kept (paper: 0.6)")
     add_judge_args(algorithm, default=None)
     run = parser.add_argument_group("run")
-    run.add_argument("--output", type=Path, help="file for the kept records (default: runs/<model>/gen_cot/cot.jsonl)")
+    run.add_argument("--output", type=Path,
+                     help="file for the kept records (default: runs/<model>/gen_cot/cot.jsonl)")
     return parse_args(parser, {}, data_key="cot_data")
 
 
@@ -373,7 +419,8 @@ def load_traces(path):
 
 
 def verify(records, traces, judge, threshold=0.6, scoring="paper"):
-    """Steps 2 and 3 (Sec. 3.1): why each record's trace is rejected, None where it is kept; and the answer scores.
+    """Steps 2 and 3 (Sec. 3.1): why each record's trace is rejected, None where it is kept;
+    and the answer scores.
 
     Returns (reasons, scores): list of str or None in the order of REASONS, list of float.
     """
@@ -402,8 +449,9 @@ def kept_record(record, output, score):
     """A record of the official release's schema from a question and its verified trace."""
     trace = parse_trace(output)
     kept = {k: v for k, v in record.items() if k != "media"}
-    return dict(kept, answer=record["solution"].replace("<answer>", "").replace("</answer>", ""), output=output, reward=score,
-                observation=f"<observation>{trace.observation}</observation>", process=f"<think>{trace.think}</think>")
+    return dict(kept, answer=record["solution"].replace("<answer>", "").replace("</answer>", ""),
+                output=output, reward=score, observation=f"<observation>{trace.observation}</observation>",
+                process=f"<think>{trace.think}</think>")
 
 
 def write_jsonl(path, rows):
@@ -416,7 +464,8 @@ def write_jsonl(path, rows):
 
 
 def print_yield(records, reasons):
-    """The paper's Table 3 for this run: questions, rejections by reason, and what was kept, per problem type."""
+    """The paper's Table 3 for this run: questions, rejections by reason, and what was kept,
+    per problem type."""
     columns = ["questions"] + REASONS + ["kept"]
     print("".join(f"{c:>{len(c) + 3}}" for c in ["problem type   "] + columns))
     for kind in list(PROBLEM_TYPES) + ["all"]:
@@ -429,10 +478,11 @@ def main(args):
     if args.traces is None or args.judge is None:
         raise UserError("gen_cot.py needs the teacher's traces and a judge: pass --traces FILE and --judge.")
     records = load_records(args.data)[:args.limit]
-    judge = make_judge(args.judge, prompt_file=args.judge_prompt_file)
+    judge = judge_from(args)
     traces = load_traces(args.traces)
     reasons, scores = verify(records, traces, judge, args.threshold, args.scoring)
     print_yield(records, reasons)
+    print_stats(judge)
     output = args.output or args.run_dir / "gen_cot" / "cot.jsonl"
     kept = [dict(kept_record(record, traces[str(record["problem_id"])], score), scoring=args.scoring)
             for record, reason, score in zip(records, reasons, scores) if reason is None]

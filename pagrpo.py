@@ -1,6 +1,8 @@
-"""PA-GRPO: each token of a completion gets the advantage of its own process and of no other (VideoP2R, Sec. 3.2).
+"""PA-GRPO: each token of a completion gets the advantage of its own process and of no other
+(VideoP2R, Sec. 3.2).
 
-A completion is perception o_P, the observation, and reasoning o_R, think and answer. Each process has its own reward:
+A completion is perception o_P, the observation, and reasoning o_R, think and answer.
+Each process has its own reward:
 
     R_P = judge finds the observation sufficient (0/1)  + format (0/1) + length bonus              (Eq. 3, 5)
     R_R = metric of the problem type in [0, 1]          + format (0/1) + length bonus              (Eq. 4, 5)
@@ -13,31 +15,35 @@ which goes to the tokens of o_{i,k} alone:
 
     J = E[ 1/G Σ_i Σ_k ( min(ρ A, clip(ρ, 1-ε, 1+ε) A) - β KL(π_θ || π_ref) ) ]                     (Eq. 7)
 
-with ρ the likelihood ratio of the policy to the policy that sampled, per token, and π_ref the frozen model after SFT.
+with ρ the likelihood ratio of the policy to the policy that sampled, per token,
+and π_ref the frozen model after SFT.
 
     python pagrpo.py --model tiny              # two laptop cores: about seven minutes
     python pagrpo.py --model qwen2.5-vl-7b     # one consumer GPU
 
-Why the loss is about 0: with one gradient step per rollout (μ = 1) the ratio ρ is exactly 1, the advantages of a group
-add up to 0, and so does the policy term. Its gradient, A · ∇ log π, does not. Watch the rewards, not the loss.
+Why the loss is about 0: with one gradient step per rollout (μ = 1) the ratio ρ is exactly 1, the advantages
+of a group add up to 0, and so does the policy term. Its gradient, A · ∇ log π, does not. Watch the rewards,
+not the loss.
 
 Shapes: G completions per group, P prompt tokens, T completion tokens, S packed tokens, D hidden size.
 
 Our choices where the paper is silent (cited by number in the code):
  1. Segments partition the completion. P is everything up to and including the token that completes the first
-    `</observation>`; R is the rest, end-of-sequence included. Never closed: P runs to the first `<think>`, else to the
-    end. Never opened: everything is R. Boundaries are found on the sampled ids, never by re-tokenising text.
- 2. A completion's loss is the mean over each process's tokens, summed over the two: Eq. 7 read literally. An empty
-    segment contributes 0. `--loss-average completion` takes one mean over all tokens, as the peers do.
+    `</observation>`; R is the rest, end-of-sequence included. Never closed: P runs to the first `<think>`,
+    else to the end. Never opened: everything is R. Boundaries are found on the sampled ids, never by
+    re-tokenising text.
+ 2. A completion's loss is the mean over each process's tokens, summed over the two: Eq. 7 read literally. An
+    empty segment contributes 0. `--loss-average completion` takes one mean over all tokens, as the peers do.
  3. std is the unbiased estimate plus 1e-4; a group with equal rewards gets exact zeros.
- 4. KL per token is exp(x) - x - 1 with x = log π_ref - log π clamped to ±10 (the k3 estimator), in the segment's mean.
- 5. Completions are sampled at temperature 1 from the whole vocabulary but for visual and chat-control tokens; the
-    sampled ids are kept and trained on as they are; those cut at the limit count as truncated.
- 6. A judge that fails yields "unknown": that completion leaves its group's perception mean and std and gets perception
-    advantage 0; it is never scored 0.
- 7. Ablations (Table 2). `--algorithm grpo` is `--without perception`: the reasoning reward's advantage on all tokens,
-    averaged by completion. `--without reasoning` is its mirror image. `--without separation`: the sum of both rewards on
-    all tokens. `--without length`: no length bonus.
+ 4. KL per token is exp(x) - x - 1 with x = log π_ref - log π clamped to ±10 (the k3 estimator), in the
+    segment's mean.
+ 5. Completions are sampled at temperature 1 from the whole vocabulary but for visual and chat-control tokens;
+    the sampled ids are kept and trained on as they are; those cut at the limit count as truncated.
+ 6. A judge that fails yields "unknown": that completion leaves its group's perception mean and std and gets
+    perception advantage 0; it is never scored 0.
+ 7. Ablations (Table 2). `--algorithm grpo` is `--without perception`: the reasoning reward's advantage on all
+    tokens, averaged by completion. `--without reasoning` is its mirror image. `--without separation`: the sum
+    of both rewards on all tokens. `--without length`: no length bonus.
 """
 import argparse
 import json
@@ -53,12 +59,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from gen_cot import (add_data_args, add_judge_args, add_vision_args, keep_with_media, load_records, load_template,
-                     parse_args)
-from rewards import accuracy_reward, format_rewards, length_reward, make_judge, parse_trace
+from gen_cot import (add_data_args, add_judge_args, add_vision_args, judge_from, keep_with_media,
+                     load_records, load_template, parse_args, print_stats)
+from rewards import UserError, accuracy_reward, format_rewards, length_reward, parse_trace
 from sft import (Prompt, add_model_args, add_training_args, core, cosine_lr, embed_prompts, encode_batch,
-                 encode_text, load_model, log_line, logprobs_from_hidden, optimiser_step, prepare_for_training,
-                 save_adapter, seed_everything, use_adapter)
+                 encode_text, load_model, log_line, logprobs_from_hidden, optimiser_step,
+                 prepare_for_training, save_adapter, seed_everything, use_adapter)
 
 STAGE_PRESETS = {"tiny": dict(
     lr=4e-4, lora_rank=32, updates=200, prompts_per_update=8, max_completion_tokens=112,
@@ -71,24 +77,27 @@ STAGE_PRESETS = {"tiny": dict(
 def rollout(model, prompts, tokenizer, num_generations, max_tokens, generator=None, greedy=False):
     """Sample `num_generations` completions for each prompt (choice 5).
 
-    Each prompt is prefilled once and its key-value cache copied to its group; all groups decode in one loop, every step
-    with our own positions.
+    Each prompt is prefilled once and its key-value cache copied to its group; all groups decode in one loop,
+    every step with our own positions.
 
     Args:
-        prompts: B of Prompt with embeds. max_tokens: T, the completions' limit. greedy: take the likeliest token.
+        prompts: B of Prompt with embeds. max_tokens: T, the completions' limit.
+        greedy: take the likeliest token.
 
     Returns:
-        completion_ids (B·G, T) int64, padded behind the end-of-sequence token; completion_mask (B·G, T) bool, true up
-        to and including it; logprobs (B·G, T) float32 of the sampled tokens.
+        completion_ids (B·G, T) int64, padded behind the end-of-sequence token; completion_mask (B·G, T) bool,
+        true up to and including it; logprobs (B·G, T) float32 of the sampled tokens.
     """
     qwen, head = core(model).model, core(model).lm_head
     device, G = prompts[0].embeds.device, num_generations
     width = max(len(p.input_ids) for p in prompts)
-    pads = [width - len(p.input_ids) for p in prompts]
-    embeds = torch.stack([F.pad(p.embeds, (0, 0, n, 0)) for p, n in zip(prompts, pads)])  # (B, P, D), padded on the left
-    positions = torch.stack([F.pad(p.positions, (n, 0)) for p, n in zip(prompts, pads)], dim=1).to(device)  # (3, B, P)
+    pads = [width - len(p.input_ids) for p in prompts]  # on the left
+    embeds = torch.stack([F.pad(p.embeds, (0, 0, n, 0)) for p, n in zip(prompts, pads)])  # (B, P, D)
+    positions = torch.stack([F.pad(p.positions, (n, 0)) for p, n in zip(prompts, pads)],  # (3, B, P)
+                            dim=1).to(device)
     attend = torch.arange(width, device=device) >= torch.tensor(pads, device=device)[:, None]  # (B, P)
-    out = qwen.language_model(inputs_embeds=embeds, position_ids=positions, attention_mask=attend.long(), use_cache=True)
+    out = qwen.language_model(inputs_embeds=embeds, position_ids=positions, attention_mask=attend.long(),
+                              use_cache=True)
     cache = out.past_key_values
     cache.batch_repeat_interleave(G)
     hidden = out.last_hidden_state[:, -1].repeat_interleave(G, dim=0)  # (B·G, D)
@@ -101,7 +110,8 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, generator=No
     for _ in range(max_tokens):
         logits = head(hidden).float()
         allowed = logits.index_fill(-1, banned, -torch.inf)
-        token = allowed.argmax(-1) if greedy else torch.multinomial(allowed.softmax(-1), 1, generator=generator)[:, 0]
+        token = (allowed.argmax(-1) if greedy
+                 else torch.multinomial(allowed.softmax(-1), 1, generator=generator)[:, 0])
         token = torch.where(running, token, tokenizer.pad_token_id)
         logprobs.append(-F.cross_entropy(logits, token, reduction="none") * running)
         ids.append(token)
@@ -111,7 +121,8 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, generator=No
             break
         attend = torch.cat([attend, masks[-1][:, None]], dim=1)
         hidden = qwen.language_model(
-            inputs_embeds=qwen.language_model.embed_tokens(token)[:, None], position_ids=position.expand(3, -1)[..., None],
+            inputs_embeds=qwen.language_model.embed_tokens(token)[:, None],
+            position_ids=position.expand(3, -1)[..., None],
             attention_mask={"full_attention": attend[:, None, None, :]}, past_key_values=cache,
             use_cache=True).last_hidden_state[:, 0]
         position = position + 1
@@ -129,8 +140,8 @@ def banned_ids(tokenizer):
 def segment_masks(completion_ids, tokenizer):
     """Which tokens are perception's and which are reasoning's (choice 1).
 
-    The tags are plain ASCII, so decoding token by token, which garbles multi-byte characters split over tokens, leaves
-    every tag intact and gives each character of it an owner.
+    The tags are plain ASCII, so decoding token by token, which garbles multi-byte characters split over
+    tokens, leaves every tag intact and gives each character of it an owner.
 
     Args:
         completion_ids: (G, T) int64 as sampled; what follows the first end-of-sequence token is padding.
@@ -150,9 +161,9 @@ def segment_masks(completion_ids, tokenizer):
         if "<observation>" not in text:
             split = 0
         elif closed >= 0:
-            split = int(np.searchsorted(ends, closed + len("</observation>"))) + 1  # the token of the tag's last character
+            split = int(np.searchsorted(ends, closed + len("</observation>"))) + 1  # the tag's last token
         elif think >= 0:
-            split = int(np.searchsorted(ends, think, side="right"))  # the token of the tag's first character is R's
+            split = int(np.searchsorted(ends, think, side="right"))  # the tag's first token is R's
         else:
             split = length
         perception[g, :split] = True
@@ -167,7 +178,8 @@ def token_text(tokenizer):
 
     def text(i):
         if i not in tokenizer._pieces:
-            tokenizer._pieces[i] = tokenizer.decode([i], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            tokenizer._pieces[i] = tokenizer.decode([i], skip_special_tokens=False,
+                                                    clean_up_tokenization_spaces=False)
         return tokenizer._pieces[i]
     return text
 
@@ -175,7 +187,8 @@ def token_text(tokenizer):
 # --- rewards and advantages ---------------------------------------------------------------------------------
 
 def score(record, completion, lengths, verdict, args):
-    """All rewards of one completion (Eq. 3-5): dict of `perception_…` and `reasoning_…` parts and their two sums.
+    """All rewards of one completion (Eq. 3-5): dict of `perception_…` and `reasoning_…` parts and their two
+    sums.
 
     lengths: (perception, reasoning) tokens. verdict: True, False or None (unknown, choice 6: NaN).
     """
@@ -191,7 +204,8 @@ def score(record, completion, lengths, verdict, args):
 
 
 def group_advantages(rewards):
-    """Advantages (G,) of one group's rewards (G,), Eq. 6 (choice 3); NaN marks an unknown reward, which gets 0."""
+    """Advantages (G,) of one group's rewards (G,), Eq. 6 (choice 3); NaN marks an unknown reward,
+    which gets 0."""
     advantages = torch.zeros_like(rewards)
     known = ~torch.isnan(rewards)
     values = rewards[known]
@@ -201,7 +215,8 @@ def group_advantages(rewards):
 
 
 def process_advantages(perception_rewards, reasoning_rewards, without=None):
-    """(perception_advantages, reasoning_advantages), (G,) each; the whole of every ablation but length (choice 7)."""
+    """(perception_advantages, reasoning_advantages), (G,) each;
+    the whole of every ablation but length (choice 7)."""
     if without == "perception":  # GRPO
         perception_rewards = reasoning_rewards
     elif without == "reasoning":
@@ -216,9 +231,9 @@ def process_advantages(perception_rewards, reasoning_rewards, without=None):
 def token_logprobs(model, prompt, completion_ids, completion_mask):
     """Log-probs of a group's completions under the model, float32 (G, T), 0 at padding, in one pass.
 
-    The pass runs over [prompt, completion 1, …, completion G] with the prompt once. It is exact because a token's
-    hidden state depends on nothing but what it attends to and where it stands: each completion attends to the prompt and
-    to itself, and each one's positions start where the prompt's end.
+    The pass runs over [prompt, completion 1, …, completion G] with the prompt once. It is exact because a
+    token's hidden state depends on nothing but what it attends to and where it stands: each completion
+    attends to the prompt and to itself, and each one's positions start where the prompt's end.
 
     Args:
         prompt: Prompt with embeds (P, D). completion_ids (G, T) int64, completion_mask (G, T) bool.
@@ -228,13 +243,16 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
     rows, steps = completion_mask.nonzero(as_tuple=True)  # whose token, and which of its tokens
     owner = torch.cat([torch.full((P,), -1, device=device), rows])  # (S,)
     order = torch.arange(len(owner), device=device)
-    visible = ((owner[None] == -1) | (owner[None] == owner[:, None])) & (order[None] <= order[:, None])  # (S, S)
-    positions = torch.cat([prompt.positions.to(device), (prompt.next_position + steps).expand(3, -1)], dim=1)  # (3, S)
+    visible = (((owner[None] == -1) | (owner[None] == owner[:, None]))  # (S, S)
+               & (order[None] <= order[:, None]))
+    positions = torch.cat([prompt.positions.to(device), (prompt.next_position + steps).expand(3, -1)],
+                          dim=1)  # (3, S)
     embeds = torch.cat([prompt.embeds, qwen.language_model.embed_tokens(tokens)])[None]
     if torch.is_grad_enabled():
         embeds.requires_grad_()  # checkpointed layers need an input with a gradient
-    hidden = qwen.language_model(inputs_embeds=embeds, position_ids=positions[:, None], use_cache=False,
-                                 attention_mask={"full_attention": visible[None, None]}).last_hidden_state[0]  # (S, D)
+    hidden = qwen.language_model(  # (S, D)
+        inputs_embeds=embeds, position_ids=positions[:, None], use_cache=False,
+        attention_mask={"full_attention": visible[None, None]}).last_hidden_state[0]
     before = torch.where(steps == 0, P - 1, order[P:] - 1)  # the place whose state predicts each token
     logprobs = logprobs_from_hidden(model, hidden[before], tokens)
     return torch.zeros(completion_ids.shape, device=device).masked_scatter(completion_mask, logprobs)
@@ -245,12 +263,14 @@ def pa_grpo_loss(logprobs, old_logprobs, ref_logprobs, perception_mask, reasonin
     """The negative of Eq. 7 for one group.
 
     Args:
-        logprobs, old_logprobs, ref_logprobs: (G, T) of the policy, of the policy that sampled, and of π_ref (None where
-            beta is 0). perception_mask, reasoning_mask: bool (G, T). perception_advantages, reasoning_advantages: (G,).
+        logprobs, old_logprobs, ref_logprobs: (G, T) of the policy, of the policy that sampled, and of π_ref
+            (None where beta is 0). perception_mask, reasoning_mask: bool (G, T). perception_advantages,
+            reasoning_advantages: (G,).
         loss_average: "segment" (Eq. 7) or "completion" (choice 2).
 
     Returns:
-        (loss, metrics): a scalar tensor, and a dict of float with `kl` and `clip_frac`, means over all tokens.
+        (loss, metrics): a scalar tensor, and a dict of float with `kl` and `clip_frac`,
+        means over all tokens.
     """
     ratio = torch.exp(logprobs - old_logprobs)  # ρ, (G, T)
     if beta:
@@ -260,24 +280,28 @@ def pa_grpo_loss(logprobs, old_logprobs, ref_logprobs, perception_mask, reasonin
         kl = torch.zeros_like(logprobs)
 
     def objective(advantages):  # (G, T): what a token of the process with these advantages is worth
-        surrogate = torch.min(ratio * advantages[:, None], ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages[:, None])
+        surrogate = torch.min(ratio * advantages[:, None],
+                              ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages[:, None])
         return surrogate - beta * kl
 
     perception = torch.where(perception_mask, objective(perception_advantages), 0)
     reasoning = torch.where(reasoning_mask, objective(reasoning_advantages), 0)
     p_tokens, r_tokens = perception_mask.sum(1), reasoning_mask.sum(1)  # (G,)
     if loss_average == "segment":
-        per_completion = perception.sum(1) / p_tokens.clamp(min=1) + reasoning.sum(1) / r_tokens.clamp(min=1)  # Σ_k
+        per_completion = (perception.sum(1) / p_tokens.clamp(min=1)  # Σ_k
+                          + reasoning.sum(1) / r_tokens.clamp(min=1))
     else:
         per_completion = (perception + reasoning).sum(1) / (p_tokens + r_tokens).clamp(min=1)
     loss = -per_completion.mean()  # 1/G Σ_i
 
     with torch.no_grad():
-        advantages = perception_mask * perception_advantages[:, None] + reasoning_mask * reasoning_advantages[:, None]
+        advantages = (perception_mask * perception_advantages[:, None]
+                      + reasoning_mask * reasoning_advantages[:, None])
         clipped = ((ratio > 1 + clip_eps) & (advantages > 0)) | ((ratio < 1 - clip_eps) & (advantages < 0))
         tokens = (p_tokens + r_tokens).sum().clamp(min=1)
         mask = perception_mask | reasoning_mask
-        metrics = {"kl": float((kl * mask).sum() / tokens), "clip_frac": float((clipped & mask).sum() / tokens)}
+        metrics = {"kl": float((kl * mask).sum() / tokens),
+                   "clip_frac": float((clipped & mask).sum() / tokens)}
     return loss, metrics
 
 
@@ -312,7 +336,8 @@ def sample_groups(model, records, prompts, tokenizer, generator, args):
     """Embed the prompts, sample G completions of each in one loop, and find whose token is whose."""
     with torch.no_grad():
         embed_prompts(model, prompts)
-    ids, mask, _ = rollout(model, prompts, tokenizer, args.num_generations, args.max_completion_tokens, generator)
+    ids, mask, _ = rollout(model, prompts, tokenizer, args.num_generations,
+                           args.max_completion_tokens, generator)
     parts = zip(*(t.split(args.num_generations) for t in (ids, mask, *segment_masks(ids, tokenizer))))
     return [Group(record, prompt, *tensors) for record, prompt, tensors in zip(records, prompts, parts)]
 
@@ -320,16 +345,20 @@ def sample_groups(model, records, prompts, tokenizer, generator, args):
 def score_groups(groups, tokenizer, judge, args):
     """Fill in texts, scores and advantages; the judge sees all observations of the update in one batch."""
     for group in groups:
-        group.texts = [tokenizer.decode(ids[mask], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        group.texts = [tokenizer.decode(ids[mask], skip_special_tokens=True,
+                                        clean_up_tokenization_spaces=False)
                        for ids, mask in zip(group.completion_ids, group.completion_mask)]
     records = [group.record for group in groups for _ in group.texts]
-    verdicts = iter(judge(records, [parse_trace(text).observation for group in groups for text in group.texts]))
+    verdicts = iter(judge(records, [parse_trace(text).observation for group in groups
+                                    for text in group.texts]))
     for group in groups:
         lengths = zip(group.perception_mask.sum(1).tolist(), group.reasoning_mask.sum(1).tolist())
-        group.scores = [score(group.record, text, n, next(verdicts), args) for text, n in zip(group.texts, lengths)]
+        group.scores = [score(group.record, text, n, next(verdicts), args)
+                        for text, n in zip(group.texts, lengths)]
         device = group.completion_ids.device
         group.perception_advantages, group.reasoning_advantages = (
-            a.to(device) for a in process_advantages(group.rewards("perception"), group.rewards("reasoning"), args.without))
+            a.to(device) for a in process_advantages(group.rewards("perception"), group.rewards("reasoning"),
+                                                     args.without))
 
 
 def update_policy(model, reference, optimizer, groups, lr, args):
@@ -346,10 +375,12 @@ def update_policy(model, reference, optimizer, groups, lr, args):
         totals = {"loss": 0.0, "kl": 0.0, "clip_frac": 0.0}
         for group in groups:
             logprobs = token_logprobs(model, *group.inputs)
-            old_logprobs = logprobs.detach() if group.old_logprobs is None else group.old_logprobs  # μ = 1: ρ = 1
+            old_logprobs = (logprobs.detach() if group.old_logprobs is None  # μ = 1: ρ = 1
+                            else group.old_logprobs)
             loss, metrics = pa_grpo_loss(
                 logprobs, old_logprobs, group.ref_logprobs, group.perception_mask, group.reasoning_mask,
-                group.perception_advantages, group.reasoning_advantages, args.clip_eps, args.beta, args.loss_average)
+                group.perception_advantages, group.reasoning_advantages, args.clip_eps, args.beta,
+                args.loss_average)
             (loss / len(groups)).backward()
             for key, value in {"loss": loss.item(), **metrics}.items():
                 totals[key] += value / len(groups)
@@ -359,7 +390,8 @@ def update_policy(model, reference, optimizer, groups, lr, args):
 
 
 def reward_metrics(groups, tokenizer):
-    """What an update's completions earned, as logged (names in the README); unknown verdicts count in no mean."""
+    """What an update's completions earned, as logged (names in the README);
+    unknown verdicts count in no mean."""
     scores = [s for group in groups for s in group.scores]
     metrics = {"reward": nan_mean([s["perception"] + s["reasoning"] for s in scores])}
     for process in ("perception", "reasoning"):
@@ -389,7 +421,8 @@ def show(group, i=0):
     """One completion on screen: perception in cyan, reasoning in yellow, with both rewards and advantages."""
     text, s = group.texts[i], group.scores[i]
     split = text.find("</observation>") + len("</observation>") if "</observation>" in text else 0
-    tqdm.write(f"\n{group.record['problem']} {' '.join(group.record['options'])}  gold {group.record['solution']}\n"
+    tqdm.write(f"\n{group.record['problem']} {' '.join(group.record['options'])}  "
+               f"gold {group.record['solution']}\n"
                f"\033[36m{text[:split]}\033[33m{text[split:]}\033[0m\n"
                f"perception: reward {s['perception']:.2f}, advantage {group.perception_advantages[i]:+.2f}; "
                f"reasoning: reward {s['reasoning']:.2f}, advantage {group.reasoning_advantages[i]:+.2f}")
@@ -397,24 +430,26 @@ def show(group, i=0):
 
 def train(model, reference, tokenizer, records, args):
     """The RL loop: sample, score, update, log. Writes metrics.jsonl, curves.png and the adapter."""
-    template, config = load_template(args.prompt_file), core(model).config
-    judge = make_judge(args.judge, prompt_file=args.judge_prompt_file,
-                       generate=lambda prompts: self_judge(model, tokenizer, prompts))
+    template, skipped = load_template(args.prompt_file), []
+    judge = judge_from(args, generate=lambda prompts: self_judge(model, tokenizer, prompts))
     optimizer = prepare_for_training(model, args)
     generator = torch.Generator(device=next(model.parameters()).device).manual_seed(args.seed)
     stream = endless(records, args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
-    skipped = []
-    with open(args.output / "metrics.jsonl", "w") as file, tqdm(range(args.updates), desc="PA-GRPO", unit="update") as bar:
+    with open(args.output / "metrics.jsonl", "w") as file, tqdm(range(args.updates), desc="PA-GRPO") as bar:
         for step in bar:
             clock = [time.time()]
             batch = [next(stream) for _ in range(args.prompts_per_update)]
-            encoded = encode_batch(batch, args, template, tokenizer, config, skipped)
+            encoded = encode_batch(batch, args, template, tokenizer, core(model).config, skipped)
             if not encoded:
                 continue
             groups = sample_groups(model, *zip(*encoded), tokenizer, generator, args)
             clock.append(time.time())
-            score_groups(groups, tokenizer, judge, args)
+            try:
+                score_groups(groups, tokenizer, judge, args)
+            except UserError:  # the judge refuses or has had its calls: stop, and keep what has been learnt
+                save_adapter(model, args.output)
+                raise
             clock.append(time.time())
             lr = cosine_lr(step, args.updates, args.lr, args.warmup)
             losses = update_policy(model, reference, optimizer, groups, lr, args)
@@ -422,13 +457,15 @@ def train(model, reference, tokenizer, records, args):
             seconds = dict(zip(("sec/rollout", "sec/judge", "sec/update"), np.diff(clock).tolist()))
             metrics = dict(reward_metrics(groups, tokenizer), **losses, lr=lr, **seconds, peak_gib=peak_gib())
             log_line(file, dict(step=step, **metrics))
-            bar.set_postfix(reward=f"{metrics['reward']:.2f}", P=f"{metrics['rewards/perception_accuracy']:.2f}",
-                            R=f"{metrics['rewards/reasoning_accuracy']:.2f}", kl=f"{metrics['kl']:.3f}")
+            bar.set_postfix({"reward": metrics["reward"], "P": metrics["rewards/perception_accuracy"],
+                             "R": metrics["rewards/reasoning_accuracy"], "kl": metrics["kl"]})
             if step % args.show_every == 0:
                 show(groups[0])
     save_adapter(model, args.output)
     plot_curves(args.output)
-    print(f"{args.updates} updates, {len(skipped)} records skipped; adapter, metrics.jsonl and curves.png in {args.output}")
+    print_stats(judge)
+    print(f"{args.updates} updates, {len(skipped)} records skipped; "
+          f"adapter, metrics.jsonl, curves.png in {args.output}")
 
 
 def endless(records, seed):
@@ -451,17 +488,20 @@ def self_judge(model, tokenizer, prompts, batch=8, max_tokens=256):
 
 
 def peak_gib():
-    """Peak memory of this process so far in GiB: allocated on the GPU, or resident on a machine without one."""
+    """Peak memory of this process so far in GiB: allocated on the GPU,
+    or resident on a machine without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * (1 if sys.platform == "darwin" else 1024) / 2**30)
 
 
 CURVES = {"reward": ["reward"],
           "accuracy": ["rewards/perception_accuracy", "rewards/reasoning_accuracy"],
           "format": ["rewards/perception_format", "rewards/reasoning_format"],
           "tokens": ["length/perception", "length/reasoning"],
-          "groups with equal rewards": [f"frac_reward_zero_std/{k}" for k in ("perception", "reasoning", "sum")],
+          "groups with equal rewards": [f"frac_reward_zero_std/{k}"
+                                        for k in ("perception", "reasoning", "sum")],
           "KL to the reference": ["kl"]}
 
 
@@ -475,7 +515,8 @@ def plot_curves(folder, window=15):
     for axis, (title, keys) in zip(axes.flat, CURVES.items()):
         for key in keys:
             points = [(row["step"], row[key]) for row in rows if row[key] is not None]
-            means = [nan_mean([v for _, v in points[max(0, i - window + 1):i + 1]]) for i in range(len(points))]
+            means = [nan_mean([v for _, v in points[max(0, i - window + 1):i + 1]])
+                     for i in range(len(points))]
             axis.plot([step for step, _ in points], means, label=key.split("/")[-1].removesuffix("_" + title))
         axis.set(title=title, xlabel="update")
         if len(keys) > 1:
@@ -485,36 +526,47 @@ def plot_curves(folder, window=15):
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     model, _ = add_data_args(parser, "questions: JSON list or JSON Lines, .gz or plain, globs allowed")
     add_model_args(model)
     model.add_argument("--adapter", help="folder of the SFT adapter to start from, or none for the base "
                                          "(default: runs/<model>/sft where it is)")
     add_vision_args(parser)
     algorithm = parser.add_argument_group("algorithm")
-    algorithm.add_argument("--algorithm", default="pa-grpo", choices=["pa-grpo", "grpo"], help="grpo: choice 7")
+    algorithm.add_argument("--algorithm", default="pa-grpo", choices=["pa-grpo", "grpo"],
+                           help="grpo: choice 7")
     algorithm.add_argument("--without", choices=["perception", "reasoning", "length", "separation"],
                            help="leave one part of the reward out (Table 2, choice 7)")
-    algorithm.add_argument("--num-generations", type=int, default=8, help="completions per prompt, G (paper: 8)")
-    algorithm.add_argument("--prompts-per-update", type=int, default=7, help="prompts per optimiser step (paper: 7)")
+    algorithm.add_argument("--num-generations", type=int, default=8,
+                           help="completions per prompt, G (paper: 8)")
+    algorithm.add_argument("--prompts-per-update", type=int, default=7,
+                           help="prompts per optimiser step (paper: 7)")
     algorithm.add_argument("--num-iterations", type=int, default=1, help="gradient steps per rollout, μ")
-    algorithm.add_argument("--max-completion-tokens", type=int, default=768, help="completions are cut here (paper: 768)")
+    algorithm.add_argument("--max-completion-tokens", type=int, default=768,
+                           help="completions are cut here (paper: 768)")
     algorithm.add_argument("--clip-eps", type=float, default=0.2, help="ε of Eq. 7")
-    algorithm.add_argument("--beta", type=float, default=0.04, help="β of Eq. 7 (paper: 0.04); 0 skips the reference pass")
+    algorithm.add_argument("--beta", type=float, default=0.04,
+                           help="β of Eq. 7 (paper: 0.04); 0 skips the reference pass")
     algorithm.add_argument("--loss-average", choices=["segment", "completion"],
                            help="choice 2 (default: segment; completion for grpo)")
-    algorithm.add_argument("--perception-length", type=int, nargs=2, default=(128, 320), metavar=("LOW", "HIGH"),
+    algorithm.add_argument("--perception-length", type=int, nargs=2, default=(128, 320),
+                           metavar=("LOW", "HIGH"),
                            help="tokens of an observation that earn the length bonus (paper: 128 320)")
-    algorithm.add_argument("--reasoning-length", type=int, nargs=2, default=(320, 512), metavar=("LOW", "HIGH"),
+    algorithm.add_argument("--reasoning-length", type=int, nargs=2, default=(320, 512),
+                           metavar=("LOW", "HIGH"),
                            help="tokens of think and answer that earn the length bonus (paper: 320 512)")
     algorithm.add_argument("--length-bonus", type=float, default=0.2, help="the length bonus (paper: 0.2)")
     add_judge_args(algorithm, default="self")
-    optimisation = add_training_args(parser, lr=1e-5, lr_help="peak learning rate (paper: 1e-6 on all weights; LoRA wants more)")
-    optimisation.add_argument("--updates", type=int, default=1000, help="optimiser steps at μ = 1 (paper: 1000)")
+    optimisation = add_training_args(
+        parser, lr=1e-5, lr_help="peak learning rate (paper: 1e-6 on all weights; LoRA wants more)")
+    optimisation.add_argument("--updates", type=int, default=1000,
+                              help="optimiser steps at μ = 1 (paper: 1000)")
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="seed of the order and of the sampling")
     run.add_argument("--show-every", type=int, default=25, help="updates between two completions on screen")
-    run.add_argument("--output", type=Path, help="folder for adapter, metrics and curves (default: runs/<model>/pagrpo)")
+    run.add_argument("--output", type=Path,
+                     help="folder for adapter, metrics and curves (default: runs/<model>/pagrpo)")
     args = parse_args(parser, STAGE_PRESETS, data_key="rl_data")
     if args.algorithm == "grpo":
         args.without = "perception"

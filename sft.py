@@ -1,8 +1,9 @@
-"""A 4-bit Qwen2.5-VL with LoRA learns the template from verified traces: VideoP2R's first training stage (Sec. 3.1).
+"""A 4-bit Qwen2.5-VL with LoRA learns the template from verified traces:
+VideoP2R's first training stage (Sec. 3.1).
 
-The language model's linear layers are frozen in nf4 with double quantisation (QLoRA), the vision tower is frozen and
-not quantised, and LoRA adapters on the language model are all that trains. The loss is next-token cross-entropy on the
-assistant's completion only.
+The language model's linear layers are frozen in nf4 with double quantisation (QLoRA), the vision tower is
+frozen and not quantised, and LoRA adapters on the language model are all that trains. The loss is next-token
+cross-entropy on the assistant's completion only.
 
 This file is also where every later stage gets its model and its tensors: `load_model`, `encode_prompt`,
 `rope_positions`, `embed_prompts`, `logprobs_from_hidden`.
@@ -10,11 +11,12 @@ This file is also where every later stage gets its model and its tensors: `load_
     python sft.py --model tiny                 # two laptop cores: about two minutes
     python sft.py --model qwen2.5-vl-7b        # one consumer GPU
 
-Shapes: B samples, S tokens of a sequence, P prompt tokens, T completion tokens, D hidden size, V vocabulary, N patches.
+Shapes: B samples, S tokens of a sequence, P prompt tokens, T completion tokens, D hidden size,
+V vocabulary, N patches.
 
 Our choices where the paper is silent (cited by number in the code):
- 1. M-RoPE positions are computed here, once per sample, from the true sampled frame rate (`rope_positions`), and given
-    to every forward pass; the library's own depend on its version and assume 24 frames per second.
+ 1. M-RoPE positions are computed here, once per sample, from the true sampled frame rate (`rope_positions`),
+    and given to every forward pass; the library's own depend on its version and assume 24 frames per second.
  2. A batch's loss is the mean over all its completion tokens, however it is split into micro-batches.
  3. `--process-agnostic` (Table 2) removes the observation block from the target; the prompt stays the same.
 """
@@ -34,6 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
@@ -48,8 +51,8 @@ PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
-CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{medium}"
-        "<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n")
+CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|>{medium}<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n")
 
 STAGE_PRESETS = {"tiny": dict(lr=1e-3, lora_rank=32, micro_batch=16, max_pixels=4, no_checkpointing=True)}
 
@@ -60,7 +63,8 @@ def add_model_args(model_group):
     """What every stage with a model can be told about it."""
     model_group.add_argument("--no-4bit", action="store_true", help="keep the base in 16 bits (big cards)")
     model_group.add_argument("--lora-rank", type=int, default=64, help="rank of the LoRA adapters")
-    model_group.add_argument("--lora-alpha", type=int, default=None, help="LoRA scale (default: twice the rank)")
+    model_group.add_argument("--lora-alpha", type=int, default=None,
+                             help="LoRA scale (default: twice the rank)")
 
 
 def pick_device():
@@ -80,26 +84,31 @@ def load_base(base, four_bit=True):
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's use of an old name
     device, dtype = pick_device()
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["model.visual", "lm_head"]) if four_bit else None
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["model.visual", "lm_head"]) if four_bit else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            base, dtype=dtype, quantization_config=quantization, attn_implementation="sdpa", device_map={"": device})
+            base, dtype=dtype, quantization_config=quantization, attn_implementation="sdpa",
+            device_map={"": device})
     except (OSError, ValueError) as error:
         raise UserError(f"The model {base} can't be loaded: {str(error).splitlines()[0]}") from None
     model.requires_grad_(False)
-    linears = [(name, "4bit" in type(m).__name__) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    linears = [(name, "4bit" in type(m).__name__)
+               for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     quantised = [name for name, is_4bit in linears if is_4bit]
     strays = [name for name in quantised if "language_model.layers" not in name]
     if strays or (four_bit and not quantised):
-        raise UserError(f"4-bit layers belong in the language model only; found {strays[:3] or 'none at all'} in {base}.")
-    print(f"{base}: {len(quantised)} linear layers in 4 bits, {len(linears) - len(quantised)} not quantised, on {device}.")
+        raise UserError(f"4-bit layers belong in the language model only; "
+                        f"found {strays[:3] or 'none at all'} in {base}.")
+    print(f"{base}: {len(quantised)} linear layers in 4 bits, {len(linears) - len(quantised)} not quantised, "
+          f"on {device}.")
     return model, tokenizer
 
 
 def load_model(base, adapter=None, four_bit=True, lora_rank=64, lora_alpha=None, trainable=True):
-    """The base with a LoRA adapter named `policy`: the one saved in the folder `adapter`, or a fresh one (B = 0).
+    """The base with a LoRA adapter named `policy`: the one saved in the folder `adapter`,
+    or a fresh one (B = 0).
 
     Returns (model, tokenizer). Raises UserError where the adapter is missing or does not fit the base.
     """
@@ -110,7 +119,12 @@ def load_model(base, adapter=None, four_bit=True, lora_rank=64, lora_alpha=None,
         config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha or 2 * lora_rank, target_modules=LORA_TARGETS)
         model = get_peft_model(model, config, adapter_name="policy")
     else:
-        model = PeftModel.from_pretrained(model, str(adapter), adapter_name="policy", is_trainable=trainable)
+        try:
+            model = PeftModel.from_pretrained(model, str(adapter), adapter_name="policy",
+                                              is_trainable=trainable)
+        except (RuntimeError, ValueError, OSError, SafetensorError) as error:  # other shapes, a damaged file
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"The adapter in {adapter} does not fit {base}: {reason}") from None
         check_adapter_acts(model, adapter)
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -123,13 +137,15 @@ def load_model(base, adapter=None, four_bit=True, lora_rank=64, lora_alpha=None,
 def check_adapter(adapter):
     """Raises UserError where the folder holds no saved adapter."""
     if not (Path(adapter) / "adapter_config.json").exists():
-        raise UserError(f"No adapter in {adapter}: train one with sft.py, or pass --adapter none to start from the base.")
+        raise UserError(f"No adapter in {adapter}: train one with sft.py, or pass --adapter none to start "
+                        "from the base.")
 
 
 def check_adapter_acts(model, adapter):
-    """Raises UserError where a loaded adapter changes nothing: its module names did not match the base's."""
-    if all(p.abs().max() == 0 for n, p in model.named_parameters() if "lora_B" in n):
-        raise UserError(f"The adapter in {adapter} has no effect on this base: it was trained for another model or version.")
+    """Raises UserError where a layer's adapter changes nothing: its module names did not match the base's."""
+    if any(p.abs().max() == 0 for n, p in model.named_parameters() if "lora_B" in n):
+        raise UserError(f"The adapter in {adapter} has no effect on this base: "
+                        "it was trained for another model or version.")
 
 
 def core(model):
@@ -139,7 +155,8 @@ def core(model):
 
 @contextlib.contextmanager
 def use_adapter(model, name):
-    """Within the block the adapter `name` acts (None: none does, i.e. the bare base); afterwards `policy` again."""
+    """Within the block the adapter `name` acts (None: none does, i.e. the bare base);
+    afterwards `policy` again."""
     if name is None:
         with model.disable_adapter():
             yield
@@ -181,8 +198,8 @@ class Prompt:
 def pack_frames(frames):
     """Frames uint8 (T, H, W, 3) → the tower's patches float32 (N, 1176) and their grid (t, h, w).
 
-    Two frames make a temporal patch (an odd last one counts twice, so a still image is two equal frames); the patches
-    of one visual token (2 × 2) stand together, which is the order of the library's image processor.
+    Two frames make a temporal patch (an odd last one counts twice, so a still image is two equal frames); the
+    patches of one visual token (2 × 2) stand together, which is the order of the library's image processor.
     """
     if len(frames) % TEMPORAL:
         frames = np.concatenate([frames, frames[-1:]])
@@ -196,13 +213,14 @@ def pack_frames(frames):
 def rope_positions(input_ids, grid_thw, second_per_grid, config):
     """M-RoPE positions of a sequence of text and visual tokens (choice 1; Qwen2.5-VL report).
 
-    Text advances all three axes by one. A visual token of the medium's temporal patch t, row h, column w is at
-    (start + floor(t · interval), start + h, start + w), interval = tokens_per_second · seconds per temporal patch. The
-    text after it starts at one more than the largest position on any axis so far.
+    Text advances all three axes by one. A visual token of the medium's temporal patch t, row h, column w is
+    at (start + floor(t · interval), start + h, start + w), interval = tokens_per_second · seconds per
+    temporal patch. The text after it starts at one more than the largest position on any axis so far.
 
     Args:
         input_ids: (S,) int64 with one placeholder id per visual token.
-        grid_thw: per medium in order, its (t, h, w) in patches. second_per_grid: per medium, seconds per temporal patch.
+        grid_thw: per medium in order, its (t, h, w) in patches.
+        second_per_grid: per medium, seconds per temporal patch.
         config: the model's config (placeholder ids, merge size, tokens_per_second).
 
     Returns:
@@ -216,8 +234,10 @@ def rope_positions(input_ids, grid_thw, second_per_grid, config):
         if visual[i]:
             (t, h, w), seconds = next(media)
             h, w = h // vision.spatial_merge_size, w // vision.spatial_merge_size
-            times = (torch.arange(t, dtype=torch.float64) * (vision.tokens_per_second * seconds)).floor().long()
-            block = torch.stack(torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)
+            times = (torch.arange(t, dtype=torch.float64)
+                     * (vision.tokens_per_second * seconds)).floor().long()
+            block = torch.stack(torch.meshgrid(times, torch.arange(h), torch.arange(w),
+                                               indexing="ij")).flatten(1)
         else:
             length = int(visual[i:].int().argmax()) if visual[i:].any() else len(input_ids) - i
             block = torch.arange(length).expand(3, -1)
@@ -227,11 +247,12 @@ def rope_positions(input_ids, grid_thw, second_per_grid, config):
 
 
 def encode_prompt(text, frames, fps, tokenizer, config):
-    """Chat-format a prompt text with its frames uint8 (T, H, W, 3); fps is the sampled rate, None for an image."""
+    """Chat-format a prompt text with its frames uint8 (T, H, W, 3); fps is the sampled rate,
+    None for an image."""
     pixel_values, grid = pack_frames(frames)
     pad = config.image_token_id if fps is None else config.video_token_id
     placeholder = "<|image_pad|>" if fps is None else "<|video_pad|>"
-    chat = CHAT.format(medium=placeholder, prompt=text.replace("<|", "< |"))  # a question can't write control tokens
+    chat = CHAT.format(medium=placeholder, prompt=text.replace("<|", "< |"))  # it can't write control tokens
     ids = torch.tensor(tokenizer(chat, add_special_tokens=False)["input_ids"])
     at = int((ids == pad).nonzero()[0])
     visual = torch.full((math.prod(grid) // MERGE**2,), pad)
@@ -244,7 +265,8 @@ def encode_text(text, tokenizer):
     """A chat prompt without a medium."""
     chat = CHAT.replace("<|vision_start|>{medium}<|vision_end|>", "").format(prompt=text.replace("<|", "< |"))
     ids = torch.tensor(tokenizer(chat, add_special_tokens=False)["input_ids"])
-    return Prompt(ids, torch.arange(len(ids)).expand(3, -1), torch.empty(0, 2 * 3 * PATCH**2), torch.empty(0, 3, dtype=torch.long))
+    return Prompt(ids, torch.arange(len(ids)).expand(3, -1),
+                  torch.empty(0, 2 * 3 * PATCH**2), torch.empty(0, 3, dtype=torch.long))
 
 
 def encode_record(record, args, template, tokenizer, config):
@@ -256,13 +278,14 @@ def encode_record(record, args, template, tokenizer, config):
 def embed_prompts(model, prompts):
     """Fill in `embeds` of each prompt: token embeddings with the vision tower's features in their places.
 
-    The tower is frozen, so this runs once per prompt and its features serve sampling, policy and reference alike.
+    The tower is frozen, so this runs once per prompt and its features serve sampling,
+    policy and reference alike.
     """
     qwen = core(model).model
     device = qwen.visual.patch_embed.proj.weight.device
     pixels = torch.cat([p.pixel_values for p in prompts]).to(device)
     grids = torch.cat([p.grid_thw for p in prompts]).to(device)
-    features = qwen.visual(pixels, grid_thw=grids).pooler_output if len(grids) else None  # (all visual tokens, D)
+    features = qwen.visual(pixels, grid_thw=grids).pooler_output if len(grids) else None  # (visual tokens, D)
     done = 0
     for prompt in prompts:
         ids = prompt.input_ids.to(device)
@@ -274,7 +297,8 @@ def embed_prompts(model, prompts):
 
 
 def logprobs_from_hidden(model, hidden, targets, chunk=1024):
-    """Log-probability of each target under the head, float32 (M,), from hidden states (M, D) and targets (M,).
+    """Log-probability of each target under the head, float32 (M,), from hidden states (M, D)
+    and targets (M,).
 
     In chunks under checkpointing, so that no (tokens × V) tensor outlives its chunk.
     """
@@ -311,7 +335,8 @@ def strip_tag(text, tag):
 
 
 def sft_loss(model, prompts, completions):
-    """Summed negative log-likelihood of the completions, a scalar; labels are the completion tokens and nothing else.
+    """Summed negative log-likelihood of the completions, a scalar;
+    labels are the completion tokens and nothing else.
 
     Args:
         prompts: B of Prompt with embeds. completions: B of (T,) int64, end-of-sequence included.
@@ -331,8 +356,9 @@ def sft_loss(model, prompts, completions):
     embeds = torch.stack(embeds)
     if torch.is_grad_enabled():
         embeds.requires_grad_()  # checkpointed layers need an input with a gradient
-    hidden = qwen.language_model(inputs_embeds=embeds, attention_mask=attend, use_cache=False,
-                                 position_ids=torch.stack(positions, dim=1).to(device)).last_hidden_state  # (B, S, D)
+    hidden = qwen.language_model(  # (B, S, D)
+        inputs_embeds=embeds, attention_mask=attend, use_cache=False,
+        position_ids=torch.stack(positions, dim=1).to(device)).last_hidden_state
     wanted = torch.cat([h[len(p.input_ids) - 1:n - 1] for h, p, n in zip(hidden, prompts, lengths)])
     return -logprobs_from_hidden(model, wanted, torch.cat(completions).to(device)).sum()
 
@@ -351,7 +377,8 @@ def trainable_parameters(model):
 
 
 def cosine_lr(step, steps, lr, warmup):
-    """Learning rate of step 0 … steps - 1: linear warm-up over the share `warmup`, then a cosine down to 0."""
+    """Learning rate of step 0 … steps - 1: linear warm-up over the share `warmup`,
+    then a cosine down to 0."""
     ramp = max(1, round(warmup * steps))
     if step < ramp:
         return lr * (step + 1) / ramp
@@ -374,14 +401,16 @@ def add_training_args(parser, lr, lr_help):
     group.add_argument("--lr", type=float, default=lr, help=lr_help)
     group.add_argument("--warmup", type=float, default=0.03, help="share of the steps with linear warm-up")
     group.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW (paper: 0.01)")
-    group.add_argument("--max-grad-norm", type=float, default=5.0, help="gradients are clipped to this norm (paper: 5)")
+    group.add_argument("--max-grad-norm", type=float, default=5.0,
+                       help="gradients are clipped to this norm (paper: 5)")
     group.add_argument("--no-checkpointing", action="store_true",
                        help="keep all activations: faster, more memory (the default for tiny)")
     return group
 
 
 def prepare_for_training(model, args):
-    """Checkpointing as asked for, in the variant that keeps gradients alive; returns AdamW over the LoRA weights.
+    """Checkpointing as asked for, in the variant that keeps gradients alive;
+    returns AdamW over the LoRA weights.
 
     Hugging Face checkpoints only in training mode, so `model.train()` turns it on for gradient passes and
     `model.eval()` off for sampling, where it would disable the key-value cache. Nothing here has dropout.
@@ -392,7 +421,8 @@ def prepare_for_training(model, args):
 
 
 def encode_batch(records, args, template, tokenizer, config, skipped):
-    """Pairs (record, Prompt) of the records whose media can be read; the others are listed in `skipped`, never replaced."""
+    """Pairs (record, Prompt) of the records whose media can be read;
+    the others are listed in `skipped`, never replaced."""
     encoded = []
     for record in records:
         try:
@@ -410,10 +440,12 @@ def log_line(file, row):
 
 
 def train(model, tokenizer, records, args):
-    """SFT over the records, `--epochs` times; writes `metrics.jsonl` (loss, grad_norm, lr, sec per step) and the adapter."""
+    """SFT over the records, `--epochs` times; writes `metrics.jsonl`
+    (loss, grad_norm, lr, sec per step) and the adapter."""
     template, config = load_template(args.prompt_file), core(model).config
     optimizer = prepare_for_training(model, args)
-    order = [i for epoch in range(args.epochs) for i in random.Random(args.seed + epoch).sample(range(len(records)), len(records))]
+    order = [i for epoch in range(args.epochs)
+             for i in random.Random(args.seed + epoch).sample(range(len(records)), len(records))]
     batches = [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     args.output.mkdir(parents=True, exist_ok=True)
     skipped = []
@@ -421,8 +453,11 @@ def train(model, tokenizer, records, args):
         for step, batch in enumerate(bar):
             start = time.time()
             encoded = encode_batch([records[i] for i in batch], args, template, tokenizer, config, skipped)
+            if not encoded:
+                continue
             targets = [torch.tensor(tokenizer(target_text(record, args.process_agnostic).replace("<|", "< |"),
-                                              add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])
+                                              add_special_tokens=False)["input_ids"]
+                                    + [tokenizer.eos_token_id])
                        for record, _ in encoded]
             tokens, loss = sum(map(len, targets)), 0.0
             model.train()
@@ -436,21 +471,30 @@ def train(model, tokenizer, records, args):
             norm = optimiser_step(model, optimizer, lr, args.max_grad_norm)
             log_line(metrics, dict(step=step, loss=loss, grad_norm=norm, lr=lr, sec=time.time() - start))
             bar.set_postfix(loss=f"{loss:.3f}")
+    if len(skipped) == len(order):
+        raise UserError(f"None of the {len(records)} media can be read: see the list above.")
     model.eval()
     save_adapter(model, args.output)
-    print(f"SFT on {len(order) - len(skipped)} traces, {len(skipped)} skipped; last loss {loss:.3f}; adapter in {args.output}")
+    print(f"SFT on {len(order) - len(skipped)} traces, {len(skipped)} skipped; last loss {loss:.3f}; "
+          f"adapter in {args.output}")
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model, _ = add_data_args(parser, "verified traces (default: those of gen_cot.py, else the official release)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    model, _ = add_data_args(
+        parser, "verified traces (default: those of gen_cot.py, else the official release)")
     add_model_args(model)
     add_vision_args(parser)
     algorithm = parser.add_argument_group("algorithm")
-    algorithm.add_argument("--process-agnostic", action="store_true", help="no observation block in the target (Table 2)")
-    optimisation = add_training_args(parser, lr=1e-4, lr_help="peak learning rate (paper: 1e-6 on all weights; LoRA wants more)")
-    optimisation.add_argument("--batch-size", type=int, default=16, help="traces per optimiser step (paper: 8 x 2)")
-    optimisation.add_argument("--micro-batch", type=int, default=1, help="traces per forward pass, as many as fit")
+    algorithm.add_argument("--process-agnostic", action="store_true",
+                           help="no observation block in the target (Table 2)")
+    optimisation = add_training_args(
+        parser, lr=1e-4, lr_help="peak learning rate (paper: 1e-6 on all weights; LoRA wants more)")
+    optimisation.add_argument("--batch-size", type=int, default=16,
+                              help="traces per optimiser step (paper: 8 x 2)")
+    optimisation.add_argument("--micro-batch", type=int, default=1,
+                              help="traces per forward pass, as many as fit")
     optimisation.add_argument("--epochs", type=int, default=1, help="passes over the data (paper: 1)")
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="seed of the order and of the fresh adapter")
@@ -466,9 +510,11 @@ def main(args):
     if args.data == args.default_data and (verified.exists() or args.model == "tiny"):
         args.data = verified
     records = load_records(args.data, args.media_root)[:args.limit]
-    bare = next((i for i, r in enumerate(records) if not r.get("output") and not (r.get("observation") and r.get("process"))), None)
+    bare = next((i for i, r in enumerate(records)
+                 if not r.get("output") and not (r.get("observation") and r.get("process"))), None)
     if bare is not None:
-        raise UserError(f"{args.data}, record {bare}: no trace to learn (output, or observation and process): run gen_cot.py first.")
+        raise UserError(f"{args.data}, record {bare}: no trace to learn (output, or observation "
+                        "and process): run gen_cot.py first.")
     records = keep_with_media(records, args.media_root)
     model, tokenizer = load_model(args.base, None, not args.no_4bit, args.lora_rank, args.lora_alpha)
     train(model, tokenizer, records, args)

@@ -23,7 +23,8 @@ class ByteTokenizer:
 
 
 def split_anywhere(text, rng):
-    """The UTF-8 bytes of a text in random pieces of 1 to 12 bytes, so that tags and characters are torn apart."""
+    """The UTF-8 bytes of a text in random pieces of 1 to 12 bytes,
+    so that tags and characters are torn apart."""
     raw, pieces = text.encode(), []
     while raw:
         n = rng.randint(1, 12)
@@ -49,15 +50,16 @@ def slow_split(pieces):
     return len(pieces)
 
 
-PARTS = ["<observation>", "</observation>", "<think>", "</think>", "<answer>", "</answer>", " ", "é", "観察", "🙂", "red", "<",
-         "</", "observation>", "<observation", "\n"]
+PARTS = ["<observation>", "</observation>", "<think>", "</think>", "<answer>", "</answer>", " ", "é", "観察",
+         "🙂", "red", "<", "</", "observation>", "<observation", "\n"]
 
 
 def test_masks_partition_the_completion_wherever_the_tokenizer_splits_it():
     rng = random.Random(0)
     for _ in range(1000):
         if rng.random() < 0.5:
-            text = "<observation>é {0}</observation> <think>{0}観</think><answer>{0}</answer>".format(rng.choice(PARTS))
+            text = "<observation>é {0}</observation> <think>{0}観</think><answer>{0}</answer>".format(
+                rng.choice(PARTS))
         else:
             text = "".join(rng.choices(PARTS, k=rng.randint(1, 14)))
         pieces = split_anywhere(text, rng)
@@ -72,8 +74,8 @@ def test_masks_partition_the_completion_wherever_the_tokenizer_splits_it():
 
 @pytest.mark.parametrize("text, perception", [
     ("<observation>a</observation> <think>b</think><answer>c</answer>", "<observation>a</observation>"),
-    ("<observation>a <think>b</think><answer>c</answer>", "<observation>a "),  # never closed: up to the think block
-    ("<observation>a and on and on", "<observation>a and on and on\n"),  # never closed, no think block: all, the end too
+    ("<observation>a <think>b</think><answer>c</answer>", "<observation>a "),  # never closed: up to <think>
+    ("<observation>a and on and on", "<observation>a and on and on\n"),  # no <think>: all, the end too
     ("<think>b</think><answer>c</answer>", ""),  # never opened
     ("<observation>a</observation> <observation>b</observation>", "<observation>a</observation>"),
 ])
@@ -89,7 +91,7 @@ def test_masks_by_hand(text, perception):
 
 def test_advantages_by_hand():
     nan = math.nan
-    assert pagrpo.group_advantages(torch.tensor([0.1] * 8)).tolist() == [0.0] * 8  # exact, though 0.1 has no exact mean
+    assert pagrpo.group_advantages(torch.tensor([0.1] * 8)).tolist() == [0.0] * 8  # 0.1 has no exact mean
     got = pagrpo.group_advantages(torch.tensor([1.0, 2.0, nan, 3.0]))
     assert got.tolist() == pytest.approx([-1 / 1.0001, 0, 0, 1 / 1.0001])  # unbiased std of 1, 2, 3 is 1
     assert pagrpo.group_advantages(torch.tensor([nan, nan])).tolist() == [0, 0]
@@ -99,8 +101,8 @@ def test_advantages_by_hand():
 def test_ablations_are_the_rows_of_the_table():
     p, r = torch.tensor([0.0, 1, 2, 1]), torch.tensor([2.0, 2, 0, 1])
     a = pagrpo.group_advantages
-    expected = {None: (a(p), a(r)), "length": (a(p), a(r)), "perception": (a(r), a(r)), "reasoning": (a(p), a(p)),
-                "separation": (a(p + r), a(p + r))}
+    expected = {None: (a(p), a(r)), "length": (a(p), a(r)), "perception": (a(r), a(r)),
+                "reasoning": (a(p), a(p)), "separation": (a(p + r), a(p + r))}
     for without, pair in expected.items():
         got = pagrpo.process_advantages(p, r, without)
         assert torch.equal(got[0], pair[0]) and torch.equal(got[1], pair[1])
@@ -154,14 +156,15 @@ def test_loss_and_gradient_equal_a_slow_loop():
     clipped = 0
     for _ in range(200):
         case = random_case(rng)
-        eps, beta, average = rng.choice([0.1, 0.2]), rng.choice([0.0, 0.04]), rng.choice(["segment", "completion"])
+        eps, beta, average = rng.choice([0.1, 0.2]), rng.choice([0.0, 0.04]), rng.choice(
+            ["segment", "completion"])
         loss, metrics = pagrpo.pa_grpo_loss(*case, clip_eps=eps, beta=beta, loss_average=average)
         clipped += metrics["clip_frac"] > 0
         gradient, = torch.autograd.grad(loss, case[0])
         lists = [x.tolist() for x in case]
         assert loss.item() == pytest.approx(slow_objective(*lists, eps, beta, average), abs=1e-6)
-        for i, t in [(i, t) for i in range(len(lists[0])) for t in range(len(lists[0][0]))]:  # central differences
-            values = []
+        for i, t in [(i, t) for i in range(len(lists[0])) for t in range(len(lists[0][0]))]:
+            values = []  # central differences
             for step in (1e-6, -1e-6):
                 lists[0][i][t] += step
                 values.append(slow_objective(*lists, eps, beta, average))
@@ -215,7 +218,8 @@ def group(tiny, toy_records):
     prompts = []
     for record in chosen:
         frames, fps = sft.read_media(record, 16, 4)
-        prompts.append(sft.encode_prompt(sft.build_prompt(record), frames, fps, tokenizer, sft.core(model).config))
+        prompts.append(sft.encode_prompt(sft.build_prompt(record), frames, fps, tokenizer,
+                                         sft.core(model).config))
     with torch.no_grad():
         sft.embed_prompts(model, prompts)
     ids, mask, logprobs = pagrpo.rollout(model, prompts, tokenizer, 4, 60, torch.Generator().manual_seed(0))
@@ -235,11 +239,13 @@ def test_samples_differ_and_hold_no_control_tokens(tiny, group):
 
 
 def test_sampled_and_recomputed_logprobs_agree(tiny, group):
-    """Rollout (key-value cache, padded prompts) and training (packed, no cache) see the same pixels and positions."""
+    """Rollout (key-value cache, padded prompts) and training (packed, no cache) see the same pixels and
+    positions."""
     model, _ = tiny
     prompts, ids, mask, sampled = group
     with torch.no_grad():
-        again = torch.cat([pagrpo.token_logprobs(model, p, ids[i:i + 4], mask[i:i + 4]) for i, p in zip((0, 4), prompts)])
+        again = torch.cat([pagrpo.token_logprobs(model, p, ids[i:i + 4], mask[i:i + 4])
+                           for i, p in zip((0, 4), prompts)])
     assert (again - sampled).abs().max() < 1e-4  # float32 arithmetic on a 4-bit base
 
 
@@ -253,7 +259,8 @@ def hugging_face_logprobs(model, prompt, ids, mask):
         media = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.grid_thw}
         if (prompt.input_ids == qwen.config.video_token_id).any():
             media = {"pixel_values_videos": prompt.pixel_values, "video_grid_thw": prompt.grid_thw}
-        logits = qwen(input_ids=sequence, position_ids=torch.cat([prompt.positions, after], 1)[:, None], **media).logits[0]
+        logits = qwen(input_ids=sequence, position_ids=torch.cat([prompt.positions, after], 1)[:, None],
+                      **media).logits[0]
         rows.append(logits[len(prompt.input_ids) - 1:-1].log_softmax(-1).gather(1, row[:, None])[:, 0])
     return rows
 
@@ -276,8 +283,9 @@ def test_packed_logprobs_and_gradients_equal_hugging_face(tiny, group):
 
 
 def make_args(**changes):
-    defaults = dict(beta=0.04, num_iterations=1, clip_eps=0.2, loss_average="segment", max_grad_norm=5.0, without=None,
-                    scoring="paper", length_bonus=0.2, perception_length=(4, 64), reasoning_length=(4, 64))
+    defaults = dict(beta=0.04, num_iterations=1, clip_eps=0.2, loss_average="segment", max_grad_norm=5.0,
+                    without=None, scoring="paper", length_bonus=0.2, perception_length=(4, 64),
+                    reasoning_length=(4, 64))
     return type("Args", (), defaults | changes)
 
 
@@ -320,7 +328,8 @@ def test_at_the_start_kl_is_zero_and_only_the_policy_gets_gradients(started, gro
     model.zero_grad(set_to_none=True)
 
 
-def test_updates_raise_the_likelihood_of_what_was_rewarded_and_leave_the_reference(started, group, toy_records):
+def test_updates_raise_the_likelihood_of_what_was_rewarded_and_leave_the_reference(
+        started, group, toy_records):
     """μ = 3 steps with real old log-probs: the rewarded completion gains, the punished one loses."""
     model, tokenizer = started
     prompts, ids, mask, _ = group
@@ -353,4 +362,4 @@ def test_unknown_verdicts_are_left_out_and_scores_add_up():
     assert math.isnan(unsure["perception"]) and unsure["reasoning"] == 2.2
     assert pagrpo.score(record, text, (10, 10), True, make_args(without="length"))["perception"] == 2.0
     wrong = pagrpo.score(record, text.replace(">2<", ">3<"), (10, 10), False, make_args())
-    assert (wrong["perception"], wrong["reasoning"]) == (1.0, 1.0)  # format alone; no length bonus without accuracy
+    assert (wrong["perception"], wrong["reasoning"]) == (1.0, 1.0)  # format alone: no bonus without accuracy

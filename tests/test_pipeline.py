@@ -24,14 +24,16 @@ def clone(tmp_path_factory):
 
 def run(folder, command, code=0):
     """Run `python COMMAND` in the folder; returns stdout and stderr together."""
-    done = subprocess.run([sys.executable, *command.split()], cwd=folder, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, *command.split()], cwd=folder, capture_output=True, text=True,
+                          timeout=280)
     text = done.stdout + done.stderr
     assert done.returncode == code, text
     return text
 
 
 def test_all_stages_in_order(clone):
-    """`pagrpo.py` alone prepares the toy data and starts from the base; then each stage finds the one before it."""
+    """`pagrpo.py` alone prepares the toy data and starts from the base;
+    then each stage finds the one before it."""
     alone = run(clone, "pagrpo.py --model tiny --updates 1 --output runs/alone")
     assert "preparing it" in alone and "starting from the base" in alone
     assert not (clone / "runs/tiny").exists()
@@ -44,10 +46,11 @@ def test_all_stages_in_order(clone):
     table = run(clone, "gen_cot.py --model tiny").splitlines()
     counts = next(line.split() for line in table if line.strip().startswith("all "))
     assert counts == ["all", "1400", "0", str(rejected["broken template"]), str(rejected["wrong answer"]),
-                      str(rejected["insufficient observation"]), "0", str(rejected[None])]  # exactly the planted flaws
+                      str(rejected["insufficient observation"]), "0", str(rejected[None])]  # as planted
 
     run(clone, "sft.py --model tiny --limit 32")
-    rl = run(clone, "pagrpo.py --model tiny --updates 2 --prompts-per-update 2 --num-iterations 2 --show-every 1")
+    rl = run(clone, "pagrpo.py --model tiny --updates 2 --prompts-per-update 2 --num-iterations 2 "
+                    "--show-every 1")
     assert "starting from the base" not in rl and "advantage" in rl
     rows = [json.loads(line) for line in open(clone / "runs/tiny/pagrpo/metrics.jsonl")]
     assert len(rows) == 2 and rows[0]["kl"] >= 0 and 0 < rows[0]["length/reasoning"] <= 112

@@ -1,25 +1,24 @@
-"""The toy world: a small synthetic video-QA data set, and a small Qwen2.5-VL that has seen a lot and reasons badly.
+"""The toy world: a small synthetic video-QA data set, and a small Qwen2.5-VL that has seen a lot and reasons
+badly.
 
     python data/toy/prepare.py                 # the data set: under a minute on two cores
     python data/toy/prepare.py --pretrain      # makes data/toy/base again, the stand-in for Qwen2.5-VL-7B
 
-A clip is four to six moments of one second, H.264 in MP4 at 8 frames a second, 56 × 56 pixels: in each moment a
-coloured figure (a shape or a sign) drifts over a noisy ground, and in some clips the light flashes for 0.4 seconds of
-one moment. A picture is a PNG of four figures in reading order. Every question needs a perception (what came when) and
-a reasoning step (count, compare, reverse, multiply, look up the option's letter). Each record carries `evidence`: the
-facts that an observation must state to be sufficient, so that `--judge rule` is exact.
+A clip is four to six moments of one second, H.264 in MP4 at 8 frames a second, 56 × 56 pixels: in each moment
+a coloured figure (a shape or a sign) drifts over a noisy ground, and in some clips the light flashes for 0.4
+seconds of one moment. A picture is a PNG of four figures in reading order. Every question needs a perception
+(what came when) and a reasoning step (count, compare, reverse, multiply, look up the option's letter). Each
+record carries `evidence`: the facts that an observation must state to be sufficient, so that `--judge rule`
+is exact.
 
-Files, all below data/toy: `cot.jsonl`, `rl.jsonl`, `test.jsonl` (records, disjoint by scene), `traces.jsonl` (a
-scripted teacher's raw traces for `cot.jsonl`; the field `flaw` says what was spoilt on purpose, and no stage reads it),
-`media/`, and `base/` (committed).
+Files, all below data/toy: `cot.jsonl`, `rl.jsonl`, `test.jsonl` (records, disjoint by scene), `traces.jsonl`
+(a scripted teacher's raw traces for `cot.jsonl`; the field `flaw` says what was spoilt on purpose, and no
+stage reads it), `media/`, and `base/` (committed).
 """
 import argparse
-import itertools
 import json
-import os
 import pickle
 import random
-import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -31,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the stages live two folders up
 
-from gen_cot import build_prompt, frame_indices  # noqa: E402
+from gen_cot import build_prompt, frame_indices, write_jsonl  # noqa: E402
 from rewards import OBSERVATION_OPENING, THINK_OPENING, accuracy_reward  # noqa: E402
 
 SIZE, FPS = 56, 8  # pixels a side; frames per second of the clips
@@ -48,15 +47,16 @@ SPLITS = {"cot": 1400, "rl": 1600, "test": 500}  # questions, two per scene
 
 # --- scenes -------------------------------------------------------------------------------------------------
 
-def make_scene(rng, counts=(4, 5, 6)):
+def make_scene(rng, clip_counts=(4, 5, 6), picture_counts=(4,)):
     """A scene: its kind, the figures in order, the moment of the flash (or None), the drawing seed."""
     is_clip = rng.random() < 0.8
-    count = rng.choice(counts) if is_clip else min(counts[-1], rng.choice([1, 4]) if counts[0] < 4 else 4)
+    count = rng.choice(clip_counts if is_clip else picture_counts)
     figures = SIGNS if rng.random() < 0.3 else SHAPES
     palette = rng.sample(list(COLOURS), 4)
     flash = rng.randrange(count) if is_clip and figures is SHAPES and rng.random() < 0.3 else None
     return dict(kind="clip" if is_clip else "picture", colours=rng.choices(palette, k=count),
-                figures=rng.choices(figures, k=count), has_signs=figures is SIGNS, flash=flash, seed=rng.getrandbits(32))
+                figures=rng.choices(figures, k=count), has_signs=figures is SIGNS, flash=flash,
+                seed=rng.getrandbits(32))
 
 
 def draw_figure(draw, figure, centre, radius, colour):
@@ -65,9 +65,11 @@ def draw_figure(draw, figure, centre, radius, colour):
     if figure == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=colour, outline=WHITE, width=3)
     elif figure == "square":
-        draw.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill=colour, outline=WHITE, width=3)
+        draw.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill=colour, outline=WHITE,
+                       width=3)
     elif figure == "triangle":
-        draw.polygon([(x, y - r), (x - r, y + 0.8 * r), (x + r, y + 0.8 * r)], fill=colour, outline=WHITE, width=3)
+        draw.polygon([(x, y - r), (x - r, y + 0.8 * r), (x + r, y + 0.8 * r)], fill=colour, outline=WHITE,
+                     width=3)
     elif figure == "cross":
         for width, fill in ((0.8 * r, WHITE), (0.4 * r, colour)):
             draw.line((x - r, y - r, x + r, y + r), fill=fill, width=round(width))
@@ -82,7 +84,7 @@ def draw_frames(scene, seconds):
     """Frames uint8 (T, 56, 56, 3) of a scene at the given times (a picture has one, at 0)."""
     noise = np.random.default_rng(scene["seed"])
     ground = noise.integers(20, 70)
-    path = noise.uniform(0.44, 0.56, size=(len(scene["colours"]), 2, 2)) * SIZE  # per moment: start and end of the drift
+    path = noise.uniform(0.44, 0.56, size=(len(scene["colours"]), 2, 2)) * SIZE  # per moment: drift from, to
     radius = noise.uniform(16, 19, size=len(scene["colours"]))
     frames = []
     for second in seconds:
@@ -92,7 +94,8 @@ def draw_frames(scene, seconds):
         draw = ImageDraw.Draw(image)
         if scene["kind"] == "clip":
             centre = path[moment, 0] + (path[moment, 1] - path[moment, 0]) * (second - moment)
-            draw_figure(draw, scene["figures"][moment], centre, radius[moment], COLOURS[scene["colours"][moment]])
+            draw_figure(draw, scene["figures"][moment], centre, radius[moment],
+                        COLOURS[scene["colours"][moment]])
         elif len(scene["figures"]) == 1:
             draw_figure(draw, scene["figures"][0], path[0, 0], radius[0], COLOURS[scene["colours"][0]])
         else:
@@ -111,7 +114,8 @@ def write_medium(scene, path):
         return
     import av
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "preset": "veryfast", "threads": "1"})
+        stream = container.add_stream("libx264", rate=FPS,
+                                      options={"crf": "18", "preset": "veryfast", "threads": "1"})
         stream.width = stream.height = SIZE
         stream.pix_fmt = "yuv420p"
         for frame in draw_frames(scene, np.arange(len(scene["colours"]) * FPS) / FPS):
@@ -126,13 +130,15 @@ def listing(items):
 
 
 def make_question(scene, rng):
-    """A question about a scene: a record of the data set's fields, `evidence`, and what the teacher says (`look`, `reason`)."""
+    """A question about a scene: a record of the data set's fields, `evidence`, and what the teacher says
+    (`look`, `reason`)."""
     kinds = ["ocr", "ocr", "reverse", "reverse"] if scene["has_signs"] else (
         ["after", "most", "count", "count", "distinct", "change", "seconds", "seconds"]
         + ["flash"] * 6 * (scene["flash"] is not None))
     while True:
         kind = rng.choice(kinds)
-        name = "sign" if scene["has_signs"] else "colour" if kind == "flash" else rng.choice(["colour", "shape"])
+        name = ("sign" if scene["has_signs"] else "colour" if kind == "flash"
+                else rng.choice(["colour", "shape"]))
         values = scene["colours"] if name == "colour" else scene["figures"]
         made = QUESTIONS[kind](values, name, scene, rng)
         if made is not None:
@@ -141,11 +147,12 @@ def make_question(scene, rng):
     if kind == "flash":
         facts[scene["flash"]] += " with a flash"
     question, options, answer, reason, needed = made
-    problem_type = {"after": "multiple choice", "most": "multiple choice", "flash": "multiple choice", "count": "numerical",
-                    "distinct": "numerical", "change": "free-form", "seconds": "regression"}.get(kind, "OCR")
-    return dict(problem=question, problem_type=problem_type, options=options, solution=f"<answer>{answer}</answer>",
-                evidence=[facts[i] for i in needed], data_source=f"toy-{kind}",
-                look=f"the {name}s in order: {listing(facts)}.", reason=reason)
+    problem_type = {"after": "multiple choice", "most": "multiple choice", "flash": "multiple choice",
+                    "count": "numerical", "distinct": "numerical", "change": "free-form",
+                    "seconds": "regression"}.get(kind, "OCR")
+    return dict(problem=question, problem_type=problem_type, options=options,
+                solution=f"<answer>{answer}</answer>", evidence=[facts[i] for i in needed],
+                data_source=f"toy-{kind}", look=f"the {name}s in order: {listing(facts)}.", reason=reason)
 
 
 def choose(right, name, rng):
@@ -186,11 +193,13 @@ def ask_flash(values, name, scene, rng):
 def tally(values, value):
     """(count, the sentence that counts)."""
     places = [ORDINALS[i] for i, v in enumerate(values) if v == value]
-    return len(places), f"{value} is {listing(places)}, that is {len(places)}" if places else f"{value} is never there, that is 0"
+    return len(places), (f"{value} is {listing(places)}, that is {len(places)}" if places
+                         else f"{value} is never there, that is 0")
 
 
 def ask_count(values, name, scene, rng):
-    value = rng.choice(sorted(set(values)) if rng.random() < 0.9 else list(COLOURS) if name == "colour" else SHAPES)
+    value = rng.choice(sorted(set(values)) if rng.random() < 0.9
+                       else list(COLOURS) if name == "colour" else SHAPES)
     count, reason = tally(values, value)
     return f"How many times is {value} there?", [], count, reason + ".", range(len(values))
 
@@ -205,7 +214,8 @@ def ask_seconds(values, name, scene, rng):
     value, each = rng.choice(sorted(set(values))), rng.choice([2, 3, 5])
     count, reason = tally(values, value)
     question = f"If each {name} counts {each} points, how many points does {value} make in all?"
-    return question, [], count * each, f"{reason}, and {count} times {each} is {count * each}.", range(len(values))
+    return (question, [], count * each, f"{reason}, and {count} times {each} is {count * each}.",
+            range(len(values)))
 
 
 def ask_change(values, name, scene, rng):
@@ -244,26 +254,22 @@ def teach(question, flaw, rng):
     if flaw == "wrong answer":
         while accuracy_reward(question["problem_type"], text, question["solution"]) >= 0.6:
             wrong = {"multiple choice": rng.choice("ABCD"), "OCR": " ".join(rng.choices(SIGNS, k=3)),
-                     "free-form": "nothing happens here"}.get(question["problem_type"], str(rng.randrange(40)))
+                     "free-form": "nothing happens here"}.get(
+                         question["problem_type"], str(rng.randrange(40)))
             text = trace(question["look"], question["reason"], wrong)
     elif flaw == "broken template":
-        old, new = rng.choice([("</observation>", ""), ("<think>", ""), ("</answer>", ""), ("</think>", "</think> so "),
-                               ("<observation>", "Sure. <observation>"), ("<think>", "<think></observation>")])
+        old, new = rng.choice([("</observation>", ""), ("<think>", ""), ("</answer>", ""),
+                               ("</think>", "</think> so "), ("<observation>", "Sure. <observation>"),
+                               ("<think>", "<think></observation>")])
         text = text.replace(old, new)
     elif flaw == "insufficient observation":
         fact = rng.choice(question["evidence"])
-        text = trace(question["look"].replace(fact, fact.split()[0] + " something", 1), question["reason"], answer)
+        text = trace(question["look"].replace(fact, fact.split()[0] + " something", 1),
+                     question["reason"], answer)
     return text
 
 
 # --- the files ----------------------------------------------------------------------------------------------
-
-def write_lines(path, rows):
-    """Write JSON Lines so that the file appears whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, path)
-
 
 def prepare(seed, processes=2):
     """Write the media, the three splits and the traces; prints the counts."""
@@ -283,13 +289,14 @@ def prepare(seed, processes=2):
                               data_type="video" if scene["kind"] == "clip" else "image", **question)
                 flaw = rng.choice(FLAWS) if rng.random() < 0.25 else None
                 if split == "cot":
-                    traces.append(dict(problem_id=record["problem_id"], output=teach(question, flaw, rng), flaw=flaw))
+                    traces.append(dict(problem_id=record["problem_id"], output=teach(question, flaw, rng),
+                                       flaw=flaw))
                 splits[split].append({k: v for k, v in record.items() if k not in ("look", "reason")})
     with ProcessPoolExecutor(processes) as pool:
         list(pool.map(write_medium, *zip(*scenes), chunksize=50))
-    write_lines(HERE / "traces.jsonl", traces)
+    write_jsonl(HERE / "traces.jsonl", traces)
     for split, records in splits.items():  # the test split last: its presence says that all is there
-        write_lines(HERE / f"{split}.jsonl", records)
+        write_jsonl(HERE / f"{split}.jsonl", records)
     clips = sum(scene["kind"] == "clip" for scene, _ in scenes)
     print(f"data/toy: {clips} clips and {len(scenes) - clips} pictures; questions: "
           + listing(f"{name} {len(rows)}" for name, rows in splits.items())
@@ -300,9 +307,9 @@ def prepare(seed, processes=2):
 
 # --- the stand-in for Qwen2.5-VL: the real classes, small, pre-trained here ---------------------------------
 
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
-            "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-            "<|image_pad|>", "<|video_pad|>"]
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+            "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
+            "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 CHAT_TEMPLATE = """{% if messages[0].role != 'system' %}<|im_start|>system
 You are a helpful assistant.<|im_end|>
 {% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
@@ -313,30 +320,32 @@ You are a helpful assistant.<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
-# What the base practises, and how often: it sees a lot, reasons badly, and follows the template now and then when asked.
-PRACTICE = {"caption": 0.42, "direct": 0.12, "lookup": 0.18, "reason": 0.20, "template": 0.08}
-FOLLOWS_TEMPLATE = 0.3
-CAPTION_STEPS = 450  # it learns to see first
-CAPTION_COUNTS = (1, 2, 2, 3, 4, 5, 6)
+# What the base practises, in courses of (steps, {task: share}): it learns to see, to see more and to answer,
+# to look up, count and compare in text, and to find what it sees across a long prompt. It comes out seeing a
+# lot, reasoning badly, and following the template now and then.
+COURSES = [
+    (450, dict(caption=1.0)),
+    (750, dict(caption=0.42, direct=0.12, lookup=0.18, reason=0.20, brief=0.05, trace=0.03)),
+    (600, dict(caption=0.15, direct=0.05, lookup=0.25, reason=0.45, brief=0.07, trace=0.03)),
+    (600, dict(caption=0.15, lookup=0.10, reason=0.20, brief=0.28, trace=0.27)),
+]
 
 
-def practice(rng, captions_only=False):
-    """One pre-training sample: (task, scene or None for text only, prompt text, completion text)."""
-    task = "caption" if captions_only else rng.choices(list(PRACTICE), weights=PRACTICE.values())[0]
+def practice(rng, shares):
+    """One pre-training sample: (task, scene or None for text only, prompt text, completion text).
+
+    caption: list what is seen. direct: answer a question at once. lookup: find an option's letter. reason: go
+    from a written observation to the conclusion. brief and trace: the full prompt, answered at once or in the
+    template.
+    """
+    task = rng.choices(list(shares), weights=shares.values())[0]
     if task == "lookup":
         name = rng.choice(["colour", "shape"])
         value = rng.choice(list(COLOURS) if name == "colour" else SHAPES)
         options, _, answer = choose(value, name, rng)
         return task, None, f"Which option is {value}?\nOptions:\n" + "\n".join(options), answer
     if task == "caption":
-        scene = make_scene(rng, CAPTION_COUNTS)
-        name = "sign" if scene["has_signs"] and rng.random() < .7 else rng.choice(["colour", "shape"][:1 + (not scene["has_signs"])])
-        values = scene["colours"] if name == "colour" else scene["figures"]
-        facts = [f"{ordinal} {value}" for ordinal, value in zip(ORDINALS, values)]
-        if scene["flash"] is not None and rng.random() < 0.5:
-            facts[scene["flash"]] += " with a flash"
-            return task, scene, f"List the {name}s in order and the flash.", listing(facts) + "."
-        return task, scene, f"List the {name}s in order.", listing(facts) + "."
+        return task, *caption(rng)
     scene = make_scene(rng)
     question = make_question(scene, rng)
     if task == "reason":
@@ -344,8 +353,22 @@ def practice(rng, captions_only=False):
     if task == "direct":
         return task, scene, build_prompt(question, "{question}\n{answer_form}"), question["solution"]
     answer = question["solution"][len("<answer>"):-len("</answer>")]
-    text = trace(question["look"], question["reason"], answer) if rng.random() < FOLLOWS_TEMPLATE else question["solution"]
+    text = trace(question["look"], question["reason"], answer) if task == "trace" else question["solution"]
     return task, scene, build_prompt(question), text
+
+
+def caption(rng):
+    """(scene, prompt text, completion text) of a caption; short clips and lone figures make the first lessons
+    easy."""
+    scene = make_scene(rng, (1, 2, 2, 3, 4, 5, 6), (1, 4))
+    figure = "sign" if scene["has_signs"] else "shape"
+    name = rng.choice(["colour", figure])
+    facts = [f"{ordinal} {value}" for ordinal, value in
+             zip(ORDINALS, scene["colours"] if name == "colour" else scene["figures"])]
+    if scene["flash"] is not None and rng.random() < 0.5:
+        facts[scene["flash"]] += " with a flash"
+        return scene, f"List the {name}s in order and the flash.", listing(facts) + "."
+    return scene, f"List the {name}s in order.", listing(facts) + "."
 
 
 def make_tokenizer(seed):
@@ -356,14 +379,15 @@ def make_tokenizer(seed):
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = frame.backend_tokenizer.pre_tokenizer
     rng = random.Random(seed)
-    texts = [part for _ in range(4000) for part in practice(rng)[2:]]
+    texts = [part for _ in range(4000) for part in practice(rng, COURSES[1][1])[2:]]
     texts += ["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * 500
     from tokenizers.pre_tokenizers import ByteLevel
     raw.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=1000, initial_alphabet=ByteLevel.alphabet(), show_progress=False))
     bpe = json.loads(raw.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(vocab=bpe["vocab"], merges=[tuple(m) for m in bpe["merges"]], eos_token="<|im_end|>",
-                               pad_token="<|endoftext|>", extra_special_tokens=SPECIALS)
+    tokenizer = Qwen2Tokenizer(vocab=bpe["vocab"], merges=[tuple(m) for m in bpe["merges"]],
+                               eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                               extra_special_tokens=SPECIALS)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -376,54 +400,57 @@ def make_model(tokenizer, seed):
     ids = dict(zip(SPECIALS, tokenizer.convert_tokens_to_ids(SPECIALS)))
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-6, tie_word_embeddings=True, initializer_range=0.06,
-            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-6,
+            tie_word_embeddings=True, initializer_range=0.06, bos_token_id=ids["<|endoftext|>"],
+            eos_token_id=ids["<|im_end|>"],
             rope_parameters=dict(rope_type="default", rope_theta=100.0, mrope_section=[4, 6, 6])),
         vision_config=dict(
-            depth=2, hidden_size=96, intermediate_size=192, num_heads=4, out_hidden_size=128, tokens_per_second=2,
-            fullatt_block_indexes=[1], initializer_range=0.06),
+            depth=2, hidden_size=96, intermediate_size=192, num_heads=4, out_hidden_size=128,
+            tokens_per_second=2, fullatt_block_indexes=[1], initializer_range=0.06),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True)
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True)
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
 def encode_practice(sample, tokenizer, config):
-    """A practice sample as (sft.Prompt, completion ids); clips are drawn at the times the stages would sample."""
+    """A practice sample as (sft.Prompt, completion ids); clips are drawn at the times the stages would
+    sample."""
     import torch
     import sft
-    task, scene, text, completion = sample
+    _, scene, text, completion = sample
     completion_ids = torch.tensor(tokenizer(completion + "<|im_end|>", add_special_tokens=False)["input_ids"])
     if scene is None:
-        chat = sft.CHAT.format(medium="", prompt=text).replace("<|vision_start|><|vision_end|>", "")
-        ids = torch.tensor(tokenizer(chat, add_special_tokens=False)["input_ids"])
-        positions = torch.arange(len(ids)).expand(3, -1)
-        return sft.Prompt(ids, positions, torch.empty(0, 1176), torch.empty(0, 3, dtype=torch.long)), completion_ids
+        return sft.encode_text(text, tokenizer), completion_ids
     if scene["kind"] == "picture":
         return sft.encode_prompt(text, draw_frames(scene, [0]), None, tokenizer, config), completion_ids
     seconds = len(scene["colours"])
     times = frame_indices(seconds * FPS, seconds) / FPS
-    return sft.encode_prompt(text, draw_frames(scene, times), len(times) / seconds, tokenizer, config), completion_ids
+    return sft.encode_prompt(text, draw_frames(scene, times), len(times) / seconds,
+                             tokenizer, config), completion_ids
 
 
 class Practice:
-    """Endless batches of one seed, samples of like length together; a class so that a loader's worker can draw them."""
+    """Endless batches of one seed, samples of like length together; pickled whole,
+    which is fast between processes."""
 
-    def __init__(self, seed, tokenizer, config, batch=32, pool=8):
-        self.rng, self.tokenizer, self.config, self.batch, self.pool = random.Random(seed), tokenizer, config, batch, pool
+    def __init__(self, seed, shares, tokenizer, config, batch=32, pool=8):
+        self.rng, self.shares, self.tokenizer, self.config = random.Random(seed), shares, tokenizer, config
+        self.batch, self.pool = batch, pool
 
     def __iter__(self):
-        for round in itertools.count():
-            samples = [practice(self.rng, round * self.pool < CAPTION_STEPS) for _ in range(self.batch * self.pool)]
-            samples.sort(key=lambda s: (s[0] == "template", s[1] is None, len(s[2]) + len(s[3])))
+        while True:
+            samples = [practice(self.rng, self.shares) for _ in range(self.batch * self.pool)]
+            samples.sort(key=lambda s: (s[1] is None, len(s[2]) + len(s[3])))
             batches = [samples[i:i + self.batch] for i in range(0, len(samples), self.batch)]
             self.rng.shuffle(batches)
             for batch in batches:
                 yield pickle.dumps([encode_practice(sample, self.tokenizer, self.config) for sample in batch])
 
 
-def pretrain(seed, steps, lr, folder):
-    """Train the small model on practice samples, all parameters, and save it in 16 bits."""
+def pretrain(seed, lr, folder):
+    """Train the small model through the courses, all parameters, and save it in 16 bits."""
     import torch
     from torch.utils.data import DataLoader, IterableDataset
     import sft
@@ -433,47 +460,48 @@ def pretrain(seed, steps, lr, folder):
 
     tokenizer = make_tokenizer(seed)
     model = make_model(tokenizer, seed)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    loader = iter(DataLoader(Stream(seed + 1, tokenizer, model.config), batch_size=None, num_workers=1, prefetch_factor=8))
-    start, running = time.time(), None
-    for step in range(1, steps + 1):
-        for group in optimizer.param_groups:  # warm up, stay, and come down over the last fifth
-            group["lr"] = lr * min(step / 100, 1, (steps + 1 - step) / (0.2 * steps))
-        prompts, completions = zip(*pickle.loads(next(loader)))
-        with_media = [p for p in prompts if len(p.grid_thw)]
-        if with_media:
-            sft.embed_prompts(model, with_media)
-        for prompt in prompts:
-            if prompt.embeds is None:
-                prompt.embeds = model.model.language_model.embed_tokens(prompt.input_ids)
-        loss = sft.sft_loss(model, prompts, completions) / sum(map(len, completions))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        if step % 100 == 0:
-            print(f"step {step}/{steps} loss {running:.4f} {(time.time() - start) / 60:.1f} min", flush=True)
-        if step % 300 == 0 and os.environ.get("SNAP"):
-            model.save_pretrained(f"/tmp/snap/{step}"); tokenizer.save_pretrained(f"/tmp/snap/{step}")
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}",
+          flush=True)
+    start = time.time()
+    for number, (steps, shares) in enumerate(COURSES, 1):
+        stream = Stream(seed + number, shares, tokenizer, model.config)
+        loader = iter(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=8))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+        running = None
+        for step in range(1, steps + 1):
+            fall = (steps + 1 - step) / (0.3 * steps) if number == len(COURSES) else 1  # down at the very end
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(step / 100, 1, fall)
+            prompts, completions = zip(*pickle.loads(next(loader)))
+            sft.embed_prompts(model, prompts)  # with gradients, as nothing is frozen here
+            loss = sft.sft_loss(model, prompts, completions) / sum(map(len, completions))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+            if step % 50 == 0:
+                print(f"course {number}, step {step}/{steps}: loss {running:.3f}, "
+                      f"{(time.time() - start) / 60:.1f} min", flush=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the data, or of the base with --pretrain")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0,
+                        help="seed of the data, or of the base with --pretrain")
     parser.add_argument("--pretrain", action="store_true", help="make the base model instead of the data")
-    parser.add_argument("--steps", type=int, default=3000, help="pre-training steps of 32 samples")
-    parser.add_argument("--lr", type=float, default=1e-3, help="pre-training learning rate")
-    parser.add_argument("--folder", default=HERE / "base", type=Path, help="where --pretrain writes the model")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of the pre-training")
+    parser.add_argument("--folder", default=HERE / "base", type=Path,
+                        help="where --pretrain writes the model")
     return parser.parse_args()
 
 
 def main(args):
     if args.pretrain:
-        pretrain(args.seed, args.steps, args.lr, args.folder)
+        pretrain(args.seed, args.lr, args.folder)
     else:
         prepare(args.seed)
 
