@@ -62,7 +62,7 @@ ANSWER_FORMS = {
 # What a model name stands for. A stage takes the entries that are its own flags; everything can be
 # overridden.
 TINY = dict(
-    base=os.environ.get("TINYBASE", "data/toy/base"), media_root="data/toy", cot_data="data/toy/cot.jsonl",
+    base="data/toy/base", media_root="data/toy", cot_data="data/toy/cot.jsonl",
     traces="data/toy/traces.jsonl", rl_data="data/toy/rl.jsonl", test_data="data/toy/test.jsonl",
     judge="rule",
 )
