@@ -363,3 +363,19 @@ def test_unknown_verdicts_are_left_out_and_scores_add_up():
     assert pagrpo.score(record, text, (10, 10), True, make_args(without="length"))["perception"] == 2.0
     wrong = pagrpo.score(record, text.replace(">2<", ">3<"), (10, 10), False, make_args())
     assert (wrong["perception"], wrong["reasoning"]) == (1.0, 1.0)  # format alone: no bonus without accuracy
+
+
+def test_the_self_judge_is_the_base_whatever_the_policy_has_learnt(started, toy_records):
+    """The policy must not be able to talk its own judge round: adapters are off while it judges."""
+    model, tokenizer = started
+    prompts = ["Which option is red?\nOptions:\nA. blue\nB. red", "List the colours in order."]
+    judged = pagrpo.self_judge(model, tokenizer, prompts, max_tokens=24)
+    for name, p in model.named_parameters():
+        if ".policy." in name and "lora_B" in name:
+            p.data.mul_(-20)
+    assert pagrpo.self_judge(model, tokenizer, prompts, max_tokens=24) == judged and all(judged)
+    encoded = [sft.encode_text(text, tokenizer) for text in prompts]
+    with torch.no_grad():
+        sft.embed_prompts(model, encoded)
+    ids, mask, _ = pagrpo.rollout(model, encoded, tokenizer, 1, 24, greedy=True)  # what the policy itself would say
+    assert [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(ids, mask)] != judged

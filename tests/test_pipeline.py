@@ -57,7 +57,7 @@ def test_all_stages_in_order(clone):
     assert (clone / "runs/tiny/pagrpo/curves.png").stat().st_size > 10_000
 
     table = run(clone, "evaluate.py --model tiny --limit 20").splitlines()
-    names = [line[:16].strip() for line in table if "±" in line[16:]]
+    names = [line[:16].strip() for line in table if line.count("±") == 2]
     assert names == ["constant", "base", "SFT", "SFT + PA-GRPO"]
     results = json.loads((clone / "runs/tiny/evaluate/results.json").read_text())
     assert results["questions"] == 20 and results["settings"]["scoring"] == "paper"
