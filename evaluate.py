@@ -1,8 +1,7 @@
 """Does it work, and how do we know: accuracy of answers and of observations,
 before and after each stage (Sec. 4).
 
-    python evaluate.py --model tiny            # base, SFT, SFT + PA-GRPO on the toy world's test split:
-                                               # about two minutes
+    python evaluate.py --model tiny            # base, SFT, SFT + PA-GRPO on the toy world's test split
     python evaluate.py --model tiny --adapters none runs/tiny/pagrpo
 
 Every record stays in the denominator: an answer that is empty or can't be parsed is wrong. A record whose

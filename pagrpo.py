@@ -18,7 +18,7 @@ which goes to the tokens of o_{i,k} alone:
 with ρ the likelihood ratio of the policy to the policy that sampled, per token,
 and π_ref the frozen model after SFT.
 
-    python pagrpo.py --model tiny              # two laptop cores: about seven minutes
+    python pagrpo.py --model tiny              # a laptop's CPU
     python pagrpo.py --model qwen2.5-vl-7b     # one consumer GPU
 
 Why the loss is about 0: with one gradient step per rollout (μ = 1) the ratio ρ is exactly 1, the advantages

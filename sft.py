@@ -8,7 +8,7 @@ cross-entropy on the assistant's completion only.
 This file is also where every later stage gets its model and its tensors: `load_model`, `encode_prompt`,
 `rope_positions`, `embed_prompts`, `logprobs_from_hidden`.
 
-    python sft.py --model tiny                 # two laptop cores: about two minutes
+    python sft.py --model tiny                 # a laptop's CPU
     python sft.py --model qwen2.5-vl-7b        # one consumer GPU
 
 Shapes: B samples, S tokens of a sequence, P prompt tokens, T completion tokens, D hidden size,
