@@ -25,7 +25,7 @@ from gen_cot import (add_data_args, add_judge_args, add_vision_args, judge_from,
                      load_records, load_template, parse_args, print_stats, write_jsonl)
 from pagrpo import rollout
 from rewards import PROBLEM_TYPES, accuracy_reward, format_rewards, parse_trace
-from sft import add_model_args, core, embed_prompts, encode_batch, load_model, seed_everything
+from sft import add_model_args, core, embed_prompts, encode_batch, load_model
 
 STAGE_PRESETS = {"tiny": dict(batch_size=50, max_completion_tokens=112, max_pixels=4)}
 
@@ -127,8 +127,6 @@ def get_args():
     algorithm.add_argument("--max-completion-tokens", type=int, default=1024, help="completions are cut here")
     run = parser.add_argument_group("run")
     run.add_argument("--batch-size", type=int, default=4, help="questions decoded together")
-    run.add_argument("--seed", type=int, default=0,
-                     help="greedy decoding needs none; it is echoed in the results")
     run.add_argument("--output", type=Path,
                      help="folder for results.json and completions (default: runs/<model>/evaluate)")
     args = parse_args(parser, STAGE_PRESETS, data_key="test_data")
@@ -145,7 +143,6 @@ def row_name(adapter):
 
 
 def main(args):
-    seed_everything(args.seed)
     records = keep_with_media(load_records(args.data, args.media_root)[:args.limit], args.media_root)
     judge = judge_from(args)
     rows = {"constant": summarise(constant_answers(records, args.scoring))}

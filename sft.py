@@ -363,7 +363,6 @@ def sft_loss(model, prompts, completions):
     return -logprobs_from_hidden(model, wanted, torch.cat(completions).to(device)).sum()
 
 
-
 # --- training -----------------------------------------------------------------------------------------------
 
 def seed_everything(seed):
