@@ -461,6 +461,8 @@ def train(model, reference, tokenizer, records, args):
                              "R": metrics["rewards/reasoning_accuracy"], "kl": metrics["kl"]})
             if step % args.show_every == 0:
                 show(groups[0])
+    if len(skipped) == args.updates * args.prompts_per_update:
+        raise UserError("None of the media can be read, so nothing was learnt: see the list above.")
     save_adapter(model, args.output)
     plot_curves(args.output)
     print_stats(judge)
