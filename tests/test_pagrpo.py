@@ -332,9 +332,10 @@ def test_updates_raise_the_likelihood_of_what_was_rewarded_and_leave_the_referen
         started, group, toy_records):
     """μ = 3 steps with real old log-probs: the rewarded completion gains, the punished one loses."""
     model, tokenizer = started
-    prompts, ids, mask, _ = group
-    rows, keep = ids[:4], mask[:4]
-    p_mask, r_mask = keep & (torch.arange(ids.shape[1]) < 8), keep & (torch.arange(ids.shape[1]) >= 8)
+    prompts = group[0]
+    rows = torch.randint(0, 600, (4, 16), generator=torch.Generator().manual_seed(0))  # none like another
+    keep = torch.ones(4, 16, dtype=torch.bool)
+    p_mask, r_mask = keep & (torch.arange(16) < 8), keep & (torch.arange(16) >= 8)
     adv = torch.tensor([1.5, -0.5, -0.5, -0.5])
     made = pagrpo.Group(toy_records[0], prompts[0], rows, keep, p_mask, r_mask, perception_advantages=adv,
                         reasoning_advantages=adv)

@@ -4,7 +4,7 @@ badly.
     python data/toy/prepare.py                 # the data set: under a minute on two cores
     python data/toy/prepare.py --pretrain      # makes data/toy/base again, the stand-in for Qwen2.5-VL-7B
 
-A clip is four to six moments of one second, H.264 in MP4 at 8 frames a second, 56 × 56 pixels: in each moment
+A clip is four or five moments of one second, H.264 in MP4 at 8 frames a second, 56 × 56 pixels: in each moment
 a coloured figure (a shape or a sign) drifts over a noisy ground, and in some clips the light flashes for 0.4
 seconds of one moment. A picture is a PNG of four figures in reading order. Every question needs a perception
 (what came when) and a reasoning step (count, compare, reverse, multiply, look up the option's letter). Each
@@ -16,9 +16,11 @@ Files, all below data/toy: `cot.jsonl`, `rl.jsonl`, `test.jsonl` (records, disjo
 stage reads it), `media/`, and `base/` (committed).
 """
 import argparse
+import copy
 import json
 import pickle
 import random
+import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -30,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the stages live two folders up
 
-from gen_cot import build_prompt, frame_indices, write_jsonl  # noqa: E402
+from gen_cot import PROMPT, build_prompt, frame_indices, write_jsonl  # noqa: E402
 from rewards import OBSERVATION_OPENING, THINK_OPENING, accuracy_reward  # noqa: E402
 
 SIZE, FPS = 56, 8  # pixels a side; frames per second of the clips
@@ -39,7 +41,7 @@ COLOURS = {"red": (215, 45, 45), "orange": (235, 135, 35), "yellow": (230, 215, 
 WHITE = (255, 255, 255)
 SHAPES = ["circle", "square", "triangle", "cross"]
 SIGNS = list("ACHK2347")
-ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth"]
+ORDINALS = ["first", "second", "third", "fourth", "fifth"]
 FLASH = (0.5, 0.9)  # the part of its moment, in seconds, during which the light is on
 FLAWS = ["wrong answer", "broken template", "insufficient observation"]
 SPLITS = {"cot": 1400, "rl": 1600, "test": 500}  # questions, two per scene
@@ -47,16 +49,16 @@ SPLITS = {"cot": 1400, "rl": 1600, "test": 500}  # questions, two per scene
 
 # --- scenes -------------------------------------------------------------------------------------------------
 
-def make_scene(rng, clip_counts=(4, 5, 6), picture_counts=(4,)):
+def make_scene(rng, clip_counts=(4, 5), picture_counts=(4,)):
     """A scene: its kind, the figures in order, the moment of the flash (or None), the drawing seed."""
     is_clip = rng.random() < 0.8
     count = rng.choice(clip_counts if is_clip else picture_counts)
-    figures = SIGNS if rng.random() < 0.3 else SHAPES
-    palette = rng.sample(list(COLOURS), 4)
-    flash = rng.randrange(count) if is_clip and figures is SHAPES and rng.random() < 0.3 else None
-    return dict(kind="clip" if is_clip else "picture", colours=rng.choices(palette, k=count),
-                figures=rng.choices(figures, k=count), has_signs=figures is SIGNS, flash=flash,
-                seed=rng.getrandbits(32))
+    has_signs = rng.random() < 0.3
+    colours, shapes = rng.sample(list(COLOURS), 3), rng.sample(SHAPES, 3)
+    flash = rng.randrange(count) if is_clip and not has_signs and rng.random() < 0.3 else None
+    return dict(kind="clip" if is_clip else "picture", colours=rng.choices(colours, k=count),
+                figures=rng.sample(SIGNS, count) if has_signs else rng.choices(shapes, k=count),
+                has_signs=has_signs, flash=flash, seed=rng.getrandbits(32))
 
 
 def draw_figure(draw, figure, centre, radius, colour):
@@ -133,111 +135,101 @@ def make_question(scene, rng):
     """A question about a scene: a record of the data set's fields, `evidence`, and what the teacher says
     (`look`, `reason`)."""
     kinds = ["ocr", "ocr", "reverse", "reverse"] if scene["has_signs"] else (
-        ["after", "most", "count", "count", "distinct", "change", "seconds", "seconds"]
+        ["after", "most", "count", "count", "change", "points", "points"]
         + ["flash"] * 6 * (scene["flash"] is not None))
     while True:
         kind = rng.choice(kinds)
         name = ("sign" if scene["has_signs"] else "colour" if kind == "flash"
                 else rng.choice(["colour", "shape"]))
         values = scene["colours"] if name == "colour" else scene["figures"]
-        made = QUESTIONS[kind](values, name, scene, rng)
+        facts = [f"{ordinal} {value}" for ordinal, value in zip(ORDINALS, values)]
+        if kind == "flash":
+            facts[scene["flash"]] += " with a flash"
+        made = QUESTIONS[kind](values, name, facts, rng)
         if made is not None:
             break
-    facts = [f"{ordinal} {value}" for ordinal, value in zip(ORDINALS, values)]
-    if kind == "flash":
-        facts[scene["flash"]] += " with a flash"
     question, options, answer, reason, needed = made
     problem_type = {"after": "multiple choice", "most": "multiple choice", "flash": "multiple choice",
-                    "count": "numerical", "distinct": "numerical", "change": "free-form",
-                    "seconds": "regression"}.get(kind, "OCR")
+                    "count": "numerical", "change": "free-form", "points": "regression"}.get(kind, "OCR")
     return dict(problem=question, problem_type=problem_type, options=options,
                 solution=f"<answer>{answer}</answer>", evidence=[facts[i] for i in needed],
                 data_source=f"toy-{kind}", look=f"the {name}s in order: {listing(facts)}.", reason=reason)
 
 
 def choose(right, name, rng):
-    """Four options in random order, and the letter of the right one."""
+    """Four options in random order, the letter of the right one, and the reading of them that finds it."""
     pool = [v for v in (COLOURS if name == "colour" else SHAPES) if v != right]
     values = rng.sample([right] + rng.sample(pool, 3), 4)
-    letter = "ABCD"[values.index(right)]
-    return [f"{x}. {v}" for x, v in zip("ABCD", values)], letter, f"{right} is option {letter}."
+    options = [f"{letter}. {value}" for letter, value in zip("ABCD", values)]
+    return options, "ABCD"[values.index(right)], listing(options[:values.index(right) + 1])
 
 
-def ask_after(values, name, scene, rng):
+def tally(values, facts):
+    """The facts, each with how often its value has come so far."""
+    return listing(f"{fact} {values[:i + 1].count(values[i])}" for i, fact in enumerate(facts))
+
+
+def ask_after(values, name, facts, rng):
     unique = [i for i, v in enumerate(values[:-1]) if values.count(v) == 1]
     if not unique:
         return None
     i = rng.choice(unique)
-    options, letter, lookup = choose(values[i + 1], name, rng)
-    reason = f"{values[i]} is {ORDINALS[i]}, and {ORDINALS[i + 1]} is {values[i + 1]}. {lookup}"
+    options, letter, reading = choose(values[i + 1], name, rng)
+    reason = f"{listing(facts[:i + 1])}, then {facts[i + 1]}. {reading}."
     return f"Which {name} comes right after {values[i]}?", options, letter, reason, [i, i + 1]
 
 
-def ask_most(values, name, scene, rng):
+def ask_most(values, name, facts, rng):
     counts = sorted(((values.count(v), v) for v in set(values)), reverse=True)
     if len(counts) > 1 and counts[0][0] == counts[1][0]:
         return None
-    count, value = counts[0]
-    options, letter, lookup = choose(value, name, rng)
-    reason = f"{value} is there {count} times, more than the others. {lookup}"
+    value = counts[0][1]
+    options, letter, reading = choose(value, name, rng)
+    reason = f"{tally(values, facts)}, most are {value}. {reading}."
     return f"Which {name} is there most often?", options, letter, reason, range(len(values))
 
 
-def ask_flash(values, name, scene, rng):
-    i = scene["flash"]
-    options, letter, lookup = choose(values[i], name, rng)
-    reason = f"the flash is with {ORDINALS[i]}, that is {values[i]}. {lookup}"
-    return f"Which {name} is there when the light flashes?", options, letter, reason, [i]
+def ask_flash(values, name, facts, rng):
+    i = next(i for i, fact in enumerate(facts) if fact.endswith("flash"))
+    options, letter, reading = choose(values[i], name, rng)
+    return (f"Which {name} is there when the light flashes?", options, letter,
+            f"{listing(facts[:i + 1])}. {reading}.", [i])
 
 
-def tally(values, value):
-    """(count, the sentence that counts)."""
-    places = [ORDINALS[i] for i, v in enumerate(values) if v == value]
-    return len(places), (f"{value} is {listing(places)}, that is {len(places)}" if places
-                         else f"{value} is never there, that is 0")
-
-
-def ask_count(values, name, scene, rng):
-    value = rng.choice(sorted(set(values)) if rng.random() < 0.9
+def ask_count(values, name, facts, rng):
+    value = rng.choice(values if rng.random() < 0.9
                        else list(COLOURS) if name == "colour" else SHAPES)
-    count, reason = tally(values, value)
-    return f"How many times is {value} there?", [], count, reason + ".", range(len(values))
-
-
-def ask_distinct(values, name, scene, rng):
-    distinct = list(dict.fromkeys(values))
-    reason = f"the different {name}s are {listing(distinct)}, that is {len(distinct)}."
-    return f"How many different {name}s are there?", [], len(distinct), reason, range(len(values))
-
-
-def ask_seconds(values, name, scene, rng):
-    value, each = rng.choice(sorted(set(values))), rng.choice([2, 3, 5])
-    count, reason = tally(values, value)
-    question = f"If each {name} counts {each} points, how many points does {value} make in all?"
-    return (question, [], count * each, f"{reason}, and {count} times {each} is {count * each}.",
+    count = values.count(value)
+    return (f"How many times is {value} there?", [], count, f"{tally(values, facts)}, so {value} {count}.",
             range(len(values)))
 
 
-def ask_change(values, name, scene, rng):
+def ask_points(values, name, facts, rng):
+    value, each = rng.choice(values), rng.choice([2, 3, 5])
+    count = values.count(value)
+    return (f"If each {name} counts {each} points, how many points does {value} make in all?", [], count * each,
+            f"{tally(values, facts)}, so {value} {count}, times {each} is {count * each}.", range(len(values)))
+
+
+def ask_change(values, name, facts, rng):
     first, last = values[0], values[-1]
     answer = f"it stays {first}" if first == last else f"from {first} to {last}"
-    reason = f"{ORDINALS[0]} is {first} and {ORDINALS[len(values) - 1]}, the last, is {last}."
-    return f"How does the {name} change from first to last?", [], answer, reason, [0, len(values) - 1]
+    return (f"How does the {name} change from first to last?", [], answer, f"{facts[0]}, last {facts[-1]}.",
+            [0, len(values) - 1])
 
 
-def ask_ocr(values, name, scene, rng):
+def ask_ocr(values, name, facts, rng):
     return ("Which signs are there, in the order in which they come?", [], " ".join(values),
-            f"in their order they read {' '.join(values)}.", range(len(values)))
+            f"they read {' '.join(values)}.", range(len(values)))
 
 
-def ask_reverse(values, name, scene, rng):
-    answer = " ".join(reversed(values))
-    return ("Which signs are there, in the reverse of the order in which they come?", [], answer,
-            f"in reverse they read {answer}.", range(len(values)))
+def ask_reverse(values, name, facts, rng):
+    return ("Which signs are there, in the reverse of the order in which they come?", [],
+            " ".join(reversed(values)), f"{listing(reversed(facts))}.", range(len(values)))
 
 
-QUESTIONS = dict(after=ask_after, most=ask_most, flash=ask_flash, count=ask_count, distinct=ask_distinct,
-                 seconds=ask_seconds, change=ask_change, ocr=ask_ocr, reverse=ask_reverse)
+QUESTIONS = dict(after=ask_after, most=ask_most, flash=ask_flash, count=ask_count, points=ask_points,
+                 change=ask_change, ocr=ask_ocr, reverse=ask_reverse)
 
 
 # --- the scripted teacher -----------------------------------------------------------------------------------
@@ -320,49 +312,55 @@ You are a helpful assistant.<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
-# What the base practises, in courses of (steps, {task: share}): it learns to see, to see more and to answer,
-# to look up, count and compare in text, and to find what it sees across a long prompt. It comes out seeing a
-# lot, reasoning badly, and following the template now and then.
+# What the base practises, in courses of (steps, gap, {task: share}): to see and to look back, to reason about a
+# written scene, all of it together, and at the end the stages' own long prompt. It comes out seeing a lot,
+# reasoning badly, and following the template now and then. A gap stands for a long instruction: up to so many
+# positions are left out before the answer.
 COURSES = [
-    (450, dict(caption=1.0)),
-    (750, dict(caption=0.42, direct=0.12, lookup=0.18, reason=0.20, brief=0.05, trace=0.03)),
-    (600, dict(caption=0.15, direct=0.05, lookup=0.25, reason=0.45, brief=0.07, trace=0.03)),
-    (600, dict(caption=0.15, lookup=0.10, reason=0.20, brief=0.28, trace=0.27)),
+    (500, 0, dict(copy=0.5, caption=0.5)),
+    (1000, 160, dict(renamed=0.4, written=0.3, caption=0.3)),
+    (500, 160, dict(renamed=0.2, written=0.15, caption=0.3, seen=0.35)),
+    (300, 160, dict(renamed=0.1, caption=0.2, seen=0.25, brief=0.25, trace=0.2)),
 ]
 
 
-def practice(rng, shares):
-    """One pre-training sample: (task, scene or None for text only, prompt text, completion text).
+def practice(rng, shares, words=()):
+    """One pre-training sample: (scene or None, prompt text, completion text).
 
-    caption: list what is seen. direct: answer a question at once. lookup: find an option's letter. reason: go
-    from a written observation to the conclusion. brief and trace: the full prompt, answered at once or in the
-    template.
+    copy: repeat random words, which teaches to look back. written: a scene in words; repeat it and reason.
+    renamed: the same with random words for colours and shapes, so that only looking back helps. caption: list
+    what is seen. seen: list it and reason. brief and trace: the stages' own prompt, answered at once (but
+    for pictures) or in the template.
     """
     task = rng.choices(list(shares), weights=shares.values())[0]
-    if task == "lookup":
-        name = rng.choice(["colour", "shape"])
-        value = rng.choice(list(COLOURS) if name == "colour" else SHAPES)
-        options, _, answer = choose(value, name, rng)
-        return task, None, f"Which option is {value}?\nOptions:\n" + "\n".join(options), answer
+    if task == "copy":
+        text = " ".join(rng.sample(words, rng.randint(4, 16)))
+        return None, f"Copy: {text}", text
     if task == "caption":
-        return task, *caption(rng)
+        return caption(rng)
     scene = make_scene(rng)
     question = make_question(scene, rng)
-    if task == "reason":
-        return task, None, f"{question['look']}\n{build_prompt(question, '{question}')}", question["reason"]
-    if task == "direct":
-        return task, scene, build_prompt(question, "{question}\n{answer_form}"), question["solution"]
     answer = question["solution"][len("<answer>"):-len("</answer>")]
-    text = trace(question["look"], question["reason"], answer) if task == "trace" else question["solution"]
-    return task, scene, build_prompt(question), text
+    if task in ("brief", "trace"):
+        at_once = task == "brief" and scene["kind"] == "clip"
+        text = question["solution"] if at_once else trace(question["look"], question["reason"], answer)
+        return scene, build_prompt(question), text
+    text = f"{question['look']} {question['reason']} Answer: {answer}"
+    if task == "seen":
+        return scene, build_prompt(question, "{question}"), text
+    prompt = f"{question['look']}\n{build_prompt(question, '{question}')}"
+    if task == "renamed":
+        names = dict(zip([*COLOURS, *SHAPES], rng.sample(words, len(COLOURS) + len(SHAPES))))
+        prompt, text = (re.sub("|".join(names), lambda match: names[match.group()], part)
+                        for part in (prompt, text))
+    return None, prompt, text
 
 
 def caption(rng):
     """(scene, prompt text, completion text) of a caption; short clips and lone figures make the first lessons
     easy."""
-    scene = make_scene(rng, (1, 2, 2, 3, 4, 5, 6), (1, 4))
-    figure = "sign" if scene["has_signs"] else "shape"
-    name = rng.choice(["colour", figure])
+    scene = make_scene(rng, (1, 2, 2, 3, 4, 5), (1, 4))
+    name = "sign" if scene["has_signs"] else rng.choice(["colour", "shape"])
     facts = [f"{ordinal} {value}" for ordinal, value in
              zip(ORDINALS, scene["colours"] if name == "colour" else scene["figures"])]
     if scene["flash"] is not None and rng.random() < 0.5:
@@ -379,7 +377,7 @@ def make_tokenizer(seed):
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = frame.backend_tokenizer.pre_tokenizer
     rng = random.Random(seed)
-    texts = [part for _ in range(4000) for part in practice(rng, COURSES[1][1])[2:]]
+    texts = [part for _ in range(4000) for part in practice(rng, dict(caption=1, seen=1, trace=1))[1:]]
     texts += ["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * 500
     from tokenizers.pre_tokenizers import ByteLevel
     raw.train_from_iterator(texts, trainers.BpeTrainer(
@@ -400,7 +398,7 @@ def make_model(tokenizer, seed):
     ids = dict(zip(SPECIALS, tokenizer.convert_tokens_to_ids(SPECIALS)))
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-6,
             tie_word_embeddings=True, initializer_range=0.06, bos_token_id=ids["<|endoftext|>"],
             eos_token_id=ids["<|im_end|>"],
@@ -414,43 +412,73 @@ def make_model(tokenizer, seed):
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def encode_practice(sample, tokenizer, config):
+def encode_practice(sample, tokenizer, config, gap=0):
     """A practice sample as (sft.Prompt, completion ids); clips are drawn at the times the stages would
-    sample."""
+    sample. The prompt's last tokens and the completion stand `gap` positions further off, as if a long
+    instruction stood before them."""
     import torch
     import sft
-    _, scene, text, completion = sample
+    scene, text, completion = sample
     completion_ids = torch.tensor(tokenizer(completion + "<|im_end|>", add_special_tokens=False)["input_ids"])
     if scene is None:
-        return sft.encode_text(text, tokenizer), completion_ids
-    if scene["kind"] == "picture":
-        return sft.encode_prompt(text, draw_frames(scene, [0]), None, tokenizer, config), completion_ids
-    seconds = len(scene["colours"])
-    times = frame_indices(seconds * FPS, seconds) / FPS
-    return sft.encode_prompt(text, draw_frames(scene, times), len(times) / seconds,
-                             tokenizer, config), completion_ids
+        prompt = sft.encode_text(text, tokenizer)
+    elif scene["kind"] == "picture":
+        prompt = sft.encode_prompt(text, draw_frames(scene, [0]), None, tokenizer, config)
+    else:
+        seconds = len(scene["colours"])
+        times = frame_indices(seconds * FPS, seconds) / FPS
+        prompt = sft.encode_prompt(text, draw_frames(scene, times), len(times) / seconds, tokenizer, config)
+    prompt.positions = prompt.positions.clone()
+    prompt.positions[:, -5:] += gap  # <|im_end|>, and the tokens that open the assistant's turn
+    return prompt, completion_ids
 
 
 class Practice:
     """Endless batches of one seed, samples of like length together; pickled whole,
     which is fast between processes."""
 
-    def __init__(self, seed, shares, tokenizer, config, batch=32, pool=8):
-        self.rng, self.shares, self.tokenizer, self.config = random.Random(seed), shares, tokenizer, config
+    def __init__(self, seed, gap, shares, tokenizer, config, batch=32, pool=8):
+        self.rng, self.gap, self.shares = random.Random(seed), gap, shares
+        self.tokenizer, self.config = tokenizer, config
         self.batch, self.pool = batch, pool
+        self.words = sorted(tokenizer.decode(i).strip() for token, i in tokenizer.get_vocab().items()
+                            if token[0] == "Ġ" and token[1:].isalnum())  # each a token of its own
 
     def __iter__(self):
         while True:
-            samples = [practice(self.rng, self.shares) for _ in range(self.batch * self.pool)]
-            samples.sort(key=lambda s: (s[1] is None, len(s[2]) + len(s[3])))
+            samples = [practice(self.rng, self.shares, self.words) for _ in range(self.batch * self.pool)]
+            samples.sort(key=lambda s: (s[0] is None, len(s[1]) + len(s[2])))
             batches = [samples[i:i + self.batch] for i in range(0, len(samples), self.batch)]
             self.rng.shuffle(batches)
             for batch in batches:
-                yield pickle.dumps([encode_practice(sample, self.tokenizer, self.config) for sample in batch])
+                yield pickle.dumps([encode_practice(
+                    sample, self.tokenizer, self.config,
+                    0 if len(sample[1]) > len(PROMPT) else self.rng.randint(0, self.gap)) for sample in batch])
 
 
-def pretrain(seed, lr, folder):
-    """Train the small model through the courses, all parameters, and save it in 16 bits."""
+def orthogonalise(matrix, steps=5):
+    """The nearest matrix with all singular values near 1, by Newton-Schulz (Muon, Jordan et al. 2024)."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def muon_step(parameters, momenta, lr, momentum=0.95, weight_decay=0.5):
+    """One step of Muon on matrices. It learns to look back in a quarter of AdamW's steps here; torch.optim.Muon
+    computes in bfloat16, which this CPU does four times slower."""
+    for parameter, average in zip(parameters, momenta):
+        average.lerp_(parameter.grad, 1 - momentum)
+        update = orthogonalise(parameter.grad.lerp(average, momentum))
+        scale = max(1, parameter.shape[0] / parameter.shape[1]) ** 0.5
+        parameter.data.mul_(1 - weight_decay * lr).add_(update, alpha=-lr * scale)
+        parameter.grad = None
+
+
+def pretrain(seed, folder, muon_lr=0.02, adam_lr=2e-3):
+    """Train the small model through the courses, all parameters, and save it in 16 bits after each."""
     import torch
     from torch.utils.data import DataLoader, IterableDataset
     import sft
@@ -458,33 +486,38 @@ def pretrain(seed, lr, folder):
     class Stream(Practice, IterableDataset):
         pass
 
+    torch.set_num_threads(1)  # a second thread slows matrices this small
     tokenizer = make_tokenizer(seed)
     model = make_model(tokenizer, seed)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}",
           flush=True)
-    start = time.time()
-    for number, (steps, shares) in enumerate(COURSES, 1):
-        stream = Stream(seed + number, shares, tokenizer, model.config)
+    matrices = [p for p in model.model.language_model.layers.parameters() if p.ndim == 2]
+    momenta = [torch.zeros_like(p) for p in matrices]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.01)
+    start, done, total = time.time(), 0, sum(course[0] for course in COURSES)
+    for number, (steps, gap, shares) in enumerate(COURSES, 1):
+        stream = Stream(seed + number, gap, shares, tokenizer, model.config)
         loader = iter(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=8))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
         running = None
         for step in range(1, steps + 1):
-            fall = (steps + 1 - step) / (0.3 * steps) if number == len(COURSES) else 1  # down at the very end
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(step / 100, 1, fall)
+            done += 1
+            rate = min(done / 100, 1, (total + 1 - done) / (0.7 * total))  # up, flat, and long down
             prompts, completions = zip(*pickle.loads(next(loader)))
             sft.embed_prompts(model, prompts)  # with gradients, as nothing is frozen here
             loss = sft.sft_loss(model, prompts, completions) / sum(map(len, completions))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+            muon_step(matrices, momenta, muon_lr * rate)
+            adam.param_groups[0]["lr"] = adam_lr * rate
+            adam.step()
+            adam.zero_grad()
+            running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
             if step % 50 == 0:
                 print(f"course {number}, step {step}/{steps}: loss {running:.3f}, "
                       f"{(time.time() - start) / 60:.1f} min", flush=True)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def get_args():
@@ -493,7 +526,6 @@ def get_args():
     parser.add_argument("--seed", type=int, default=0,
                         help="seed of the data, or of the base with --pretrain")
     parser.add_argument("--pretrain", action="store_true", help="make the base model instead of the data")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of the pre-training")
     parser.add_argument("--folder", default=HERE / "base", type=Path,
                         help="where --pretrain writes the model")
     return parser.parse_args()
@@ -501,7 +533,7 @@ def get_args():
 
 def main(args):
     if args.pretrain:
-        pretrain(args.seed, args.lr, args.folder)
+        pretrain(args.seed, args.folder)
     else:
         prepare(args.seed)
 
