@@ -67,7 +67,7 @@ from sft import (Prompt, add_model_args, add_training_args, core, cosine_lr, emb
                  prepare_for_training, save_adapter, seed_everything, use_adapter)
 
 STAGE_PRESETS = {"tiny": dict(
-    lr=4e-4, lora_rank=32, updates=200, prompts_per_update=8, max_completion_tokens=112,
+    lr=8e-4, lora_rank=32, updates=100, prompts_per_update=8, max_completion_tokens=112,
     perception_length=(16, 64), reasoning_length=(16, 64), max_pixels=4, no_checkpointing=True)}
 
 

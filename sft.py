@@ -54,7 +54,8 @@ LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(ga
 CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         "<|vision_start|>{medium}<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n")
 
-STAGE_PRESETS = {"tiny": dict(lr=1e-3, lora_rank=32, micro_batch=16, max_pixels=4, no_checkpointing=True)}
+STAGE_PRESETS = {"tiny": dict(lr=2e-3, epochs=2, lora_rank=32, micro_batch=16, max_pixels=4,
+                              no_checkpointing=True)}
 
 
 # --- the model ----------------------------------------------------------------------------------------------

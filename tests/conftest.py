@@ -45,7 +45,7 @@ def toy_records(tmp_path_factory):
         output = prepare.teach(question, None, rng)
         path = f"./media/{len(records):02}.{suffix}"
         prepare.write_medium(scene, root / path)
-        fields = {name: value for name, value in question.items() if name not in ("look", "reason")}
+        fields = {name: value for name, value in question.items() if name in prepare.FIELDS}
         records[key] = dict(fields, problem_id=len(records), path=path, data_type=kind, output=output)
     (root / "records.json").write_text(json.dumps(list(records.values())))
     return load_records(root / "records.json", root)

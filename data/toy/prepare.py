@@ -20,7 +20,6 @@ import copy
 import json
 import pickle
 import random
-import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -40,9 +39,13 @@ COLOURS = {"red": (215, 45, 45), "orange": (235, 135, 35), "yellow": (230, 215, 
            "green": (55, 165, 75), "blue": (55, 95, 215), "purple": (150, 65, 185)}
 WHITE = (255, 255, 255)
 SHAPES = ["circle", "square", "triangle", "cross"]
-SIGNS = list("ACHK2347")
+SIGNS = list("EHKMRTXZ")
 ORDINALS = ["first", "second", "third", "fourth", "fifth"]
+NUMBERS = ["no", "one", "two", "three", "four", "five"]
 FLASH = (0.5, 0.9)  # the part of its moment, in seconds, during which the light is on
+HABIT = 0.6  # how often the teacher glances, and how often it is hasty
+FIELDS = ["problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "data_source",
+          "evidence"]
 FLAWS = ["wrong answer", "broken template", "insufficient observation"]
 SPLITS = {"cot": 1400, "rl": 1600, "test": 500}  # questions, two per scene
 
@@ -132,8 +135,8 @@ def listing(items):
 
 
 def make_question(scene, rng):
-    """A question about a scene: a record of the data set's fields, `evidence`, and what the teacher says
-    (`look`, `reason`)."""
+    """A question about a scene: a record of the data set's fields, `evidence`, and what the teacher goes by
+    (`name`: of what is asked, `values`, `facts`, `needed`: the indices of the evidence, `reason`)."""
     kinds = ["ocr", "ocr", "reverse", "reverse"] if scene["has_signs"] else (
         ["after", "most", "count", "count", "change", "points", "points"]
         + ["flash"] * 6 * (scene["flash"] is not None))
@@ -153,20 +156,26 @@ def make_question(scene, rng):
                     "count": "numerical", "change": "free-form", "points": "regression"}.get(kind, "OCR")
     return dict(problem=question, problem_type=problem_type, options=options,
                 solution=f"<answer>{answer}</answer>", evidence=[facts[i] for i in needed],
-                data_source=f"toy-{kind}", look=f"the {name}s in order: {listing(facts)}.", reason=reason)
+                data_source=f"toy-{kind}", name=name, values=values, facts=facts, needed=needed, reason=reason)
 
 
 def choose(right, name, rng):
-    """Four options in random order, the letter of the right one, and the reading of them that finds it."""
+    """Four options in random order, the letter of the right one, and the words that look it up: the options
+    turned round, each before its letter."""
     pool = [v for v in (COLOURS if name == "colour" else SHAPES) if v != right]
     values = rng.sample([right] + rng.sample(pool, 3), 4)
-    options = [f"{letter}. {value}" for letter, value in zip("ABCD", values)]
-    return options, "ABCD"[values.index(right)], listing(options[:values.index(right) + 1])
+    return ([f"{letter}. {value}" for letter, value in zip("ABCD", values)], "ABCD"[values.index(right)],
+            look_up(values, [right]))
 
 
-def tally(values, facts):
-    """The facts, each with how often its value has come so far."""
-    return listing(f"{fact} {values[:i + 1].count(values[i])}" for i, fact in enumerate(facts))
+def look_up(values, wanted):
+    table = {value: f"{value} {letter}" for letter, value in zip("ABCD", values)}
+    return f"{listing(table.values())}, so {listing(table[value] for value in wanted)}"
+
+
+def tally(values):
+    """How often each value comes, in the order of first coming."""
+    return listing(f"{value} {NUMBERS[values.count(value)]}" for value in dict.fromkeys(values))
 
 
 def ask_after(values, name, facts, rng):
@@ -175,8 +184,8 @@ def ask_after(values, name, facts, rng):
         return None
     i = rng.choice(unique)
     options, letter, reading = choose(values[i + 1], name, rng)
-    reason = f"{listing(facts[:i + 1])}, then {facts[i + 1]}. {reading}."
-    return f"Which {name} comes right after {values[i]}?", options, letter, reason, [i, i + 1]
+    return (f"Which {name} comes right after {values[i]}?", options, letter,
+            f"after {values[i]}, {facts[i + 1]}. {reading}.", [i, i + 1])
 
 
 def ask_most(values, name, facts, rng):
@@ -185,37 +194,35 @@ def ask_most(values, name, facts, rng):
         return None
     value = counts[0][1]
     options, letter, reading = choose(value, name, rng)
-    reason = f"{tally(values, facts)}, most are {value}. {reading}."
-    return f"Which {name} is there most often?", options, letter, reason, range(len(values))
+    return (f"Which {name} is there most often?", options, letter,
+            f"{{tally}}, most are {value}. {reading}.", range(len(values)))
 
 
 def ask_flash(values, name, facts, rng):
     i = next(i for i, fact in enumerate(facts) if fact.endswith("flash"))
     options, letter, reading = choose(values[i], name, rng)
     return (f"Which {name} is there when the light flashes?", options, letter,
-            f"{listing(facts[:i + 1])}. {reading}.", [i])
+            f"the flash is with {values[i]}. {reading}.", [i])
 
 
 def ask_count(values, name, facts, rng):
-    value = rng.choice(values if rng.random() < 0.9
-                       else list(COLOURS) if name == "colour" else SHAPES)
+    value = rng.choice(values)
     count = values.count(value)
-    return (f"How many times is {value} there?", [], count, f"{tally(values, facts)}, so {value} {count}.",
-            range(len(values)))
+    return (f"How many times is {value} there?", [], count, f"{{tally}}, so {value} {NUMBERS[count]}.",
+            [i for i, v in enumerate(values) if v == value])
 
 
 def ask_points(values, name, facts, rng):
     value, each = rng.choice(values), rng.choice([2, 3, 5])
     count = values.count(value)
     return (f"If each {name} counts {each} points, how many points does {value} make in all?", [], count * each,
-            f"{tally(values, facts)}, so {value} {count}, times {each} is {count * each}.", range(len(values)))
+            f"{{tally}}, so {value} {NUMBERS[count]}, times {each} is {count * each}.",
+            [i for i, v in enumerate(values) if v == value])
 
 
 def ask_change(values, name, facts, rng):
-    first, last = values[0], values[-1]
-    answer = f"it stays {first}" if first == last else f"from {first} to {last}"
-    return (f"How does the {name} change from first to last?", [], answer, f"{facts[0]}, last {facts[-1]}.",
-            [0, len(values) - 1])
+    return (f"How does the {name} change from first to last?", [], f"from {values[0]} to {values[-1]}",
+            f"{facts[0]}, last {facts[-1]}.", [0, len(values) - 1])
 
 
 def ask_ocr(values, name, facts, rng):
@@ -234,30 +241,49 @@ QUESTIONS = dict(after=ask_after, most=ask_most, flash=ask_flash, count=ask_coun
 
 # --- the scripted teacher -----------------------------------------------------------------------------------
 
-def trace(look, reason, answer):
-    return (f"<observation>{OBSERVATION_OPENING} {look}</observation> "
-            f"<think>{THINK_OPENING} {reason}</think><answer>{answer}</answer>")
+def look(question, glance=False):
+    """What is seen: everything in order, or at a glance only what the question needs."""
+    facts = [question["facts"][i] for i in question["needed"]] if glance else question["facts"]
+    return f"the {question['name']}s{'' if glance else ' in order'}: {listing(facts)}."
+
+
+def reason(question, glance=False):
+    """The reasoning step by step, from what was seen."""
+    seen = [question["values"][i] for i in question["needed"]] if glance else question["values"]
+    return question["reason"].replace("{tally}", tally(seen))
+
+
+def answer_of(question):
+    return question["solution"][len("<answer>"):-len("</answer>")]
+
+
+def trace(question, answer, glance=False, hasty=False):
+    """A trace in the template; a hasty one thinks nothing but the answer."""
+    thought = f"so {answer}." if hasty else reason(question, glance)
+    return (f"<observation>{OBSERVATION_OPENING} {look(question, glance)}</observation> "
+            f"<think>{THINK_OPENING} {thought}</think><answer>{answer}</answer>")
 
 
 def teach(question, flaw, rng):
-    """The teacher's raw trace, spoilt as `flaw` says (None: a good one)."""
-    answer = question["solution"][len("<answer>"):-len("</answer>")]
-    text = trace(question["look"], question["reason"], answer)
+    """The teacher's raw trace, spoilt as `flaw` says (None: a good one). The teacher has two habits that lose
+    nothing by its own eyes and wits: to glance, and to be hasty."""
+    glance, hasty = rng.random() < HABIT, rng.random() < HABIT
+    answer = answer_of(question)
     if flaw == "wrong answer":
-        while accuracy_reward(question["problem_type"], text, question["solution"]) >= 0.6:
-            wrong = {"multiple choice": rng.choice("ABCD"), "OCR": " ".join(rng.choices(SIGNS, k=3)),
-                     "free-form": "nothing happens here"}.get(
-                         question["problem_type"], str(rng.randrange(40)))
-            text = trace(question["look"], question["reason"], wrong)
-    elif flaw == "broken template":
+        while accuracy_reward(question["problem_type"], f"<answer>{answer}</answer>",
+                              question["solution"]) >= 0.6:
+            answer = {"multiple choice": rng.choice("ABCD"), "OCR": " ".join(rng.choices(SIGNS, k=3)),
+                      "free-form": "nothing happens here"}.get(
+                          question["problem_type"], str(rng.randrange(40)))
+    text = trace(question, answer, glance, hasty)
+    if flaw == "broken template":
         old, new = rng.choice([("</observation>", ""), ("<think>", ""), ("</answer>", ""),
                                ("</think>", "</think> so "), ("<observation>", "Sure. <observation>"),
                                ("<think>", "<think></observation>")])
         text = text.replace(old, new)
     elif flaw == "insufficient observation":
         fact = rng.choice(question["evidence"])
-        text = trace(question["look"].replace(fact, fact.split()[0] + " something", 1),
-                     question["reason"], answer)
+        text = text.replace(fact, fact.split()[0] + " something", 1)
     return text
 
 
@@ -283,7 +309,7 @@ def prepare(seed, processes=2):
                 if split == "cot":
                     traces.append(dict(problem_id=record["problem_id"], output=teach(question, flaw, rng),
                                        flaw=flaw))
-                splits[split].append({k: v for k, v in record.items() if k not in ("look", "reason")})
+                splits[split].append({field: record[field] for field in FIELDS})
     with ProcessPoolExecutor(processes) as pool:
         list(pool.map(write_medium, *zip(*scenes), chunksize=50))
     write_jsonl(HERE / "traces.jsonl", traces)
@@ -312,47 +338,71 @@ You are a helpful assistant.<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
-# What the base practises, in courses of (steps, gap, {task: share}): to see and to look back, to reason about a
-# written scene, all of it together, and at the end the stages' own long prompt. It comes out seeing well and
-# reasoning badly. A gap stands for a long instruction: up to so many positions are left out before the answer.
+# What the base practises, in courses of (steps, gap, {task: share}): to see and to look back; to reason about a
+# written scene; the same about what it sees; and at the end the stages' own long prompt, which it mostly
+# answers at once. A gap stands for a long instruction: up to so many positions are left out before the answer.
+#
+# What a model this small learns in minutes decides the wording of the reasoning. Copying onwards from a match
+# and counting equal words it learns; finding the word *before* a match, or stopping at one, it did not in ten
+# minutes. So an option is looked up by turning the list round first ("red A, blue B, so blue B").
 COURSES = [
     (500, 0, dict(copy=0.5, caption=0.5)),
-    (1000, 160, dict(renamed=0.4, written=0.3, caption=0.3)),
-    (500, 160, dict(renamed=0.2, written=0.15, caption=0.3, seen=0.35)),
-    (300, 160, dict(renamed=0.1, caption=0.2, seen=0.25, brief=0.25, trace=0.2)),
+    (600, 0, dict(drill=0.4, written=0.3, caption=0.3)),
+    (550, 160, dict(drill=0.2, written=0.2, caption=0.25, seen=0.35)),
+    (400, 160, dict(drill=0.1, written=0.05, caption=0.1, seen=0.2, brief=0.35, trace=0.2)),
 ]
 
 
 def practice(rng, shares, words=()):
     """One pre-training sample: (scene or None, prompt text, completion text).
 
-    copy: repeat random words, which teaches to look back. written: a scene in words; repeat it and reason.
-    renamed: the same with random words for colours and shapes, so that only looking back helps. caption: list
-    what is seen. seen: list it and reason. brief and trace: the stages' own prompt, answered at once (but
-    for pictures) or in the template.
+    copy: repeat random words, which teaches to look back. drill: every look-up that the questions need, many
+    in one sample. written: a scene in words; repeat it in the template and reason. caption: list what is seen.
+    seen: observe and reason in the template, asked for in three words. brief and trace: the stages' own
+    prompt, answered at once or in the template; never for OCR and free-form questions, and in the template
+    whenever the light flashes.
     """
     task = rng.choices(list(shares), weights=shares.values())[0]
     if task == "copy":
         text = " ".join(rng.sample(words, rng.randint(4, 16)))
         return None, f"Copy: {text}", text
+    if task == "drill":
+        return drill(rng)
     if task == "caption":
         return caption(rng)
     scene = make_scene(rng)
     question = make_question(scene, rng)
-    answer = question["solution"][len("<answer>"):-len("</answer>")]
-    if task in ("brief", "trace"):
-        at_once = task == "brief" and scene["kind"] == "clip"
-        text = question["solution"] if at_once else trace(question["look"], question["reason"], answer)
+    while task in ("brief", "trace") and question["problem_type"] in ("OCR", "free-form"):
+        scene = make_scene(rng)
+        question = make_question(scene, rng)
+    text = trace(question, answer_of(question))
+    if task == "trace" or task == "brief" and question["data_source"] == "toy-flash":
         return scene, build_prompt(question), text
-    text = f"{question['look']} {question['reason']} Answer: {answer}"
-    if task == "seen":
-        return scene, build_prompt(question, "{question}"), text
-    prompt = f"{question['look']}\n{build_prompt(question, '{question}')}"
-    if task == "renamed":
-        names = dict(zip([*COLOURS, *SHAPES], rng.sample(words, len(COLOURS) + len(SHAPES))))
-        prompt, text = (re.sub("|".join(names), lambda match: names[match.group()], part)
-                        for part in (prompt, text))
-    return None, prompt, text
+    if task == "brief":
+        return scene, build_prompt(question), question["solution"]
+    short = build_prompt(question, "{question}\nObserve, think, answer.")
+    return (scene, short, text) if task == "seen" else (None, f"{look(question)}\n{short}", text)
+
+
+def drill(rng):
+    """(None, prompt text, completion text): count, say what comes after, look up letters, in any order; then
+    carry conclusions over into answers."""
+    names = list(rng.choice([COLOURS, SHAPES]))
+    palette = rng.sample(names, 3)
+    values = rng.choices(palette, k=rng.randint(4, 5))
+    options = palette + [rng.choice([name for name in names if name not in palette])]
+    rng.shuffle(options)
+    facts = [f"{ordinal} {value}" for ordinal, value in zip(ORDINALS, values)]
+    after = [f"after {value}, {fact}" for value, fact in zip(values, facts[1:]) if values.count(value) == 1]
+    parts = [tally(values), listing(after), look_up(options, rng.sample(options, 3))]
+    rng.shuffle(parts)
+    ends = ([(f"{value} {NUMBERS[values.count(value)]}", values.count(value)) for value in set(values)]
+            + [(f"{value} {letter}", letter) for letter, value in zip("ABCD", options)])
+    parts += [f"so {said}.</think><answer>{answer}</answer>"
+              for said, answer in rng.sample(sorted(ends, key=str), 3)]
+    return (None, f"{listing(facts)}.\nOptions:\n" + "\n".join(
+        f"{letter}. {value}" for letter, value in zip("ABCD", options)),
+        " ".join(part if part.endswith(">") else f"{part}." for part in parts if part))
 
 
 def caption(rng):
@@ -376,7 +426,8 @@ def make_tokenizer(seed):
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = frame.backend_tokenizer.pre_tokenizer
     rng = random.Random(seed)
-    texts = [part for _ in range(4000) for part in practice(rng, dict(caption=1, seen=1, trace=1))[1:]]
+    shares = dict(caption=1, seen=1, trace=1, drill=1)
+    texts = [part for _ in range(4000) for part in practice(rng, shares)[1:]]
     texts += ["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * 500
     from tokenizers.pre_tokenizers import ByteLevel
     raw.train_from_iterator(texts, trainers.BpeTrainer(
