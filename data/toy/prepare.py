@@ -156,7 +156,8 @@ def make_question(scene, rng):
                     "count": "numerical", "change": "free-form", "points": "regression"}.get(kind, "OCR")
     return dict(problem=question, problem_type=problem_type, options=options,
                 solution=f"<answer>{answer}</answer>", evidence=[facts[i] for i in needed],
-                data_source=f"toy-{kind}", name=name, values=values, facts=facts, needed=needed, reason=reason)
+                data_source=f"toy-{kind}", name=name, values=values, facts=facts, needed=list(needed),
+                reason=reason)
 
 
 def choose(right, name, rng):
