@@ -421,15 +421,16 @@ def prepare_for_training(model, args):
 
 
 def encode_batch(records, args, template, tokenizer, config, skipped):
-    """Pairs (record, Prompt) of the records whose media can be read;
-    the others are listed in `skipped`, never replaced."""
+    """Pairs (record, Prompt) of the records whose media can be read; the others are listed in `skipped`, never
+    replaced, and named the first time."""
     encoded = []
     for record in records:
         try:
             encoded.append((record, encode_record(record, args, template, tokenizer, config)))
         except MediaError as error:
+            if str(error) not in skipped:
+                print(f"skipped: {error}")
             skipped.append(str(error))
-            print(f"skipped: {error}")
     return encoded
 
 
@@ -475,8 +476,8 @@ def train(model, tokenizer, records, args):
         raise UserError(f"None of the {len(records)} media can be read: see the list above.")
     model.eval()
     save_adapter(model, args.output)
-    print(f"SFT on {len(order) - len(skipped)} traces, {len(skipped)} skipped; last loss {loss:.3f}; "
-          f"adapter in {args.output}")
+    lost = len(skipped) // args.epochs
+    print(f"SFT on {len(records) - lost} traces, {lost} skipped; last loss {loss:.3f}; adapter in {args.output}")
 
 
 def get_args():
