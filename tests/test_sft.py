@@ -603,7 +603,7 @@ def test_the_script_trains_and_skips_what_it_cannot_read(small_set):
     folder = small_set / "runs" / "sft"
     assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors", "metrics.jsonl"]
     rows = metrics(folder)
-    assert len(rows) == 6 and all(0 < row["loss"] < 20 for row in rows)  # two passes; a step without data has no loss
+    assert len(rows) == 6 and all(0 < row["loss"] < 20 for row in rows)  # two passes; without data no loss
     assert all(row["grad_norm"] > 0 and row["sec"] > 0 for row in rows)
     assert max(row["lr"] for row in rows) <= sft.STAGE_PRESETS["tiny"]["lr"]
     sft.load_model(BASE, folder)
