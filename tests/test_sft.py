@@ -507,7 +507,7 @@ def test_a_handful_of_traces_is_learnt_by_heart(toy_records, tmp_path):
     model, tokenizer = fresh()
     sft.train(model, tokenizer, toy_records[:3], settings(tmp_path / "sft", epochs=24, batch_size=3, lr=4e-3))
     losses = [row["loss"] for row in metrics(tmp_path / "sft")]
-    assert len(losses) == 24 and losses[-1] < 0.05 and losses[-1] < losses[0] / 3
+    assert len(losses) == 24 and losses[-1] < 0.05 and losses[-1] < losses[0] / 10, losses
     trained, _ = sft.load_model(BASE, tmp_path / "sft")  # what was saved is what was learnt
     prompt, completion = encode(toy_records[0], (trained, tokenizer))
     ids, mask, _ = pagrpo.rollout(trained, [prompt], tokenizer, 1, 120, greedy=True)
