@@ -344,8 +344,8 @@ You are a helpful assistant.<|im_end|>
 # answers at once. A gap stands for a long instruction: up to so many positions are left out before the answer.
 #
 # What a model this small learns in minutes decides the wording of the reasoning. Copying onwards from a match
-# and counting equal words it learns; finding the word *before* a match, or stopping at one, it did not in ten
-# minutes. So an option is looked up by turning the list round first ("red A, blue B, so blue B").
+# and counting equal words it learns; finding the word *before* a match, or stopping at one, it did not in 500
+# steps of practice. So an option is looked up by turning the list round first ("red A, blue B, so blue B").
 COURSES = [
     (500, 0, dict(copy=0.5, caption=0.5)),
     (600, 0, dict(drill=0.4, written=0.3, caption=0.3)),
@@ -442,7 +442,7 @@ def make_tokenizer(seed):
 
 
 def make_model(tokenizer, seed):
-    """Qwen2.5-VL at about two million parameters, random weights."""
+    """Qwen2.5-VL at 1.2 million parameters, random weights."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     torch.manual_seed(seed)
