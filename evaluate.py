@@ -16,13 +16,14 @@ Our choices (cited by number in the code):
 import argparse
 import json
 import math
+from itertools import islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from gen_cot import (add_data_args, add_judge_args, add_vision_args, judge_from, keep_with_media,
-                     load_records, load_template, parse_args, print_stats, write_jsonl)
+from gen_cot import (add_data_args, add_judge_args, add_vision_args, judge_from, load_template, parse_args,
+                     print_stats, read_ahead, select_records, write_jsonl)
 from pagrpo import rollout
 from rewards import PROBLEM_TYPES, accuracy_reward, format_rewards, parse_trace
 from sft import add_model_args, core, embed_prompts, encode_batch, load_model
@@ -33,11 +34,9 @@ STAGE_PRESETS = {"tiny": dict(batch_size=50, max_completion_tokens=112, max_pixe
 def complete(model, tokenizer, records, args):
     """Greedy completions (choice 1): list of str, None for a record whose medium can't be read."""
     template, config, skipped = load_template(args.prompt_file), core(model).config, []
-    texts = {}
-    for start in tqdm(range(0, len(records), args.batch_size), desc="completions", unit="batch"):
-        batch = [dict(record, index=i)
-                 for i, record in enumerate(records[start:start + args.batch_size], start)]
-        encoded = encode_batch(batch, args, template, tokenizer, config, skipped)
+    texts, media = {}, read_ahead([dict(record, index=i) for i, record in enumerate(records)], args)
+    for _ in tqdm(range(0, len(records), args.batch_size), desc="completions", unit="batch"):
+        encoded = encode_batch(islice(media, args.batch_size), template, tokenizer, config, skipped)
         if not encoded:
             continue
         kept, prompts = zip(*encoded)
@@ -126,6 +125,7 @@ def get_args():
     add_judge_args(algorithm, default="rule")
     algorithm.add_argument("--max-completion-tokens", type=int, default=1024, help="completions are cut here")
     run = parser.add_argument_group("run")
+    run.add_argument("--seed", type=int, default=0, help="seed of the draw of --limit")
     run.add_argument("--batch-size", type=int, default=4, help="questions decoded together")
     run.add_argument("--output", type=Path,
                      help="folder for results.json and completions (default: runs/<model>/evaluate)")
@@ -143,7 +143,7 @@ def row_name(adapter):
 
 
 def main(args):
-    records = keep_with_media(load_records(args.data, args.media_root)[:args.limit], args.media_root)
+    records = select_records(args)
     judge = judge_from(args)
     rows = {"constant": summarise(constant_answers(records, args.scoring))}
     for adapter in args.adapters:

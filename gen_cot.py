@@ -23,18 +23,25 @@ Our choices where the paper is silent (cited by number in the code):
 """
 import argparse
 import ast
+import collections
 import glob
 import gzip
+import itertools
 import json
 import math
+import multiprocessing
 import os
+import random
 import subprocess
 import sys
 import zlib
+from concurrent.futures import TimeoutError
 from pathlib import Path
 
 import numpy as np
+from pebble import ProcessExpired, ProcessPool
 from PIL import Image
+from tqdm import tqdm
 
 from rewards import PROBLEM_TYPES, UserError, accuracy_reward, format_rewards, make_judge, parse_trace
 
@@ -77,6 +84,9 @@ PRESETS = {
 }
 
 
+MANIFEST = "media-manifest.jsonl"  # below the media root, written by --check-data
+
+
 class MediaError(Exception):
     """A medium that can't be read, with the reason in one sentence; it costs its one record."""
 
@@ -91,7 +101,19 @@ def add_data_args(parser, data_help):
     data = parser.add_argument_group("data")
     data.add_argument("--data", help=data_help)
     data.add_argument("--media-root", help="folder that the records' paths are relative to")
-    data.add_argument("--limit", type=int, help="use only the first N records")
+    data.add_argument("--sources", nargs="+", metavar="NAME",
+                      help="only records whose data_source, or path, starts with one of these")
+    data.add_argument("--problem-types", nargs="+", choices=PROBLEM_TYPES, metavar="TYPE",
+                      help="only these: " + ", ".join(PROBLEM_TYPES))
+    data.add_argument("--data-types", nargs="+", choices=["image", "video"], metavar="TYPE",
+                      help="only these: image, video")
+    data.add_argument("--limit", type=int, help="use N of the records that are left, drawn with --seed")
+    data.add_argument("--allow-bad", action="store_true",
+                      help="go on where more than 5 %% of the records can't be used")
+    data.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1),
+                      help="processes that decode media ahead of the model")
+    data.add_argument("--decode-timeout", type=float, default=60,
+                      help="seconds after which a medium counts as unreadable")
     data.add_argument("--prompt-file",
                       help="a text file with {question} and {answer_form} in place of our prompt")
     return model, data
@@ -136,13 +158,16 @@ def prepare_toy_data():
 
 # --- records ------------------------------------------------------------------------------------------------
 
-def load_records(paths, media_root=None):
+def load_records(paths, media_root=None, allow_bad=False):
     """Read records from JSON lists or JSON Lines, plain or gzip.
+
+    A record that can't be used is left out and named with file, index and reason.
 
     Args:
         paths: a path, a glob pattern, or a list of them; the files are read in sorted order and concatenated.
         media_root: folder of the media; where given, each record gets `media`,
             its medium's path below that folder.
+        allow_bad: accept that more than 5 % of the records can't be used.
 
     Returns:
         list of dict with the data set's field names: `problem_id, problem, data_type, problem_type, options`
@@ -150,7 +175,7 @@ def load_records(paths, media_root=None):
         carries.
 
     Raises:
-        UserError: no such file, not JSON, or a record that lacks a field (named with file and index).
+        UserError: no such file, not JSON, or more bad records than allowed.
     """
     patterns = [paths] if isinstance(paths, (str, Path)) else list(paths)
     files = []
@@ -160,8 +185,20 @@ def load_records(paths, media_root=None):
             raise UserError(f"No data file {pattern}: pass --data, or see the README on what to download "
                             "and where to.")
         files += found
-    return [normalise(record, f"{file}, record {i}", media_root)
-            for file in files for i, record in enumerate(read_json(file))]
+    records, bad = [], []
+    for file in files:
+        for i, record in enumerate(read_json(file)):
+            try:
+                records.append(normalise(record, f"{file}, record {i}", media_root))
+            except UserError as error:
+                bad.append(str(error))
+    if len(bad) > 0.05 * (len(records) + len(bad)) and not allow_bad:
+        others = f" (the first of {len(bad)} in {len(records) + len(bad)} records)" if len(bad) > 1 else ""
+        raise UserError(f"{bad[0].removesuffix('.')}{others}: mend the file, or pass --allow-bad to go on "
+                        "without.")
+    for reason in bad:
+        print(f"left out: {reason}")
+    return records
 
 
 def read_json(file):
@@ -222,13 +259,16 @@ def media_path(media_root, path, where):
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if path.startswith("/") or ".." in parts:
         raise UserError(f"{where}: the path {path!r} leaves the media root.")
-    full = os.path.join(media_root, *parts)
-    other = os.path.join(media_root, *(parts[1:] if parts[:1] == ["Evaluation"] else ["Evaluation", *parts]))
-    return other if os.path.exists(other) and not os.path.exists(full) else full
+    full = f"{media_root}/{'/'.join(parts)}"
+    if os.path.exists(full):
+        return full
+    other = f"{media_root}/{'/'.join(parts[1:] if parts[:1] == ['Evaluation'] else ['Evaluation', *parts])}"
+    return other if os.path.exists(other) else full
 
 
 def keep_with_media(records, media_root):
-    """The records whose medium is there; the rest are counted aloud. Raises UserError where none is left."""
+    """The records whose medium is there, and readable where a manifest of `check_data` says so;
+    the rest are counted aloud. Raises UserError where none is left."""
     present = [record for record in records if os.path.isfile(record["media"])]
     if not present:
         raise UserError(f"None of the {len(records)} records has its medium below {media_root}: pass "
@@ -236,7 +276,57 @@ def keep_with_media(records, media_root):
     if len(present) < len(records):
         print(f"{len(records) - len(present)} of {len(records)} records left out: "
               f"their media are not below {media_root}.")
+    manifest = Path(media_root) / MANIFEST
+    if manifest.exists():
+        unreadable = {row["media"] for row in read_json(manifest) if row["status"] == "unreadable"}
+        usable = [record for record in present
+                  if os.path.relpath(record["media"], media_root) not in unreadable]
+        if len(usable) < len(present):
+            print(f"{len(present) - len(usable)} of {len(present)} records left out: "
+                  f"their media are unreadable according to {manifest}.")
+        present = usable
     return present
+
+
+def select_records(args, need_media=True):
+    """The records that a stage works on: loaded, filtered as the data flags say, media there if needed.
+    Raises UserError where none is left."""
+    records = load_records(args.data, args.media_root, args.allow_bad)
+    kept = [record for record in records
+            if (not args.problem_types or record["problem_type"] in args.problem_types)
+            and (not args.data_types or record["data_type"] in args.data_types)
+            and (not args.sources or any(name.startswith(tuple(args.sources)) for name in (
+                str(record.get("data_source", "")), record["path"].removeprefix("./"))))]
+    if not kept:
+        raise UserError(f"None of the {len(records)} records in {args.data} passes --sources, "
+                        "--problem-types and --data-types.")
+    if need_media:
+        kept = keep_with_media(kept, args.media_root)
+    if args.limit is not None and args.limit < len(kept):
+        kept = [kept[i] for i in sorted(random.Random(args.seed).sample(range(len(kept)), args.limit))]
+    return kept
+
+
+def check_data(args):
+    """Decode every medium of the records once and write the manifest, which later runs take: JSON Lines of
+    {media, status: usable, missing or unreadable, reason}, `media` relative to the media root."""
+    records = load_records(args.data, args.media_root, args.allow_bad)
+    media = list({record["media"]: record for record in records}.values())
+    present = [record for record in media if os.path.isfile(record["media"])]
+    rows = [dict(media=record["media"], status="missing", reason=None)
+            for record in media if not os.path.isfile(record["media"])]
+    for record, error in tqdm(read_ahead(present, args, check_media), total=len(present), desc="media"):
+        reason = str(error) if error else None
+        rows.append(dict(media=record["media"], status="unreadable" if reason else "usable", reason=reason))
+    for row in rows:
+        row["media"] = os.path.relpath(row["media"], args.media_root)
+        if row["reason"]:
+            print(f"unreadable: {row['reason']}")
+    manifest = Path(args.media_root) / MANIFEST
+    write_jsonl(manifest, rows)
+    statuses = [row["status"] for row in rows]
+    print(", ".join(f"{statuses.count(status)} {status}" for status in ("usable", "missing", "unreadable"))
+          + f": {manifest}")
 
 
 # --- frames -------------------------------------------------------------------------------------------------
@@ -277,34 +367,75 @@ def read_frames(path, num_frames=16, max_pixels=128 * FACTOR**2):
     Raises:
         MediaError: the file can't be decoded.
     """
-    try:
-        frames, seconds = decode_with_decord(path, num_frames)
-    except Exception:  # decord raises its own kinds of errors, or is not installed
+    for decode in (decode_with_decord, decode_with_pyav):
         try:
-            frames, seconds = decode_with_pyav(path, num_frames)
-        except Exception as error:  # a damaged file can fail anywhere in the decoder
-            raise MediaError(f"{path} can't be decoded ({type(error).__name__}: {error}).") from None
-    return resize(frames, max_pixels), len(frames) / seconds
+            frames, seconds = decode(path, num_frames)
+            promised = header_seconds(path)
+            if seconds < 0.9 * promised:
+                raise ValueError(f"cut short, {seconds:.1f} of {promised:.1f} s are there")
+            return resize(frames, max_pixels), len(frames) / seconds
+        except Exception as error:  # no decord here, or a damaged file, which can fail anywhere in a decoder
+            reason = f"{type(error).__name__}: {error}"
+    raise MediaError(f"{path} can't be decoded ({reason}).")
+
+
+def header_seconds(path):
+    """The duration in a video file's header, in seconds; 0 where it says nothing of the pictures alone."""
+    import av
+    with av.open(str(path)) as container:
+        return 0 if container.streams.audio else (container.duration or 0) / av.time_base
 
 
 def decode_with_decord(path, num_frames):
     """Frames uint8 (T, H, W, 3) and the clip's duration in seconds."""
     import decord  # has no wheel for Macs with Apple silicon; PyAV reads the video there
     reader = decord.VideoReader(str(path), num_threads=1)
-    seconds = len(reader) / reader.get_avg_fps()
+    (start, _), (_, end) = reader.get_frame_timestamp([0, len(reader) - 1])
+    seconds = clip_seconds(len(reader), reader.get_avg_fps(), float(end - start))
     return reader.get_batch(frame_indices(len(reader), seconds, num_frames)).asnumpy(), seconds
 
 
 def decode_with_pyav(path, num_frames):
-    """As `decode_with_decord`; decodes the whole clip, frame by frame, and keeps the sampled ones."""
+    """As `decode_with_decord`; decodes the clip twice, to count its frames and to keep the sampled ones.
+
+    Raises ValueError where fewer frames can be decoded than the file's header promises.
+    """
     import av
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        frames = [np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-                  for frame in container.decode(stream)]
-        rate = float(stream.average_rate or stream.guessed_rate or 2)
-    seconds = len(frames) / rate
-    return np.stack([frames[i] for i in frame_indices(len(frames), seconds, num_frames)]), seconds
+        promised, rate = stream.frames, float(stream.average_rate or stream.guessed_rate or 2)
+        times = [(frame.time or 0, float((frame.duration or 0) * frame.time_base))
+                 for frame in container.decode(stream)]
+    if len(times) < max(promised, 1):
+        raise ValueError(f"only {len(times)} of {promised or 'its'} frames can be decoded")
+    seconds = clip_seconds(len(times), rate, times[-1][0] - times[0][0] + times[-1][1])
+    wanted = frame_indices(len(times), seconds, num_frames)
+    with av.open(str(path)) as container:
+        kept = {i: np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+                for i, frame in enumerate(container.decode(container.streams.video[0])) if i in wanted}
+    return np.stack([kept[i] for i in wanted]), seconds
+
+
+def clip_seconds(total, rate, stamped):
+    """A clip's duration in seconds: its frames over their rate, or what its time stamps say where that
+    differs by two frames or more (a variable rate)."""
+    seconds = total / rate
+    return stamped if stamped > 0 and abs(stamped - seconds) * rate >= 2 else seconds
+
+
+def check_video(path):
+    """Decode a whole clip and stop at the first damage, which decoders otherwise paint over.
+    Raises MediaError."""
+    import av
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.options = {"err_detect": "explode"}
+            damaged = next((i for i, frame in enumerate(container.decode(stream)) if frame.is_corrupt), None)
+    except Exception as error:
+        raise MediaError(f"{path} is damaged ({type(error).__name__}: {error}).") from None
+    if damaged is not None:
+        raise MediaError(f"{path} is damaged at frame {damaged}.")
 
 
 def read_image(path, max_pixels=IMAGE_PIXELS[1]):
@@ -334,6 +465,55 @@ def read_media(record, num_frames=16, max_pixels=128):
     if record["data_type"] == "image":
         return read_image(record["media"]), None
     return read_frames(record["media"], num_frames, max_pixels * FACTOR**2)
+
+
+def check_media(record, num_frames, max_pixels):
+    """None for a record whose medium is whole and can be read as the stages read it. Raises MediaError."""
+    if record["data_type"] == "video":
+        check_video(record["media"])
+    read_media(record, num_frames, max_pixels)
+
+
+def silence():
+    """No decoder chatter on the screen from this worker process; errors go back to the parent as they are."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def read_ahead(records, args, read=read_media):
+    """Decode the records' media in worker processes, ahead of whoever takes them; `records` may be endless.
+
+    A medium that hangs or crashes its decoder costs its own record and one worker, which is replaced.
+
+    Args:
+        args: with num_frames, max_pixels (in units of 28×28), workers, decode_timeout (seconds).
+
+    Yields:
+        (record, media) in the order of the records, where media is what `read` returns, or a MediaError.
+    """
+    # Forked workers start at once and share the parent's memory; elsewhere than on Linux forking is unsafe.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPool(max_workers=args.workers, context=context, initializer=silence)
+    records, waiting = iter(records), collections.deque()
+    try:
+        while True:
+            for record in itertools.islice(records, 4 * args.workers - len(waiting)):
+                waiting.append((record, pool.schedule(
+                    read, (record, args.num_frames, args.max_pixels), timeout=args.decode_timeout)))
+            if not waiting:
+                break
+            record, future = waiting.popleft()
+            try:
+                media = future.result()
+            except MediaError as error:
+                media = error
+            except TimeoutError:
+                media = MediaError(f"{record['media']} can't be decoded within {args.decode_timeout:g} s.")
+            except ProcessExpired as error:
+                media = MediaError(f"{record['media']} crashes the decoder (exit code {error.exitcode}).")
+            yield record, media
+    finally:
+        pool.stop()
+        pool.join()
 
 
 # --- the prompt ---------------------------------------------------------------------------------------------
@@ -395,12 +575,17 @@ def get_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     _, data = add_data_args(parser, "questions: JSON list or JSON Lines, .gz or plain, globs allowed")
+    add_vision_args(parser)
+    data.add_argument("--check-data", action="store_true",
+                      help="only decode every medium once and write which can be used to "
+                           f"<media root>/{MANIFEST}, which every stage then goes by")
     data.add_argument("--traces", help="raw traces by the teacher: JSON Lines of {problem_id, output}")
     algorithm = parser.add_argument_group("algorithm")
     algorithm.add_argument("--threshold", type=float, default=0.6,
                            help="least answer score that is kept (paper: 0.6)")
     add_judge_args(algorithm, default=None)
     run = parser.add_argument_group("run")
+    run.add_argument("--seed", type=int, default=0, help="seed of the draw of --limit")
     run.add_argument("--output", type=Path,
                      help="file for the kept records (default: runs/<model>/gen_cot/cot.jsonl)")
     return parse_args(parser, {}, data_key="cot_data")
@@ -475,9 +660,11 @@ def print_yield(records, reasons):
 
 
 def main(args):
+    if args.check_data:
+        return check_data(args)
     if args.traces is None or args.judge is None:
         raise UserError("gen_cot.py needs the teacher's traces and a judge: pass --traces FILE and --judge.")
-    records = load_records(args.data)[:args.limit]
+    records = select_records(args, need_media=False)
     judge = judge_from(args)
     traces = load_traces(args.traces)
     reasons, scores = verify(records, traces, judge, args.threshold, args.scoring)

@@ -52,6 +52,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +60,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from gen_cot import (add_data_args, add_judge_args, add_vision_args, judge_from, keep_with_media,
-                     load_records, load_template, parse_args, print_stats)
+from gen_cot import (add_data_args, add_judge_args, add_vision_args, judge_from, load_template, parse_args,
+                     print_stats, read_ahead, select_records)
 from rewards import UserError, accuracy_reward, format_rewards, length_reward, parse_trace
 from sft import (Prompt, add_model_args, add_training_args, core, cosine_lr, embed_prompts, encode_batch,
                  encode_text, load_model, log_line, logprobs_from_hidden, optimiser_step,
@@ -434,13 +435,13 @@ def train(model, reference, tokenizer, records, args):
     judge = judge_from(args, generate=lambda prompts: self_judge(model, tokenizer, prompts))
     optimizer = prepare_for_training(model, args)
     generator = torch.Generator(device=next(model.parameters()).device).manual_seed(args.seed)
-    stream = endless(records, args.seed)
+    media = read_ahead(endless(records, args.seed), args)
     args.output.mkdir(parents=True, exist_ok=True)
     with open(args.output / "metrics.jsonl", "w") as file, tqdm(range(args.updates), desc="PA-GRPO") as bar:
         for step in bar:
             clock = [time.time()]
-            batch = [next(stream) for _ in range(args.prompts_per_update)]
-            encoded = encode_batch(batch, args, template, tokenizer, core(model).config, skipped)
+            batch = islice(media, args.prompts_per_update)  # decoded while the last update ran
+            encoded = encode_batch(batch, template, tokenizer, core(model).config, skipped)
             if not encoded:
                 continue
             groups = sample_groups(model, *zip(*encoded), tokenizer, generator, args)
@@ -579,7 +580,7 @@ def get_args():
 
 def main(args):
     seed_everything(args.seed)
-    records = keep_with_media(load_records(args.data, args.media_root)[:args.limit], args.media_root)
+    records = select_records(args)
     adapter = args.adapter or args.run_dir / "sft"
     if args.adapter == "none" or (args.adapter is None and not (adapter / "adapter_config.json").exists()):
         print("No SFT adapter: starting from the base (Table 2, RL only).")

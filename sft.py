@@ -30,6 +30,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +43,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from gen_cot import (MediaError, add_data_args, add_vision_args, build_prompt, keep_with_media, load_records,
-                     load_template, parse_args, read_media)
+from gen_cot import (MediaError, add_data_args, add_vision_args, build_prompt, load_template, parse_args,
+                     read_ahead, select_records)
 from rewards import UserError, parse_trace
 
 PATCH, MERGE, TEMPORAL = 14, 2, 2  # pixels a patch side; patches a token side; frames a temporal patch
@@ -270,12 +271,6 @@ def encode_text(text, tokenizer):
                   torch.empty(0, 2 * 3 * PATCH**2), torch.empty(0, 3, dtype=torch.long))
 
 
-def encode_record(record, args, template, tokenizer, config):
-    """Decode, prompt and encode one record. Raises MediaError."""
-    frames, fps = read_media(record, args.num_frames, args.max_pixels)
-    return encode_prompt(build_prompt(record, template), frames, fps, tokenizer, config)
-
-
 def embed_prompts(model, prompts):
     """Fill in `embeds` of each prompt: token embeddings with the vision tower's features in their places.
 
@@ -420,17 +415,17 @@ def prepare_for_training(model, args):
     return torch.optim.AdamW(trainable_parameters(model), lr=args.lr, weight_decay=args.weight_decay)
 
 
-def encode_batch(records, args, template, tokenizer, config, skipped):
-    """Pairs (record, Prompt) of the records whose media can be read; the others are listed in `skipped`, never
-    replaced, and named the first time."""
+def encode_batch(batch, template, tokenizer, config, skipped):
+    """Pairs (record, Prompt) of a batch of pairs of `read_ahead`. Records whose media can't be read are
+    listed in `skipped`, never replaced, and named the first time."""
     encoded = []
-    for record in records:
-        try:
-            encoded.append((record, encode_record(record, args, template, tokenizer, config)))
-        except MediaError as error:
-            if str(error) not in skipped:
-                print(f"skipped: {error}")
-            skipped.append(str(error))
+    for record, media in batch:
+        if isinstance(media, MediaError):
+            if str(media) not in skipped:
+                tqdm.write(f"skipped: {media}")
+            skipped.append(str(media))
+        else:
+            encoded.append((record, encode_prompt(build_prompt(record, template), *media, tokenizer, config)))
     return encoded
 
 
@@ -447,13 +442,13 @@ def train(model, tokenizer, records, args):
     optimizer = prepare_for_training(model, args)
     order = [i for epoch in range(args.epochs)
              for i in random.Random(args.seed + epoch).sample(range(len(records)), len(records))]
-    batches = [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    steps, media = math.ceil(len(order) / args.batch_size), read_ahead((records[i] for i in order), args)
     args.output.mkdir(parents=True, exist_ok=True)
     skipped = []
-    with open(args.output / "metrics.jsonl", "w") as metrics, tqdm(batches, desc="SFT", unit="step") as bar:
-        for step, batch in enumerate(bar):
+    with open(args.output / "metrics.jsonl", "w") as metrics, tqdm(range(steps), desc="SFT", unit="step") as bar:
+        for step in bar:
             start = time.time()
-            encoded = encode_batch([records[i] for i in batch], args, template, tokenizer, config, skipped)
+            encoded = encode_batch(islice(media, args.batch_size), template, tokenizer, config, skipped)
             if not encoded:
                 continue
             targets = [torch.tensor(tokenizer(target_text(record, args.process_agnostic).replace("<|", "< |"),
@@ -468,7 +463,7 @@ def train(model, tokenizer, records, args):
                 part = sft_loss(model, prompts, targets[i:i + args.micro_batch]) / tokens  # choice 2
                 part.backward()
                 loss += part.item()
-            lr = cosine_lr(step, len(batches), args.lr, args.warmup)
+            lr = cosine_lr(step, steps, args.lr, args.warmup)
             norm = optimiser_step(model, optimizer, lr, args.max_grad_norm)
             log_line(metrics, dict(step=step, loss=loss, grad_norm=norm, lr=lr, sec=time.time() - start))
             bar.set_postfix(loss=f"{loss:.3f}")
@@ -510,13 +505,11 @@ def main(args):
     verified = args.run_dir / "gen_cot" / "cot.jsonl"
     if args.data == args.default_data and (verified.exists() or args.model == "tiny"):
         args.data = verified
-    records = load_records(args.data, args.media_root)[:args.limit]
-    bare = next((i for i, r in enumerate(records)
-                 if not r.get("output") and not (r.get("observation") and r.get("process"))), None)
-    if bare is not None:
-        raise UserError(f"{args.data}, record {bare}: no trace to learn (output, or observation "
-                        "and process): run gen_cot.py first.")
-    records = keep_with_media(records, args.media_root)
+    records = select_records(args)
+    for record in records:
+        if not record.get("output") and not (record.get("observation") and record.get("process")):
+            raise UserError(f"{args.data}: the question {record['problem'][:60]!r} has no trace to learn "
+                            "(output, or observation and process): run gen_cot.py first.")
     model, tokenizer = load_model(args.base, None, not args.no_4bit, args.lora_rank, args.lora_alpha)
     train(model, tokenizer, records, args)
 

@@ -2,15 +2,18 @@
 import gzip
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
 import struct
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -144,6 +147,44 @@ def test_a_bad_file_is_named(tmp_path):
         (tmp_path / name).write_bytes(data)
         assert name in error_of(load_records, tmp_path / name)
     assert "--data" in error_of(load_records, tmp_path / "nothing*.json")
+
+
+def test_few_bad_records_are_named_and_left_out_and_many_only_when_allowed(tmp_path, capsys):
+    bad = changed(problem_type="essay")
+    file = dump(tmp_path / "few.json", [RECORD] * 20 + [bad])
+    assert len(load_records(file)) == 20
+    assert f"left out: {file}, record 20: unknown problem_type 'essay'" in capsys.readouterr().out
+    file = dump(tmp_path / "many.json", [RECORD] * 17 + [bad])  # 5.6 %
+    assert "--allow-bad" in error_of(load_records, file)
+    assert len(load_records(file, allow_bad=True)) == 17
+    assert f"left out: {file}, record 17" in capsys.readouterr().out
+
+
+def selected(file, root, **flags):
+    """Which problem_ids `select_records` gives for a stage's flags."""
+    args = dict(data=str(file), media_root=str(root), allow_bad=False, sources=None, problem_types=None,
+                data_types=None, limit=None, seed=0)
+    return [r["problem_id"] for r in gen_cot.select_records(SimpleNamespace(**(args | flags)))]
+
+
+def test_filters_choose_before_the_limit_draws(tmp_path):
+    rows = [changed(problem_id=0), changed(problem_id=1, data_type="image", path="./Math/CLEVR/b.png", data_source=""),
+            changed(problem_id=2, problem_type="OCR", data_source="OCR-VQA", path="./OCR/c.png", data_type="image")]
+    rows += [changed(problem_id=3, path="./STAR/gone.mp4")] + [changed(problem_id=i) for i in range(4, 60)]
+    file = dump(tmp_path / "a.json", rows)
+    for row in rows[:3]:
+        (tmp_path / row["path"]).parent.mkdir(parents=True)
+        (tmp_path / row["path"]).write_bytes(b"")
+    there = [0, 1, 2, *range(4, 60)]
+    assert selected(file, tmp_path) == there
+    assert selected(file, tmp_path, sources=["Math", "OCR-VQA"]) == [1, 2]  # by its folder, by its source
+    assert selected(file, tmp_path, problem_types=["OCR"]) == [2]
+    assert selected(file, tmp_path, data_types=["image"], sources=["Math/CLEVR"]) == [1]
+    drawn = selected(file, tmp_path, limit=20)
+    assert len(drawn) == 20 and drawn == sorted(drawn) and set(drawn) < set(there) and drawn != there[:20]
+    assert drawn == selected(file, tmp_path, limit=20) != selected(file, tmp_path, limit=20, seed=1)
+    with pytest.raises(UserError, match="--sources"):
+        selected(file, tmp_path, sources=["nowhere"])
 
 
 def test_records_without_their_medium_are_counted_aloud(tmp_path, capsys):
@@ -380,6 +421,150 @@ def test_a_damaged_video_is_a_media_error_that_names_it(clips, tmp_path):
         assert name in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(MediaError, match="nowhere.mp4"):
         read_frames(tmp_path / "nowhere.mp4")
+
+
+def vary_rate(path, codec):
+    """Twenty frames in the first second, then one every 0.4 seconds: 4.6 s from the first to the last."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = 84, 56, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for time in [*range(0, 1000, 50), *range(1000, 5000, 400)]:
+            frame = av.VideoFrame.from_ndarray(np.full((56, 84, 3), 90, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.webm", "libvpx-vp9")])
+def test_the_rate_of_a_clip_of_variable_rate_comes_from_its_time_stamps(tmp_path, name, codec):
+    """Thirty frames at a nominal 30 a second would be one second, and the positions off by a factor of 4.6."""
+    path = vary_rate(tmp_path / name, codec)
+    frames, fps = read_frames(path)
+    assert len(frames) / fps == pytest.approx(4.6, abs=0.06)
+    assert gen_cot.decode_with_pyav(path, 16)[1] == pytest.approx(4.6, abs=0.06)
+
+
+def test_moving_pictures_that_are_no_videos(tmp_path):
+    colours = [Image.new("RGB", (84, 56), c) for c in ("red", "lime", "blue")]
+    for name in ("a.gif", "a.webp"):
+        colours[0].save(tmp_path / name, save_all=True, append_images=colours[1:], duration=500)
+        assert read_image(tmp_path / name)[0, 9, 9].argmax() == 0  # as an image: its first frame
+    frames, fps = read_frames(tmp_path / "a.gif")
+    assert frames[:, 9, 9].argmax(-1).tolist() == [0, 2] and len(frames) / fps == pytest.approx(1.5, abs=0.1)
+    with pytest.raises(MediaError, match="a.webp"):
+        read_frames(tmp_path / "a.webp")
+
+
+# --- damage, and decoding ahead ---
+
+def settings(**changes):
+    return SimpleNamespace(**(dict(num_frames=4, max_pixels=4, workers=2, decode_timeout=60) | changes))
+
+
+def damage(data, kind, rng):
+    if kind == "cut":
+        return data[:rng.randrange(1, len(data) * 7 // 10)]
+    if kind == "header":
+        return data[:rng.randrange(8, 48)]
+    if kind == "text":
+        return b"not a video at all\n" * rng.randrange(1, 300)
+    if kind == "empty":
+        return b""
+    data = bytearray(data)
+    for _ in range(200):
+        data[rng.randrange(len(data) // 4, len(data) * 3 // 4)] ^= 1 << rng.randrange(8)
+    return bytes(data)
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """1,000 damaged clips of three codecs between 50 whole ones: records with `kind` of damage and `codec`."""
+    folder, rng, records = tmp_path_factory.mktemp("damaged"), random.Random(0), []
+    noise = np.cumsum(np.random.default_rng(0).integers(-9, 10, (20, 56, 56, 3)), 0).clip(-128, 127) + 128
+    wholes = {}
+    for codec, suffix in (("libx264", "mp4"), ("mpeg4", "mp4"), ("libvpx-vp9", "webm")):
+        with av.open(str(folder / f"{codec}.{suffix}"), "w") as container:
+            stream = container.add_stream(codec, rate=10, options={"threads": "1"})
+            stream.width = stream.height = 56
+            stream.pix_fmt, stream.bit_rate = "yuv420p", 300_000
+            for frame in noise.astype(np.uint8):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(None))
+        wholes[codec] = suffix, (folder / f"{codec}.{suffix}").read_bytes()
+    for n in range(1050):
+        kind = "whole" if n % 21 == 0 else rng.choice(["cut", "header", "text", "empty", "flipped"])
+        codec = rng.choice(list(wholes))
+        suffix, data = wholes[codec]
+        path = folder / f"{n}.{suffix}"
+        path.write_bytes(data if kind == "whole" else damage(data, kind, rng))
+        records.append(dict(media=str(path), data_type="video", kind=kind, codec=codec))
+    return records
+
+
+def test_a_thousand_damaged_files_cost_their_own_records_and_no_others(damaged):
+    """A decoder paints over flipped bits where it can, so a flipped file may come back as frames, never as a stop."""
+    results = list(gen_cot.read_ahead(damaged, settings()))
+    assert [record["media"] for record, _ in results] == [record["media"] for record in damaged]
+    for record, media in results:
+        if record["kind"] == "whole":
+            assert media[0].shape == (4, 56, 56, 3) and media[1] == 2.0
+        elif isinstance(media, MediaError):
+            assert record["media"] in str(media) and "\n" not in str(media)
+        else:
+            assert record["kind"] == "flipped" and media[0].shape[1:] == (56, 56, 3)
+
+
+def test_check_data_finds_what_decoders_paint_over_and_later_runs_go_by_it(damaged, tmp_path, monkeypatch, capsys):
+    """Flipped bits in VP9 are no error to its decoder; in the two codecs with markers in the stream they are."""
+    root = Path(damaged[0]["media"]).parent
+    some = [r for r in damaged if r["codec"] != "libvpx-vp9"][:150]
+    rows = [changed(problem_id=i, path="./" + Path(r["media"]).name) for i, r in enumerate(some)]
+    file = dump(tmp_path / "data.json", rows + [changed(problem_id=-1, path="./gone.mp4"), rows[0]])
+    monkeypatch.setattr(sys, "argv", ["gen_cot.py", "--check-data", "--data", str(file), "--media-root", str(root)])
+    gen_cot.main(gen_cot.get_args())
+    said = capsys.readouterr().out
+    manifest = root / gen_cot.MANIFEST
+    status = {row["media"]: row["status"] for row in map(json.loads, open(manifest))}
+    assert len(status) == 151 and status["gone.mp4"] == "missing"
+    for record in some:
+        expected = "usable" if record["kind"] == "whole" else "unreadable"
+        assert status[Path(record["media"]).name] == expected, record
+        assert (record["media"] in said) == (expected == "unreadable")
+    good = [i for i, r in enumerate(some) if r["kind"] == "whole"]
+    assert selected(file, root) == good + [0] * (0 in good)
+    assert f"unreadable according to {manifest}" in capsys.readouterr().out
+    manifest.unlink()
+
+
+def stall_or_crash(record, num_frames, max_pixels):
+    """Stands in for a decoder that hangs, or that takes its process down."""
+    if record["media"] == "hangs":
+        time.sleep(600)
+    if record["media"] == "crashes":
+        os.kill(os.getpid(), 9)
+    return record["media"], num_frames
+
+
+def test_a_hang_ends_at_the_time_limit_and_a_crash_costs_one_record():
+    names = ["a", "crashes", "b", "hangs", "c", "crashes", "d"] + list("efghij")
+    start = time.time()
+    results = [media for _, media in gen_cot.read_ahead(
+        (dict(media=name) for name in names), settings(decode_timeout=1.5), stall_or_crash)]
+    assert [m[0] for m in results if not isinstance(m, MediaError)] == [n for n in names if len(n) == 1]
+    assert "crashes the decoder (exit code -9)" in str(results[1]) and "within 1.5 s" in str(results[3])
+    assert time.time() - start < 60
+
+
+def test_an_endless_stream_is_read_no_further_than_needed():
+    taken = []
+    stream = gen_cot.read_ahead((taken.append(i) or dict(media=str(i)) for i in itertools.count()), settings(),
+                                stall_or_crash)
+    assert [next(stream)[1] for _ in range(20)] == [(str(i), 4) for i in range(20)]
+    assert len(taken) < 40
+    stream.close()  # and its processes are gone
+    assert not multiprocessing.active_children()
 
 
 # --- real pictures ---

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+import gen_cot
 import pagrpo
 import sft
 
@@ -217,8 +218,8 @@ def group(tiny, toy_records):
     chosen = [next(r for r in toy_records if r["data_type"] == kind) for kind in ("video", "image")]
     prompts = []
     for record in chosen:
-        frames, fps = sft.read_media(record, 16, 4)
-        prompts.append(sft.encode_prompt(sft.build_prompt(record), frames, fps, tokenizer,
+        frames, fps = gen_cot.read_media(record, 16, 4)
+        prompts.append(sft.encode_prompt(gen_cot.build_prompt(record), frames, fps, tokenizer,
                                          sft.core(model).config))
     with torch.no_grad():
         sft.embed_prompts(model, prompts)

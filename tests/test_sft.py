@@ -467,7 +467,7 @@ def settings(output, **changes):
     """What `train` reads of the command line."""
     defaults = dict(prompt_file=None, no_checkpointing=True, lr=1e-3, weight_decay=0.0, max_grad_norm=5.0,
                     warmup=0.03, epochs=1, batch_size=4, micro_batch=4, seed=0, output=output,
-                    process_agnostic=False, num_frames=16, max_pixels=4)
+                    process_agnostic=False, num_frames=16, max_pixels=4, workers=1, decode_timeout=60)
     return SimpleNamespace(**(defaults | changes))
 
 
@@ -621,12 +621,15 @@ def run_main(monkeypatch, *flags):
 
 @pytest.mark.parametrize("lost", ["output", "observation", "process"])
 def test_records_without_a_trace_are_an_error(small_set, monkeypatch, lost):
-    bare = dict(problem="?", problem_type="numerical", data_type="video", path="a.mp4", solution="1")
+    bare = dict(problem_type="numerical", data_type="video", solution="1")
     rows = [bare | dict(output=TRACE), bare | dict(observation="o", process="t")]
     rows.append(rows[0 if lost == "output" else 1] | {lost: ""})
+    for row, medium in zip(rows, sorted((small_set / "media").iterdir())):
+        row.update(problem=f"Q{medium.stem}?", path=f"./media/{medium.name}")
     gen_cot.write_jsonl(small_set / "bare.jsonl", rows)
-    says = run_main(monkeypatch, "--data", small_set / "bare.jsonl", "--output", small_set / "out")
-    assert f"{small_set / 'bare.jsonl'}, record 2: no trace to learn" in says and "gen_cot.py" in says
+    says = run_main(monkeypatch, "--data", small_set / "bare.jsonl", "--media-root", small_set,
+                    "--output", small_set / "out")
+    assert f"{small_set / 'bare.jsonl'}: the question 'Q02?' has no trace to learn" in says and "gen_cot.py" in says
     assert not (small_set / "out").exists()
 
 
