@@ -51,7 +51,7 @@ import random
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -328,6 +328,14 @@ class Group:
     def inputs(self):
         return self.prompt, self.completion_ids, self.completion_mask
 
+    def split(self, size):
+        """The group's tensors in pieces of up to `size` completions (None: in one)."""
+        tensors = {name: value for name, value in vars(self).items()
+                   if isinstance(value, torch.Tensor)}
+        size = size or len(self.completion_ids)
+        return [replace(self, **{name: value[i:i + size] for name, value in tensors.items()})
+                for i in range(0, len(self.completion_ids), size)]
+
     def rewards(self, process):
         """(G,) float32, NaN where unknown."""
         return torch.tensor([s[process] for s in self.scores], dtype=torch.float32)
@@ -363,28 +371,35 @@ def score_groups(groups, tokenizer, judge, args):
 
 
 def update_policy(model, reference, optimizer, groups, lr, args):
-    """μ gradient steps on the groups of one rollout, each over all groups; returns the last one's metrics."""
+    """μ gradient steps on the groups of one rollout, each over all of them; returns the last one's metrics.
+
+    `--completions-per-pass` cuts the groups into smaller passes; as every completion counts 1/G, the loss is
+    the sum of the pieces' losses by their shares.
+    """
+    pieces = [piece for group in groups for piece in group.split(args.completions_per_pass)]
+    total = sum(len(piece.completion_ids) for piece in pieces)
     with torch.no_grad():
-        for group in groups:
+        for piece in pieces:
             if args.beta:
                 with use_adapter(model, reference):
-                    group.ref_logprobs = token_logprobs(model, *group.inputs)
+                    piece.ref_logprobs = token_logprobs(model, *piece.inputs)
             if args.num_iterations > 1:
-                group.old_logprobs = token_logprobs(model, *group.inputs)
+                piece.old_logprobs = token_logprobs(model, *piece.inputs)
     model.train()
     for _ in range(args.num_iterations):
         totals = {"loss": 0.0, "kl": 0.0, "clip_frac": 0.0}
-        for group in groups:
-            logprobs = token_logprobs(model, *group.inputs)
-            old_logprobs = (logprobs.detach() if group.old_logprobs is None  # μ = 1: ρ = 1
-                            else group.old_logprobs)
+        for piece in pieces:
+            logprobs = token_logprobs(model, *piece.inputs)
+            old_logprobs = (logprobs.detach() if piece.old_logprobs is None  # μ = 1: ρ = 1
+                            else piece.old_logprobs)
             loss, metrics = pa_grpo_loss(
-                logprobs, old_logprobs, group.ref_logprobs, group.perception_mask, group.reasoning_mask,
-                group.perception_advantages, group.reasoning_advantages, args.clip_eps, args.beta,
+                logprobs, old_logprobs, piece.ref_logprobs, piece.perception_mask, piece.reasoning_mask,
+                piece.perception_advantages, piece.reasoning_advantages, args.clip_eps, args.beta,
                 args.loss_average)
-            (loss / len(groups)).backward()
+            share = len(logprobs) / total
+            (share * loss).backward()
             for key, value in {"loss": loss.item(), **metrics}.items():
-                totals[key] += value / len(groups)
+                totals[key] += share * value
         totals["grad_norm"] = optimiser_step(model, optimizer, lr, args.max_grad_norm)
     model.eval()
     return totals
@@ -418,15 +433,17 @@ def nan_mean(values):
     return sum(known) / len(known) if known else None
 
 
-def show(group, i=0):
-    """One completion on screen: perception in cyan, reasoning in yellow, with both rewards and advantages."""
-    text, s = group.texts[i], group.scores[i]
-    split = text.find("</observation>") + len("</observation>") if "</observation>" in text else 0
-    tqdm.write(f"\n{group.record['problem']} {' '.join(group.record['options'])}  "
-               f"gold {group.record['solution']}\n"
-               f"\033[36m{text[:split]}\033[33m{text[split:]}\033[0m\n"
-               f"perception: reward {s['perception']:.2f}, advantage {group.perception_advantages[i]:+.2f}; "
-               f"reasoning: reward {s['reasoning']:.2f}, advantage {group.reasoning_advantages[i]:+.2f}")
+def show(group):
+    """A group on screen, a line per completion: rewards and advantages of both processes, then perception in
+    cyan and reasoning in yellow."""
+    lines = [f"\n{group.record['problem']} {' '.join(group.record['options'])}  gold {group.record['solution']}",
+             "perception       reasoning        reward, advantage"]
+    for text, s, a_p, a_r in zip(group.texts, group.scores, group.perception_advantages,
+                                 group.reasoning_advantages):
+        split = text.find("</observation>") + len("</observation>") if "</observation>" in text else 0
+        lines.append(f"{s['perception']:5.2f}, {a_p:+5.2f}     {s['reasoning']:5.2f}, {a_r:+5.2f}     "
+                     f"\033[36m{text[:split]}\033[33m{text[split:]}\033[0m")
+    tqdm.write("\n".join(lines))
 
 
 def train(model, reference, tokenizer, records, args):
@@ -546,6 +563,8 @@ def get_args():
     algorithm.add_argument("--prompts-per-update", type=int, default=7,
                            help="prompts per optimiser step (paper: 7)")
     algorithm.add_argument("--num-iterations", type=int, default=1, help="gradient steps per rollout, μ")
+    algorithm.add_argument("--completions-per-pass", type=int,
+                           help="completions of a group per training pass (default: all; fewer, less memory)")
     algorithm.add_argument("--max-completion-tokens", type=int, default=768,
                            help="completions are cut here (paper: 768)")
     algorithm.add_argument("--clip-eps", type=float, default=0.2, help="ε of Eq. 7")
@@ -567,7 +586,7 @@ def get_args():
                               help="optimiser steps at μ = 1 (paper: 1000)")
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="seed of the order and of the sampling")
-    run.add_argument("--show-every", type=int, default=25, help="updates between two completions on screen")
+    run.add_argument("--show-every", type=int, default=25, help="updates between two groups on screen")
     run.add_argument("--output", type=Path,
                      help="folder for adapter, metrics and curves (default: runs/<model>/pagrpo)")
     args = parse_args(parser, STAGE_PRESETS, data_key="rl_data")

@@ -8,6 +8,7 @@ import torch
 import gen_cot
 import pagrpo
 import sft
+from conftest import ROOT
 
 # --- whose token is it --------------------------------------------------------------------------------------
 
@@ -198,6 +199,35 @@ def test_equal_process_rewards_and_completion_average_are_grpo():
     assert ours.item() == pytest.approx(grpo.item(), abs=1e-12)
 
 
+def test_grpo_equals_trl(tmp_path):
+    """The same tensors through the loss of TRL's trainer, `loss_type="grpo"`."""
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+    trainer = GRPOTrainer(
+        model=Qwen2ForCausalLM(Qwen2Config(vocab_size=1100, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                           num_attention_heads=1, num_key_value_heads=1)),
+        processing_class=AutoTokenizer.from_pretrained(ROOT / "data/toy/base"), reward_funcs=lambda **_: [0.0],
+        train_dataset=Dataset.from_list([dict(prompt="a")]),
+        args=GRPOConfig(output_dir=str(tmp_path), loss_type="grpo", report_to=[], use_cpu=True, bf16=False,
+                        num_generations=2, per_device_train_batch_size=2,
+                        use_bias_correction_kl=False))  # its KL is times ρ else, which Eq. 1 does not have
+    trainer.beta, trainer.current_gradient_accumulation_steps = 0.04, 1  # at 0 it loads no reference model
+    rng = random.Random(7)
+    for _ in range(20):
+        logp, old, ref, perception, reasoning, adv, _ = random_case(rng)
+        ref = logp.detach() + (ref - logp.detach()).clamp(-9, 9)  # TRL does not clamp
+        mask = perception | reasoning
+        trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logp, torch.zeros_like(logp), None)
+        ids = torch.zeros(mask.shape, dtype=torch.long)
+        theirs = trainer._compute_loss(trainer.model, dict(
+            prompt_ids=ids, prompt_mask=torch.ones_like(ids), completion_ids=ids, completion_mask=mask.long(),
+            advantages=adv, old_per_token_logps=old, ref_per_token_logps=ref))
+        ours, _ = pagrpo.pa_grpo_loss(logp, old, ref, perception, reasoning, adv, adv, loss_average="completion")
+        assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
+
+
 def test_the_loss_is_zero_and_its_gradient_is_not_at_the_first_step():
     """μ = 1: ρ is 1 and a group's advantages add up to 0; what learns is the gradient."""
     logp = torch.randn(4, 3, requires_grad=True)
@@ -284,7 +314,7 @@ def test_packed_logprobs_and_gradients_equal_hugging_face(tiny, group):
 
 
 def make_args(**changes):
-    defaults = dict(beta=0.04, num_iterations=1, clip_eps=0.2, loss_average="segment", max_grad_norm=5.0,
+    defaults = dict(beta=0.04, num_iterations=1, completions_per_pass=None, clip_eps=0.2, loss_average="segment", max_grad_norm=5.0,
                     without=None, scoring="paper", length_bonus=0.2, perception_length=(4, 64),
                     reasoning_length=(4, 64))
     return type("Args", (), defaults | changes)
@@ -351,6 +381,27 @@ def test_updates_raise_the_likelihood_of_what_was_rewarded_and_leave_the_referen
     assert gain[0] > 0 and gain[0] > gain[1:].max(), gain
     assert metrics["kl"] > 0 and math.isfinite(metrics["grad_norm"])
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if ".ref." in n)
+
+
+def test_smaller_passes_give_the_same_step(started, group, toy_records):
+    """Log-probs of both policies, loss, KL and gradient norm of one group in one, two and three passes."""
+    model, _ = started
+    prompts, ids, mask, _ = group
+    adv = torch.tensor([1.5, -0.5, -0.7, -0.3])
+    split = torch.arange(ids.shape[1]) < 5
+    saved = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+    results = []
+    for size in (None, 2, 3):
+        made = pagrpo.Group(toy_records[0], prompts[0], ids[:4], mask[:4], mask[:4] & split, mask[:4] & ~split,
+                            perception_advantages=adv, reasoning_advantages=-adv)
+        args = make_args(completions_per_pass=size, num_iterations=2, lr=1e-3, weight_decay=0.0,
+                         no_checkpointing=True)
+        metrics = pagrpo.update_policy(model, None, sft.prepare_for_training(model, args), [made], args.lr, args)
+        results.append([metrics[key] for key in ("loss", "grad_norm")])
+        for p, value in saved:
+            p.data.copy_(value)
+    assert results[0][1] > 0
+    assert results[1] == pytest.approx(results[0], rel=1e-3) and results[2] == pytest.approx(results[0], rel=1e-3)
 
 
 def test_unknown_verdicts_are_left_out_and_scores_add_up():
