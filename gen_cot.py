@@ -12,6 +12,11 @@ This file is also where every stage gets its records, its frames and its prompt:
 `read_frames`, `build_prompt`. It needs no torch.
 
     python gen_cot.py --model tiny             # the toy world, traces by a scripted teacher: seconds
+    python gen_cot.py --teacher openai:MODEL@http://localhost:8000/v1 --judge anthropic:MODEL --data FILE
+
+A run with a teacher can be killed at any moment and started again: every reply is in the journal beside the
+output before anything is made of it, and what has its reply there is not sent again. Another threshold or
+judge reads the same journal and asks no teacher.
 
 Our choices where the paper is silent (cited by number in the code):
  1. Frames are sampled at 2 per second, evenly from the first to the last, an even number between 4 and
@@ -20,12 +25,17 @@ Our choices where the paper is silent (cited by number in the code):
  2. Both sides of a frame are rounded to multiples of 28 (patch 14 × merge 2) within the pixel budget, aspect
     kept.
  3. The options stand once in the prompt: they are appended unless the question already holds them.
+ 4. The teacher gets each sampled frame as a JPEG after its time stamp, then the prompt of all stages. A
+    question that it refuses or does not answer is "no trace", and is asked again by the next run; ten
+    refusals in a row stop the run.
 """
 import argparse
 import ast
 import collections
 import glob
 import gzip
+import hashlib
+import io
 import itertools
 import json
 import math
@@ -34,8 +44,9 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import zlib
-from concurrent.futures import TimeoutError
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +54,8 @@ from pebble import ProcessExpired, ProcessPool
 from PIL import Image
 from tqdm import tqdm
 
-from rewards import PROBLEM_TYPES, UserError, accuracy_reward, format_rewards, make_judge, parse_trace
+from rewards import (PROBLEM_TYPES, CallLimit, ChatClient, UserError, accuracy_reward, format_rewards,
+                     make_judge, parse_trace)
 
 FACTOR = 28  # one visual token covers 28 × 28 pixels: patches of 14, merged two by two
 IMAGE_PIXELS = (4 * FACTOR**2, 256 * FACTOR**2)  # least and most pixels of a still image
@@ -564,10 +576,10 @@ def judge_from(args, generate=None):
                       concurrency=args.judge_concurrency, max_calls=args.judge_max_calls)
 
 
-def print_stats(judge):
-    """One line of what a judge cost; nothing for the rule, which costs nothing."""
+def print_stats(judge, name="judge"):
+    """One line of what a judge or teacher cost; nothing for the rule, which costs nothing."""
     if judge.stats["calls"] or judge.stats["cache_hits"]:
-        print("judge: " + ", ".join(f"{value:.0f} {name.replace('_', ' ')}"
+        print(f"{name}: " + ", ".join(f"{value:.0f} {name.replace('_', ' ')}"
                                     for name, value in judge.stats.items()))
 
 
@@ -579,8 +591,15 @@ def get_args():
     data.add_argument("--check-data", action="store_true",
                       help="only decode every medium once and write which can be used to "
                            f"<media root>/{MANIFEST}, which every stage then goes by")
-    data.add_argument("--traces", help="raw traces by the teacher: JSON Lines of {problem_id, output}")
+    data.add_argument("--traces", help="raw traces made elsewhere: JSON Lines of {problem_id, output}")
     algorithm = parser.add_argument_group("algorithm")
+    algorithm.add_argument("--teacher", help="the model of step 1, asked in place of --traces: "
+                                             "anthropic:MODEL, or openai:MODEL@BASE_URL")
+    algorithm.add_argument("--teacher-concurrency", type=int, default=64, help="questions in flight at most")
+    algorithm.add_argument("--teacher-max-calls", type=int, help="the run stops after this many requests")
+    algorithm.add_argument("--teacher-extra", type=json.loads,
+                           help="more fields of a request, as JSON (default: {\"temperature\": 0} for a "
+                                "server named by its URL, none for the others, whose newer models refuse it)")
     algorithm.add_argument("--threshold", type=float, default=0.6,
                            help="least answer score that is kept (paper: 0.6)")
     add_judge_args(algorithm, default=None)
@@ -588,7 +607,9 @@ def get_args():
     run.add_argument("--seed", type=int, default=0, help="seed of the draw of --limit")
     run.add_argument("--output", type=Path,
                      help="file for the kept records (default: runs/<model>/gen_cot/cot.jsonl)")
-    return parse_args(parser, {}, data_key="cot_data")
+    args = parse_args(parser, {}, data_key="cot_data")
+    args.output = args.output or args.run_dir / "gen_cot" / "cot.jsonl"
+    return args
 
 
 def load_traces(path):
@@ -603,15 +624,17 @@ def load_traces(path):
     return traces
 
 
-def verify(records, traces, judge, threshold=0.6, scoring="paper"):
+def verify(records, outputs, judge, threshold=0.6, scoring="paper"):
     """Steps 2 and 3 (Sec. 3.1): why each record's trace is rejected, None where it is kept;
     and the answer scores.
 
-    Returns (reasons, scores): list of str or None in the order of REASONS, list of float.
+    Args:
+        outputs: the raw traces, list of str, None where there is none.
+
+    Returns (reasons, scores): list of str (one of REASONS) or None, list of float.
     """
     reasons, scores = [], []
-    for record in records:
-        text = traces.get(str(record.get("problem_id")))
+    for record, text in zip(records, outputs, strict=True):
         scores.append(0.0)
         if text is None:
             reasons.append("no trace")
@@ -621,13 +644,14 @@ def verify(records, traces, judge, threshold=0.6, scoring="paper"):
             scores[-1] = accuracy_reward(record["problem_type"], text, record["solution"], scoring)
             reasons.append(None if scores[-1] >= threshold else "wrong answer")
     left = [i for i, reason in enumerate(reasons) if reason is None]
-    observations = [parse_trace(traces[str(records[i]["problem_id"])]).observation for i in left]
+    observations = [parse_trace(outputs[i]).observation for i in left]
     for i, verdict in zip(left, judge([records[i] for i in left], observations)):
         reasons[i] = {True: None, False: "insufficient observation", None: "judge unknown"}[verdict]
     return reasons, scores
 
 
-REASONS = ["no trace", "broken template", "wrong answer", "insufficient observation", "judge unknown"]
+REASONS = ["unreadable medium", "no trace", "broken template", "wrong answer", "insufficient observation",
+           "judge unknown"]
 
 
 def kept_record(record, output, score):
@@ -640,43 +664,193 @@ def kept_record(record, output, score):
 
 
 def write_jsonl(path, rows):
-    """Write JSON Lines so that the file appears whole or not at all."""
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_atomically(path, text):
+    """Write a file that appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
-def print_yield(records, reasons):
-    """The paper's Table 3 for this run: questions, rejections by reason, and what was kept,
-    per problem type."""
+class Journal:
+    """What a run has paid for: JSON Lines that are only appended to, each flushed before it is made use of.
+
+    A line is {question, problem_id, output}, a reply of the teacher; or {question, settings, score, reason},
+    what steps 2 and 3 under these settings (judge, threshold, scoring) made of it, reason null where kept.
+    """
+
+    def __init__(self, path):
+        self.outputs, self.checks, self.lock = {}, {}, threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+") as file:
+            file.seek(0)
+            whole = 0
+            for line in file:
+                if not line.endswith(b"\n"):  # killed while writing it
+                    file.truncate(whole)
+                    break
+                whole += len(line)
+                self.remember(json.loads(line))
+        self.file = open(path, "a", encoding="utf-8")
+
+    def remember(self, row):
+        if "output" in row:
+            self.outputs[row["question"]] = row["output"]
+        else:
+            self.checks[row["question"], row["settings"]] = row["score"], row["reason"]
+
+    def write(self, **row):
+        with self.lock:
+            self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self.file.flush()
+            self.remember(row)
+
+
+def teacher_content(record, num_frames, max_pixels):
+    """The media part of a request (choice 4): time stamps (of video) and JPEGs, in time order."""
+    frames, fps = read_media(record, num_frames, max_pixels)
+    parts = []
+    for i, frame in enumerate(frames):
+        if fps is not None:
+            parts.append(dict(type="text", text=f"{i * len(frames) / fps / (len(frames) - 1):.1f} s:"))
+        jpeg = io.BytesIO()
+        Image.fromarray(frame).save(jpeg, "JPEG", quality=90)
+        parts.append(dict(type="image", jpeg=jpeg.getvalue()))
+    return parts
+
+
+def trace_question(record, content, key, template, teacher, judge, journal, args):
+    """(score, reason) of one question after steps 1 to 3; the teacher is not asked where content is None."""
+    if content is not None:
+        prompt = dict(type="text", text=build_prompt(record, template))
+        output, = teacher.ask([[*content, prompt]])
+        if output is None:
+            return 0.0, "no trace"
+        journal.write(question=key, problem_id=record.get("problem_id"), output=output)
+    (reason,), (score,) = verify([record], [journal.outputs[key]], judge, args.threshold, args.scoring)
+    if reason != "judge unknown":
+        journal.write(question=key, settings=settings_of(args), score=score, reason=reason)
+    return score, reason
+
+
+def settings_of(args):
+    """What a verdict of steps 2 and 3 depends on, as the journal names it."""
+    return f"{args.judge} {args.judge_prompt_file or ''} {args.threshold} {args.scoring}"
+
+
+def generate(records, teacher, judge, journal, args):
+    """All three steps for each record, `--teacher-concurrency` at a time, through the journal.
+
+    Returns (outputs, reasons, scores), lists in the order of the records. Raises UserError where the teacher
+    or the judge refuses, or has had its calls, once the questions in flight are through.
+    """
+    template, results, refusals = load_template(args.prompt_file), {}, 0
+    keys = [hashlib.sha256(json.dumps([args.teacher, build_prompt(record, template), record["path"],
+                                       args.num_frames, args.max_pixels]).encode()).hexdigest()[:24]
+            for record in records]
+    todo = {key: record for key, record in zip(keys, records)
+            if (key, settings_of(args)) not in journal.checks}
+    unasked = [dict(record, key=key) for key, record in todo.items() if key not in journal.outputs]
+    answered = [dict(record, key=key) for key, record in todo.items() if key in journal.outputs]
+    jobs = itertools.chain(((record, None) for record in answered),
+                           read_ahead(unasked, args, teacher_content))
+    tally = collections.Counter("rejected" if journal.checks[key, settings_of(args)][1] else "kept"
+                                for key in set(keys) - set(todo))
+
+    def settle(key, record, future):
+        nonlocal refusals
+        try:
+            results[key], refusals = future.result(), 0
+        except UserError as error:
+            results[key], refusals = (0.0, "no trace"), refusals + 1
+            tqdm.write(f"problem_id {record.get('problem_id')}: {error}")
+            if refusals == 10 or isinstance(error, CallLimit) or key in journal.outputs:
+                raise
+        tally["kept" if results[key][1] is None else "rejected"] += 1
+        bar.set_postfix(**tally, refresh=False, tokens_in=teacher.stats["tokens_in"],
+                        tokens_out=teacher.stats["tokens_out"])
+        bar.update()
+
+    with ThreadPoolExecutor(args.teacher_concurrency) as pool, tqdm(
+            total=len(set(keys)), initial=tally.total(), desc="questions", smoothing=0.02) as bar:
+        waiting = collections.deque()
+        try:
+            for record, content in jobs:
+                key = record.pop("key")
+                if isinstance(content, MediaError):
+                    tqdm.write(f"skipped: {content}")
+                    results[key] = 0.0, "unreadable medium"
+                    bar.update()
+                    continue
+                waiting.append((key, record, pool.submit(
+                    trace_question, record, content, key, template, teacher, judge, journal, args)))
+                if len(waiting) == 8 * args.teacher_concurrency:  # decoded and not yet answered, in memory
+                    settle(*waiting.popleft())
+            while waiting:
+                settle(*waiting.popleft())
+        except UserError as error:
+            pool.shutdown(cancel_futures=True)
+            raise UserError(f"Stopped: {error} The journal keeps {len(journal.outputs)} replies: run the "
+                            "same command to go on.") from None
+    checks = [results.get(key) or journal.checks[key, settings_of(args)] for key in keys]
+    return ([journal.outputs.get(key) for key in keys], [reason for _, reason in checks],
+            [score for score, _ in checks])
+
+
+def print_yield(records, reasons, kept, path):
+    """The paper's Table 3 for this run: questions, rejections by reason and what was kept, by problem and
+    data type, and the words per segment (Fig. 10); on screen, and as JSON in `path`."""
     columns = ["questions"] + REASONS + ["kept"]
-    print("".join(f"{c:>{len(c) + 3}}" for c in ["problem type   "] + columns))
-    for kind in list(PROBLEM_TYPES) + ["all"]:
-        mine = [reason for record, reason in zip(records, reasons) if kind in (record["problem_type"], "all")]
+    table = {}
+    print("".join(f"{c:>{len(c) + 3}}" for c in ["problem type          "] + columns))
+    for kind, medium in [*itertools.product(PROBLEM_TYPES, ("image", "video")), ("all", "all")]:
+        mine = [reason for record, reason in zip(records, reasons)
+                if kind in (record["problem_type"], "all") and medium in (record["data_type"], "all")]
         counts = [len(mine)] + [mine.count(reason) for reason in REASONS] + [mine.count(None)]
-        print(f"   {kind:<15}" + "".join(f"{n:>{len(c) + 3}}" for n, c in zip(counts, columns)))
+        name = "all" if kind == "all" else f"{kind}, {medium}"
+        table[name] = dict(zip(columns, counts))
+        if mine:
+            print(f"   {name:<22}" + "".join(f"{n:>{len(c) + 3}}" for n, c in zip(counts, columns)))
+    traces = [parse_trace(row["output"]) for row in kept]
+    words = {name: round(sum(len(getattr(trace, name).split()) for trace in traces) / len(traces), 1)
+             for name in ("observation", "think", "answer")}
+    print("   words per kept trace: " + ", ".join(f"{name} {n}" for name, n in words.items()))
+    write_atomically(path, json.dumps(dict(table=table, words=words), indent=1))
 
 
 def main(args):
     if args.check_data:
         return check_data(args)
-    if args.traces is None or args.judge is None:
-        raise UserError("gen_cot.py needs the teacher's traces and a judge: pass --traces FILE and --judge.")
-    records = select_records(args, need_media=False)
+    if args.judge is None or (args.traces is None and args.teacher is None):
+        raise UserError("gen_cot.py needs a teacher and a judge: pass --teacher or --traces, and --judge.")
+    records = select_records(args, need_media=args.teacher is not None)
     judge = judge_from(args)
-    traces = load_traces(args.traces)
-    reasons, scores = verify(records, traces, judge, args.threshold, args.scoring)
-    print_yield(records, reasons)
-    print_stats(judge)
-    output = args.output or args.run_dir / "gen_cot" / "cot.jsonl"
-    kept = [dict(kept_record(record, traces[str(record["problem_id"])], score), scoring=args.scoring)
-            for record, reason, score in zip(records, reasons, scores) if reason is None]
+    if args.teacher:
+        extra = args.teacher_extra
+        if extra is None and args.teacher.startswith("openai:") and "@" in args.teacher:
+            extra = dict(temperature=0)
+        teacher = ChatClient(args.teacher, concurrency=args.teacher_concurrency, timeout=600, max_tokens=2048,
+                             max_calls=args.teacher_max_calls, extra=extra)
+        journal = Journal(args.output.with_name("journal.jsonl"))
+        outputs, reasons, scores = generate(records, teacher, judge, journal, args)
+        print_stats(teacher, "teacher")
+    else:
+        traces = load_traces(args.traces)
+        outputs = [traces.get(str(record.get("problem_id"))) for record in records]
+        reasons, scores = verify(records, outputs, judge, args.threshold, args.scoring)
+    kept = [dict(kept_record(record, output, score), scoring=args.scoring)
+            for record, output, reason, score in zip(records, outputs, reasons, scores) if reason is None]
     if not kept:
-        raise UserError(f"No trace of {args.traces} was kept, so nothing was written: see the reasons above.")
-    write_jsonl(output, kept)
-    print(f"{len(kept)} verified traces in {output}")
+        raise UserError(f"None of the {len(records)} traces was kept, so nothing was written: "
+                        + ", ".join(f"{reasons.count(r)} {r}" for r in REASONS if r in reasons) + ".")
+    print_yield(records, reasons, kept, args.output.with_name("yield.json"))
+    print_stats(judge)
+    write_jsonl(args.output, kept)
+    print(f"{len(kept)} verified traces in {args.output}")
 
 
 if __name__ == "__main__":

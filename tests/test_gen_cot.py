@@ -646,7 +646,7 @@ def test_exactly_the_planted_flaws_are_rejected_each_for_its_reason(scripted, tm
     assert done.returncode == 0, done.stderr
     kept = load_records(tmp_path / "out" / "cot.jsonl")
     assert [r["problem_id"] for r in kept] == [i for i, flaw in planted.items() if flaw is None]
-    assert os.listdir(tmp_path / "out") == ["cot.jsonl"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["cot.jsonl", "yield.json"]
 
     columns = ["questions", "no trace", "broken template", "wrong answer", "insufficient observation",
                "judge unknown", "kept"]
@@ -656,7 +656,8 @@ def test_exactly_the_planted_flaws_are_rejected_each_for_its_reason(scripted, tm
     assert [row[1:] for row in table if row[0] == "all"] == [[str(n) for n in counts]]
 
     traces = gen_cot.load_traces(tmp_path / "traces.jsonl")
-    reasons, scores = gen_cot.verify(load_records(tmp_path / "questions.jsonl"), traces, make_judge("rule"))
+    outputs = [traces.get(str(i)) for i in range(60)]
+    reasons, scores = gen_cot.verify(load_records(tmp_path / "questions.jsonl"), outputs, make_judge("rule"))
     assert reasons == list(planted.values())
     assert all(score >= 0.6 for score, reason in zip(scores, reasons) if reason is None)
 
@@ -682,7 +683,7 @@ def test_the_judge_sees_only_what_is_left_and_unknown_is_not_kept():
         return f"<observation>o {answer}</observation><think>t</think><answer>{answer}</answer>"
 
     records = [changed(problem_id=i, problem_type="regression", options=[], solution="10") for i in range(5)]
-    traces = {"0": trace(6), "1": trace(5.9), "2": trace(14), "3": trace("10 m"), "4": trace(10)}
+    traces = [trace(6), trace(5.9), trace(14), trace("10 m"), trace(10)]
     asked = []
 
     def judge(records, observations):
@@ -699,7 +700,7 @@ def test_the_judge_sees_only_what_is_left_and_unknown_is_not_kept():
     (["--traces", "nowhere.jsonl"], "No traces file nowhere.jsonl: pass --traces"),
     (["--model", "qwen-72b"], "Unknown model 'qwen-72b': pass one of tiny, qwen2.5-vl-7b, qwen2.5-vl-3b"),
     (["--data", "nowhere.jsonl"], "No data file nowhere.jsonl: pass --data"),
-    (["--threshold", "1.1"], "No trace of"),
+    (["--threshold", "1.1"], "None of the 60 traces was kept"),
     (["--judge", "oracle"], "oracle"),
 ])
 def test_a_mistake_gets_one_sentence_and_leaves_no_file(scripted, tmp_path, flags, says):

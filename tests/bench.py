@@ -1,0 +1,297 @@
+"""Speed and memory against the usual ways, as ratios measured side by side in one run; not part of the test suite.
+
+    python tests/bench.py                      # everything: about 10 minutes on two cores
+    python tests/bench.py training rollout     # some of: frames, training, rollout, update
+
+frames      decoding in worker processes ahead of the model, against a plain decord loop in this process
+training    our pass over [prompt, completion 1, …, G] against G whole sequences, forward and backward
+rollout     our sampling loop against Hugging Face's `generate` with G copies of the prompt
+update      a whole update against TRL's GRPOTrainer on images (pip install trl==1.16.0; left out without it)
+
+The model is the toy base in float32 with LoRA of rank 32; P = 574 prompt tokens, 512 of them visual. Times are
+the best of several runs in turn.
+"""
+import argparse
+import ctypes
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+import gen_cot  # noqa: E402
+import pagrpo  # noqa: E402
+import sft  # noqa: E402
+
+
+def load():
+    sft.seed_everything(0)
+    model, tokenizer = sft.load_model(ROOT / "data/toy/base", four_bit=False, lora_rank=32)
+    return model, tokenizer
+
+
+class Endless:
+    """A tokenizer without an end of sequence, so that every completion has the full length."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.eos_token_id = tokenizer, -1
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+def make_prompt(model, tokenizer, tokens=574):
+    """A prompt of 16 frames (8 · 64 visual tokens) and a question, `tokens` in all, embedded."""
+    frames = np.random.default_rng(0).integers(0, 255, (16, 224, 224, 3)).astype(np.uint8)
+    text = ""
+    while True:
+        prompt = sft.encode_prompt(text, frames, 2.0, tokenizer, sft.core(model).config)
+        if len(prompt.input_ids) >= tokens:
+            break
+        text += " E"
+    with torch.no_grad():
+        sft.embed_prompts(model, [prompt])
+    return prompt
+
+
+def in_turn(functions, repeats):
+    """Best seconds of each function, called in turn after one warm-up each."""
+    best = [float("inf")] * len(functions)
+    for repeat in range(repeats + 1):
+        for i, function in enumerate(functions):
+            start = time.perf_counter()
+            function()
+            if repeat:
+                best[i] = min(best[i], time.perf_counter() - start)
+    return best
+
+
+def peak_mib(function):
+    """What the call adds to the process's memory at its peak, MiB (Linux only)."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = status_mib("VmRSS")
+    function()
+    return status_mib("VmHWM") - before
+
+
+def status_mib(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
+
+
+# --- frames -------------------------------------------------------------------------------------------------
+
+def bench_frames(clips=48):
+    import av
+    import decord
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        ground = rng.integers(0, 255, (360, 1280, 3)).astype(np.uint8)
+        for n in range(clips):
+            with av.open(f"{folder}/{n}.mp4", "w") as container:
+                stream = container.add_stream("libx264", rate=25, options={"preset": "veryfast"})
+                stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
+                for i in range(200):
+                    frame = np.ascontiguousarray(ground[:, 3 * i:3 * i + 640])
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                container.mux(stream.encode(None))
+        records = [dict(media=f"{folder}/{n}.mp4", data_type="video") for n in range(clips)]
+        args = SimpleNamespace(num_frames=16, max_pixels=128, workers=2, decode_timeout=60)
+
+        def plain(threads):
+            for record in records:
+                reader = decord.VideoReader(record["media"], num_threads=threads)
+                gen_cot.resize(reader.get_batch(np.linspace(0, 199, 16).round().astype(int)).asnumpy(),
+                               128 * gen_cot.FACTOR**2)
+
+        def ours():
+            for _, (frames, _) in gen_cot.read_ahead(records, args):
+                assert len(frames) == 16
+
+        seconds = in_turn([ours, lambda: plain(1), lambda: plain(0)], 3)
+    print("frames: 16 of 200 of 640x360 H.264, resized; frames per second")
+    for name, s in zip(("ours, two workers", "decord loop, one thread", "decord loop, its own threads"), seconds):
+        print(f"   {name:<30}{16 * clips / s:>8.0f}{s / seconds[0]:>8.2f}x")
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+def naive_logprobs(model, prompt, ids):
+    """Log-probs (G, T) of full-length completions from G whole sequences; visual features given."""
+    G, T = ids.shape
+    P, qwen = len(prompt.input_ids), sft.core(model).model
+    embeds = torch.cat([prompt.embeds.expand(G, -1, -1), qwen.language_model.embed_tokens(ids)], 1)
+    positions = torch.cat([prompt.positions, (prompt.next_position + torch.arange(T)).expand(3, -1)], 1)
+    hidden = qwen.language_model(inputs_embeds=embeds, position_ids=positions[:, None].expand(-1, G, -1),
+                                 use_cache=False).last_hidden_state[:, P - 1:-1]
+    return sft.core(model).lm_head(hidden).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+
+
+def bench_training(model, tokenizer):
+    prompt = make_prompt(model, tokenizer)
+    P, weights = len(prompt.input_ids), sft.trainable_parameters(model)
+
+    def gradient(logprobs):
+        return torch.autograd.grad(logprobs.mean(), weights)
+
+    print(f"training: forward and backward, P = {P}; token ratio is G (P + T) / (P + G T)")
+    for G, T in ((8, 64), (8, 128), (8, 256)):
+        ids = torch.randint(0, 600, (G, T))
+        mask = torch.ones_like(ids, dtype=torch.bool)
+
+        def ours():
+            return gradient(pagrpo.token_logprobs(model, prompt, ids, mask))
+
+        def naive():
+            return gradient(naive_logprobs(model, prompt, ids))
+
+        s_ours, s_naive = in_turn([ours, naive], 5)
+        m_naive, m_ours = peak_mib(naive), peak_mib(ours)
+        ratio = G * (P + T) / (P + G * T)
+        print(f"   G = {G}, T = {T:<4} {s_ours:.2f} s against {s_naive:.2f} s: {s_naive / s_ours:.2f}x, "
+              f"{s_naive / s_ours / ratio:.0%} of the token ratio {ratio:.2f}; "
+              f"peak memory {m_ours:.0f} against {m_naive:.0f} MiB: {m_ours / m_naive:.2f}x")
+    print("   the prompt's share: seconds of ours at T = 64, and per completion token")
+    for G in (2, 4, 8, 16):
+        ids = torch.randint(0, 600, (G, 64))
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        s, = in_turn([lambda: gradient(pagrpo.token_logprobs(model, prompt, ids, mask))], 5)
+        print(f"   G = {G:<3} {s:.2f} s, {1e3 * s / ids.numel():.2f} ms a token")
+
+
+# --- rollout ------------------------------------------------------------------------------------------------
+
+def bench_rollout(model, tokenizer):
+    prompt, G = make_prompt(model, tokenizer), 8
+    media = dict(pixel_values_videos=prompt.pixel_values.repeat(G, 1),
+                 video_grid_thw=prompt.grid_thw.repeat(G, 1),
+                 second_per_grid_ts=[1.0] * G)
+    types = (prompt.input_ids == sft.core(model).config.video_token_id) * 2
+    print(f"rollout: {G} completions, P = {len(prompt.input_ids)}")
+    for T in (64, 256):
+        def ours():
+            with torch.no_grad():
+                sft.embed_prompts(model, [prompt])
+            return pagrpo.rollout(model, [prompt], Endless(tokenizer), G, T)
+
+        def theirs():
+            ids = prompt.input_ids.expand(G, -1)
+            return sft.core(model).generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types.expand(G, -1),
+                do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=T, max_new_tokens=T, **media)
+
+        with torch.no_grad():
+            s_ours, s_theirs = in_turn([ours, theirs], 3)
+        print(f"   T = {T:<4} {s_ours:.2f} s against {s_theirs:.2f} s: {s_theirs / s_ours:.2f}x")
+
+
+# --- a whole update -----------------------------------------------------------------------------------------
+
+def bench_update(model, tokenizer):
+    try:
+        import trl  # noqa: F401
+    except ImportError:
+        print("update: left out, TRL is not installed")
+        return
+    G = 8
+    args = SimpleNamespace(
+        num_generations=G, without=None, scoring="paper", length_bonus=0.2, perception_length=(1, 99),
+        reasoning_length=(1, 99), beta=0.04, num_iterations=1, clip_eps=0.2, loss_average="completion", lr=1e-5,
+        weight_decay=0.0, max_grad_norm=1.0, no_checkpointing=True)
+    record = dict(problem="?", problem_type="numerical", solution="<answer>1</answer>", options=[])
+    optimizer = sft.prepare_for_training(model, args)
+    print(f"update: one prompt of 512 visual tokens, {G} completions: rollout, rewards, reference, one step")
+    for T in (64, 256):
+        args.max_completion_tokens = T
+
+        def ours():
+            prompt = make_prompt(model, tokenizer)
+            groups = pagrpo.sample_groups(model, [record], [prompt], Endless(tokenizer), None, args)
+            pagrpo.score_groups(groups, tokenizer, lambda records, observations: [
+                bool(i % 2) for i in range(len(records))], args)
+            for group in groups:
+                group.reasoning_advantages = group.perception_advantages
+            pagrpo.update_policy(model, None, optimizer, groups, args.lr, args)
+
+        (s_ours,), s_trl = in_turn([ours], 3), trl_step_seconds(G, T)
+        print(f"   T = {T:<4} {s_ours:.2f} s against {s_trl:.2f} s: {s_trl / s_ours:.2f}x")
+
+
+def trl_step_seconds(G, T, steps=4):
+    """Best seconds of a step of TRL's trainer after the first, on the same base, LoRA and lengths; eight images
+    of 64 visual tokens each, since it takes no video."""
+    from datasets import Dataset
+    from PIL import Image
+    from transformers import TrainerCallback
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.processing_utils import BatchFeature, ProcessorMixin
+    from trl import GRPOConfig, GRPOTrainer
+    model, tokenizer = load()
+    tokenizer.padding_side = "left"
+
+    class Processor(ProcessorMixin):
+        """Text and images only: the model's own processor wants torchvision for its videos."""
+
+        def __init__(self, image_processor, tokenizer, chat_template=None):
+            self.image_token = "<|image_pad|>"
+            super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+        def __call__(self, images=None, text=None, **kwargs):
+            media = self.image_processor(images=[i for row in images for i in row], return_tensors="pt")
+            counts, texts = iter((media["image_grid_thw"].prod(-1) // 4).tolist()), []
+            for part in text:
+                pieces = part.split(self.image_token)
+                texts.append(pieces[0] + "".join(self.image_token * next(counts) + p for p in pieces[1:]))
+            ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            pad = self.tokenizer.convert_tokens_to_ids(self.image_token)
+            return BatchFeature(dict(input_ids=ids, attention_mask=[[1] * len(row) for row in ids],
+                                     mm_token_type_ids=[[int(i == pad) for i in row] for row in ids], **media))
+
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (224, 224, 3)).astype(np.uint8)) for _ in range(8)]
+    prompt = [dict(role="user", content=[dict(type="image") for _ in images] + [dict(type="text", text=" E" * 20)])]
+    rows = Dataset.from_list([dict(prompt=prompt, images=images)] * 64)
+    times = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            times.append(time.perf_counter())
+
+        def on_step_end(self, args, state, control, **__):
+            times[-1] = time.perf_counter() - times[-1]
+
+    processor = Processor(Qwen2VLImageProcessorPil(), tokenizer, chat_template=tokenizer.chat_template)
+    trainer = GRPOTrainer(
+        model=model, processing_class=processor, train_dataset=rows, callbacks=[Clock()],
+        reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
+        args=GRPOConfig(
+            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=G, num_generations=G,
+            max_steps=steps, max_completion_length=T, beta=0.04, loss_type="grpo", learning_rate=1e-5, report_to=[], bf16=False,
+            gradient_checkpointing=False, save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            use_cpu=True, generation_kwargs=dict(min_new_tokens=T)))
+
+    trainer.train()
+    return min(times[1:])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=[], help="frames, training, rollout, update")
+    parts = parser.parse_args().parts or ["frames", "training", "rollout", "update"]
+    print(f"{torch.get_num_threads()} threads, float32, torch {torch.__version__}")
+    if "frames" in parts:
+        bench_frames()
+    model, tokenizer = load()
+    for name, bench in (("training", bench_training), ("rollout", bench_rollout), ("update", bench_update)):
+        if name in parts:
+            bench(model, tokenizer)
+
+
+if __name__ == "__main__":
+    main()

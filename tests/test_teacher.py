@@ -1,0 +1,239 @@
+"""Step 1 against a real HTTP server on loopback that answers from the toy world's script, fails, and is cut off."""
+import base64
+import hashlib
+import io
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import gen_cot
+import prepare
+from gen_cot import load_records
+from rewards import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAWS = [None, "wrong answer", "broken template", "insufficient observation"]
+
+
+class Server(ThreadingHTTPServer):
+    """Answers a request by its last JPEG and its question; `failing` of the calls end in one of four ways."""
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, replies, failing=0.0, delay=0.0):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.replies, self.failing, self.delay, self.rng = replies, failing, delay, random.Random(0)
+        self.bodies, self.answered, self.lock, self.refusing = [], [], threading.Lock(), False
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def spec(self):
+        return f"openai:scripted@http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request, client_address):
+        pass  # a client that was killed
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        key = request_key(body)
+        with server.lock:
+            server.bodies.append(body)
+            fails = server.rng.random() < server.failing
+            way = server.rng.choice(["error", "limit", "lost", "empty"])
+        time.sleep(server.delay)
+        if fails and way == "lost":
+            self.close_connection = True
+            return
+        status, text = 200, server.replies.get(key, "no such question")
+        if fails:
+            status, text = dict(error=(500, "x"), limit=(429, "x"), empty=(200, ""))[way]
+        else:
+            with server.lock:
+                server.answered.append(key)
+        if server.refusing:
+            status = 401
+        data = json.dumps(dict(choices=[dict(message=dict(content=text))],
+                               usage=dict(prompt_tokens=7, completion_tokens=3))).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def request_key(body):
+    *media, prompt = body["messages"][0]["content"]
+    return hashlib.sha256((media[-1]["image_url"]["url"] + prompt["text"]).encode()).hexdigest()
+
+
+def key_of(record, args):
+    """The key under which the server finds this record's trace."""
+    jpeg = gen_cot.teacher_content(record, args.num_frames, args.max_pixels)[-1]["jpeg"]
+    url = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+    return hashlib.sha256((url + gen_cot.build_prompt(record)).encode()).hexdigest()
+
+
+def make_world(folder, questions, scenes):
+    """Questions about real clips and pictures on disk: (records, replies by key, planted flaw by problem_id)."""
+    rng, rows, planted, drawn = random.Random(3), [], {}, {}
+    (folder / "media").mkdir(parents=True)
+    args = SimpleNamespace(num_frames=4, max_pixels=4)
+    traces = []
+    for i in range(questions):
+        n = i % scenes
+        if n not in drawn:
+            scene = prepare.make_scene(rng)
+            path = f"media/{n}.{'mp4' if scene['kind'] == 'clip' else 'png'}"
+            prepare.write_medium(scene, folder / path)
+            drawn[n] = scene, path
+        scene, path = drawn[n]
+        question = prepare.make_question(scene, rng)
+        planted[i] = FLAWS[i % 4]
+        traces.append(prepare.teach(question, planted[i], rng))
+        rows.append({k: v for k, v in question.items() if k in prepare.FIELDS}
+                    | dict(problem_id=i, problem=f"{question['problem']} (number {i})", path=path,
+                           data_type="video" if scene["kind"] == "clip" else "image"))
+    gen_cot.write_jsonl(folder / "questions.jsonl", rows)
+    records = load_records(folder / "questions.jsonl", folder)
+    media = {r["media"]: gen_cot.teacher_content(r, 4, 4)[-1]["jpeg"] for r in records[:scenes]}
+    replies = {hashlib.sha256(("data:image/jpeg;base64," + base64.b64encode(media[r["media"]]).decode()
+                               + gen_cot.build_prompt(r)).encode()).hexdigest(): trace
+               for r, trace in zip(records, traces)}
+    assert len(replies) == questions and key_of(records[-1], args) in replies
+    return records, replies, planted
+
+
+def command(folder, server, *flags):
+    return [sys.executable, "gen_cot.py", "--model", "tiny", "--data", folder / "questions.jsonl", "--media-root",
+            folder, "--teacher", server.spec, "--num-frames", "4", "--max-pixels", "4", *map(str, flags)]
+
+
+def run(folder, server, *flags):
+    return subprocess.run(command(folder, server, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return folder, *make_world(folder, 2000, 40)
+
+
+def test_two_thousand_questions_through_a_server_that_fails_one_call_in_five(world, tmp_path):
+    """Exactly the planted flaws are rejected, each for its reason, and every other trace is kept as it was."""
+    folder, records, replies, planted = world
+    server = Server(replies, failing=0.2)
+    done = run(folder, server, "--output", tmp_path / "cot.jsonl")
+    assert done.returncode == 0, done.stderr
+    kept = load_records(tmp_path / "cot.jsonl")
+    assert [r["problem_id"] for r in kept] == [i for i, flaw in planted.items() if flaw is None]
+    assert sorted(server.answered) == sorted(replies)  # each once
+    counts = json.loads((tmp_path / "yield.json").read_text())["table"]["all"]
+    assert counts == {"questions": 2000, "unreadable medium": 0, "no trace": 0, "judge unknown": 0, "kept": 500}\
+        | {flaw: 500 for flaw in FLAWS[1:]}
+
+    # another threshold and the other scoring: from the journal, and no call to the teacher
+    before = len(server.bodies)
+    again = run(folder, server, "--output", tmp_path / "cot.jsonl", "--threshold", "0.95", "--scoring", "lenient")
+    assert again.returncode == 0 and len(server.bodies) == before
+    stricter = load_records(tmp_path / "cot.jsonl")
+    assert 0 < len(stricter) <= 500 and {r["scoring"] for r in stricter} == {"lenient"}
+    server.shutdown()
+
+
+def test_killed_at_any_moment_it_pays_for_nothing_twice(world, tmp_path):
+    folder, records, replies, _ = world
+    server, rng = Server(replies, delay=0.02), random.Random(0)
+    flags = ["--limit", 600, "--teacher-concurrency", 8]
+    assert run(folder, server, *flags, "--output", tmp_path / "whole" / "cot.jsonl").returncode == 0
+    journal = tmp_path / "killed" / "journal.jsonl"
+    for _ in range(8):
+        process = subprocess.Popen(command(folder, server, *flags, "--output", tmp_path / "killed" / "cot.jsonl"),
+                                   cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.7, 1.6))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        time.sleep(0.1)  # what was in flight reaches the server
+        paid = set()
+        for line in (journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []):
+            row = json.loads(line)
+            paid |= {row["problem_id"]} if "output" in row else set()
+        keys = {key for key, i in zip(replies, range(len(replies))) if i in paid}
+        seen = len(server.answered)
+        last = keys, seen
+        assert not (tmp_path / "killed" / "cot.jsonl").exists() or len(paid) == 600
+    assert 0 < len(last[0]) < 600
+    done = run(folder, server, *flags, "--output", tmp_path / "killed" / "cot.jsonl")
+    assert done.returncode == 0 and not set(server.answered[last[1]:]) & last[0]
+    assert (tmp_path / "killed/cot.jsonl").read_bytes() == (tmp_path / "whole/cot.jsonl").read_bytes()
+    server.shutdown()
+
+
+def test_what_the_teacher_is_sent(world, tmp_path):
+    """Frames in time order after their time stamps, then the prompt of all stages; never the gold answer."""
+    folder, records, replies, _ = world
+    server = Server(replies)
+    assert run(folder, server, "--limit", 12, "--output", tmp_path / "cot.jsonl").returncode == 0
+    prompts = {gen_cot.build_prompt(r): r for r in records}
+    for body in server.bodies:
+        assert set(body) == {"model", "messages", "temperature"} and body["temperature"] == 0
+        *media, prompt = body["messages"][0]["content"]
+        record = prompts[prompt["text"]]
+        frames, _ = gen_cot.read_media(record, 4, 4)
+        jpegs = [part["image_url"]["url"] for part in media if part["type"] == "image_url"]
+        sent = [np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))) for url in jpegs]
+        assert len(sent) == len(frames) and all(np.abs(a.astype(int) - b).mean() < 20 for a, b in zip(sent, frames))
+        stamps = [float(part["text"].removesuffix(" s:")) for part in media if part["type"] == "text"]
+        assert stamps == sorted(set(stamps)) and len(stamps) == (len(frames) if record["data_type"] == "video" else 0)
+        assert not stamps or stamps[0] == 0 and stamps[-1] in (4, 5)  # the clips' seconds
+        assert record["solution"] not in json.dumps(body)
+    server.shutdown()
+
+
+def test_limits_refusals_and_lost_media_end_in_one_sentence_and_lose_nothing(world, tmp_path):
+    folder, records, replies, _ = world
+    server = Server(replies)
+    out = ["--output", tmp_path / "cot.jsonl", "--limit", "60"]
+    done = run(folder, server, *out, "--teacher-max-calls", 25, "--teacher-concurrency", 4)
+    assert done.returncode == 1 and "had its 25 calls" in done.stderr and "The journal keeps 25 replies" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "cot.jsonl").exists()
+    assert run(folder, server, *out).returncode == 0
+    assert sorted(server.answered) == sorted(set(server.answered)) and len(server.answered) == 60
+    server.refusing, before = True, len(server.bodies)
+    done = run(folder, server, "--output", tmp_path / "none" / "cot.jsonl", "--teacher-concurrency", 4)
+    assert done.returncode == 1 and "check the key" in done.stderr.splitlines()[-1]
+    assert 10 <= len(server.bodies) - before < 10 + 8 * 4 + 4 and not (tmp_path / "none" / "cot.jsonl").exists()
+    server.shutdown()
+
+
+def test_a_journal_with_a_torn_last_line(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b'{"question": "a", "problem_id": 1, "output": "x"}\n{"question": "b", "prob')
+    journal = gen_cot.Journal(path)
+    assert journal.outputs == {"a": "x"}
+    journal.write(question="c", problem_id=3, output="y")
+    again = gen_cot.Journal(path)
+    assert again.outputs == {"a": "x", "c": "y"}
+
+
+def test_no_teacher_and_no_traces_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gen_cot.py", "--model", "qwen2.5-vl-7b"])
+    with pytest.raises(UserError, match="--teacher or --traces, and --judge"):
+        gen_cot.main(gen_cot.get_args())
