@@ -54,11 +54,15 @@ import time
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from gen_cot import (add_data_args, add_judge_args, add_vision_args, judge_from, load_template, parse_args,
                      print_stats, read_ahead, select_records)
@@ -229,6 +233,37 @@ def process_advantages(perception_rewards, reasoning_rewards, without=None):
 
 # --- log-probs and loss -------------------------------------------------------------------------------------
 
+class SharedPrefix(NamedTuple):
+    """Where the tokens of a pack [prompt, completion 1, …, completion G] stand; takes an attention mask's place."""
+    prompt: int  # P, the prompt's tokens
+    slots: torch.Tensor  # (G, T) int64, each completion token's place behind the prompt; anything at padding
+    mask: torch.Tensor  # (G, T) bool, false at padding
+
+
+def shared_prefix_attention(module, query, key, value, attention_mask, **kwargs):
+    """Attention over a pack (S tokens) in two calls that compute nothing which a mask would hide: the prompt on
+    itself, and each completion on the prompt and on itself. Everything else goes the library's way.
+
+    query (1, heads, S, d), key and value (1, key-value heads, S, d); returns (1, S, heads, d) and None.
+    """
+    if not isinstance(attention_mask, SharedPrefix):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    P, slots, mask = attention_mask
+    G, T = slots.shape
+
+    def own(x):  # (G, heads, T, d)
+        return x[0][:, P + slots].transpose(0, 1)
+
+    def prompt_and_own(x):  # (G, heads, P + T, d)
+        return torch.cat([x[:, :, :P].expand(G, -1, -1, -1), own(x)], dim=2)
+
+    visible = torch.ones(T, P + T, dtype=torch.bool, device=slots.device).tril(P)  # all of P, then causal
+    prompt, _ = sdpa_attention_forward(module, query[:, :, :P], key[:, :, :P], value[:, :, :P], None, **kwargs)
+    completions, _ = sdpa_attention_forward(module, own(query), prompt_and_own(key), prompt_and_own(value),
+                                            visible[None, None], **kwargs)
+    return torch.cat([prompt, completions[mask][None]], dim=1), None
+
+
 def token_logprobs(model, prompt, completion_ids, completion_mask):
     """Log-probs of a group's completions under the model, float32 (G, T), 0 at padding, in one pass.
 
@@ -240,12 +275,13 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
         prompt: Prompt with embeds (P, D). completion_ids (G, T) int64, completion_mask (G, T) bool.
     """
     qwen, P, device = core(model).model, len(prompt.input_ids), prompt.embeds.device
+    AttentionInterface.register("shared_prefix", shared_prefix_attention)
+    AttentionMaskInterface.register("shared_prefix", sdpa_mask)
+    qwen.language_model.config._attn_implementation = "shared_prefix"
     tokens = completion_ids[completion_mask]  # (S - P,), row after row
-    rows, steps = completion_mask.nonzero(as_tuple=True)  # whose token, and which of its tokens
-    owner = torch.cat([torch.full((P,), -1, device=device), rows])  # (S,)
-    order = torch.arange(len(owner), device=device)
-    visible = (((owner[None] == -1) | (owner[None] == owner[:, None]))  # (S, S)
-               & (order[None] <= order[:, None]))
+    steps = completion_mask.nonzero()[:, 1]  # which of its completion's tokens each one is
+    order = torch.arange(len(tokens), device=device)
+    slots = torch.zeros_like(completion_ids).masked_scatter(completion_mask, order)  # (G, T)
     positions = torch.cat([prompt.positions.to(device), (prompt.next_position + steps).expand(3, -1)],
                           dim=1)  # (3, S)
     embeds = torch.cat([prompt.embeds, qwen.language_model.embed_tokens(tokens)])[None]
@@ -253,8 +289,8 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
         embeds.requires_grad_()  # checkpointed layers need an input with a gradient
     hidden = qwen.language_model(  # (S, D)
         inputs_embeds=embeds, position_ids=positions[:, None], use_cache=False,
-        attention_mask={"full_attention": visible[None, None]}).last_hidden_state[0]
-    before = torch.where(steps == 0, P - 1, order[P:] - 1)  # the place whose state predicts each token
+        attention_mask={"full_attention": SharedPrefix(P, slots, completion_mask)}).last_hidden_state[0]
+    before = torch.where(steps == 0, P - 1, P + order - 1)  # the place whose state predicts each token
     logprobs = logprobs_from_hidden(model, hidden[before], tokens)
     return torch.zeros(completion_ids.shape, device=device).masked_scatter(completion_mask, logprobs)
 
@@ -436,7 +472,8 @@ def nan_mean(values):
 def show(group):
     """A group on screen, a line per completion: rewards and advantages of both processes, then perception in
     cyan and reasoning in yellow."""
-    lines = [f"\n{group.record['problem']} {' '.join(group.record['options'])}  gold {group.record['solution']}",
+    record = group.record
+    lines = [f"\n{record['problem']} {' '.join(record['options'])}  gold {record['solution']}",
              "perception       reasoning        reward, advantage"]
     for text, s, a_p, a_r in zip(group.texts, group.scores, group.perception_advantages,
                                  group.reasoning_advantages):

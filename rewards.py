@@ -452,6 +452,7 @@ class ChatClient:
             base = base.removesuffix("/v1") + "/v1"  # their clients leave it out, those of the others don't
         self.url = base + ("/messages" if self.api == "anthropic" else "/chat/completions")
         self.pool, self.lock = ThreadPoolExecutor(self.concurrency), threading.Lock()
+        self.thread = threading.local()
         self.stats, self.lost_in_row, self.trouble = dict(NEW_STATS), 0, ""
 
     def ask(self, contents, accept=bool):
@@ -548,8 +549,10 @@ class ChatClient:
         """(status, text, Retry-After) of one request; (0, what happened, None) if it ends without a reply."""
         deadline, data = time.monotonic() + self.timeout, b""
         try:  # in pieces, as requests' own limit is one per piece; a redirect would carry the key off
-            with requests.post(self.url, json=body, auth=self.authorise, timeout=self.timeout, stream=True,
-                               allow_redirects=False) as response:
+            if not hasattr(self.thread, "session"):  # keeps its connection open between requests
+                self.thread.session = requests.Session()
+            with self.thread.session.post(self.url, json=body, auth=self.authorise, timeout=self.timeout,
+                                          stream=True, allow_redirects=False) as response:
                 while piece := response.raw.read1(65536, decode_content=True):
                     data += piece
                     if time.monotonic() > deadline:

@@ -445,7 +445,7 @@ def train(model, tokenizer, records, args):
     steps, media = math.ceil(len(order) / args.batch_size), read_ahead((records[i] for i in order), args)
     args.output.mkdir(parents=True, exist_ok=True)
     skipped = []
-    with open(args.output / "metrics.jsonl", "w") as metrics, tqdm(range(steps), desc="SFT", unit="step") as bar:
+    with open(args.output / "metrics.jsonl", "w") as metrics, tqdm(range(steps), desc="SFT") as bar:
         for step in bar:
             start = time.time()
             encoded = encode_batch(islice(media, args.batch_size), template, tokenizer, config, skipped)
@@ -472,7 +472,8 @@ def train(model, tokenizer, records, args):
     model.eval()
     save_adapter(model, args.output)
     lost = len(skipped) // args.epochs
-    print(f"SFT on {len(records) - lost} traces, {lost} skipped; last loss {loss:.3f}; adapter in {args.output}")
+    print(f"SFT on {len(records) - lost} traces, {lost} skipped; last loss {loss:.3f}; "
+          f"adapter in {args.output}")
 
 
 def get_args():

@@ -1,4 +1,4 @@
-"""Speed and memory against the usual ways, as ratios measured side by side in one run; not part of the test suite.
+"""Speed and memory against the usual ways, as ratios measured side by side in one run; not in the test suite.
 
     python tests/bench.py                      # everything: about 10 minutes on two cores
     python tests/bench.py training rollout     # some of: frames, training, rollout, update
@@ -8,8 +8,8 @@ training    our pass over [prompt, completion 1, …, G] against G whole sequenc
 rollout     our sampling loop against Hugging Face's `generate` with G copies of the prompt
 update      a whole update against TRL's GRPOTrainer on images (pip install trl==1.16.0; left out without it)
 
-The model is the toy base in float32 with LoRA of rank 32; P = 574 prompt tokens, 512 of them visual. Times are
-the best of several runs in turn.
+The model is the toy base in float32 with LoRA of rank 32; P = 574 prompt tokens, 512 of them visual. Times
+are the best of several runs in turn.
 """
 import argparse
 import ctypes
@@ -116,7 +116,8 @@ def bench_frames(clips=48):
 
         seconds = in_turn([ours, lambda: plain(1), lambda: plain(0)], 3)
     print("frames: 16 of 200 of 640x360 H.264, resized; frames per second")
-    for name, s in zip(("ours, two workers", "decord loop, one thread", "decord loop, its own threads"), seconds):
+    names = "ours, two workers", "decord loop, one thread", "decord loop, its own threads"
+    for name, s in zip(names, seconds):
         print(f"   {name:<30}{16 * clips / s:>8.0f}{s / seconds[0]:>8.2f}x")
 
 
@@ -184,7 +185,8 @@ def bench_rollout(model, tokenizer):
             ids = prompt.input_ids.expand(G, -1)
             return sft.core(model).generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types.expand(G, -1),
-                do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=T, max_new_tokens=T, **media)
+                do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=T, max_new_tokens=T,
+                **media)
 
         with torch.no_grad():
             s_ours, s_theirs = in_turn([ours, theirs], 3)
@@ -202,8 +204,8 @@ def bench_update(model, tokenizer):
     G = 8
     args = SimpleNamespace(
         num_generations=G, without=None, scoring="paper", length_bonus=0.2, perception_length=(1, 99),
-        reasoning_length=(1, 99), beta=0.04, num_iterations=1, clip_eps=0.2, loss_average="completion", lr=1e-5,
-        weight_decay=0.0, max_grad_norm=1.0, no_checkpointing=True)
+        reasoning_length=(1, 99), beta=0.04, num_iterations=1, completions_per_pass=None, clip_eps=0.2,
+        loss_average="completion", lr=1e-5, weight_decay=0.0, max_grad_norm=1.0, no_checkpointing=True)
     record = dict(problem="?", problem_type="numerical", solution="<answer>1</answer>", options=[])
     optimizer = sft.prepare_for_training(model, args)
     print(f"update: one prompt of 512 visual tokens, {G} completions: rollout, rewards, reference, one step")
@@ -224,8 +226,8 @@ def bench_update(model, tokenizer):
 
 
 def trl_step_seconds(G, T, steps=4):
-    """Best seconds of a step of TRL's trainer after the first, on the same base, LoRA and lengths; eight images
-    of 64 visual tokens each, since it takes no video."""
+    """Best seconds of a step of TRL's trainer after the first, on the same base, LoRA and lengths; eight
+    images of 64 visual tokens each, since it takes no video."""
     from datasets import Dataset
     from PIL import Image
     from transformers import TrainerCallback
@@ -251,11 +253,13 @@ def trl_step_seconds(G, T, steps=4):
             ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
             pad = self.tokenizer.convert_tokens_to_ids(self.image_token)
             return BatchFeature(dict(input_ids=ids, attention_mask=[[1] * len(row) for row in ids],
-                                     mm_token_type_ids=[[int(i == pad) for i in row] for row in ids], **media))
+                                     mm_token_type_ids=[[int(i == pad) for i in row] for row in ids],
+                                     **media))
 
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 255, (224, 224, 3)).astype(np.uint8)) for _ in range(8)]
-    prompt = [dict(role="user", content=[dict(type="image") for _ in images] + [dict(type="text", text=" E" * 20)])]
+    content = [dict(type="image") for _ in images] + [dict(type="text", text=" E" * 20)]
+    prompt = [dict(role="user", content=content)]
     rows = Dataset.from_list([dict(prompt=prompt, images=images)] * 64)
     times = []
 
@@ -272,7 +276,8 @@ def trl_step_seconds(G, T, steps=4):
         reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
         args=GRPOConfig(
             output_dir=tempfile.mkdtemp(), per_device_train_batch_size=G, num_generations=G,
-            max_steps=steps, max_completion_length=T, beta=0.04, loss_type="grpo", learning_rate=1e-5, report_to=[], bf16=False,
+            max_steps=steps, max_completion_length=T, beta=0.04, loss_type="grpo", learning_rate=1e-5,
+            report_to=[], bf16=False,
             gradient_checkpointing=False, save_strategy="no", logging_strategy="no", disable_tqdm=True,
             use_cpu=True, generation_kwargs=dict(min_new_tokens=T)))
 
@@ -281,7 +286,8 @@ def trl_step_seconds(G, T, steps=4):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=[], help="frames, training, rollout, update")
     parts = parser.parse_args().parts or ["frames", "training", "rollout", "update"]
     print(f"{torch.get_num_threads()} threads, float32, torch {torch.__version__}")

@@ -314,7 +314,8 @@ def test_packed_logprobs_and_gradients_equal_hugging_face(tiny, group):
 
 
 def make_args(**changes):
-    defaults = dict(beta=0.04, num_iterations=1, completions_per_pass=None, clip_eps=0.2, loss_average="segment", max_grad_norm=5.0,
+    defaults = dict(beta=0.04, num_iterations=1, completions_per_pass=None, clip_eps=0.2,
+                    loss_average="segment", max_grad_norm=5.0,
                     without=None, scoring="paper", length_bonus=0.2, perception_length=(4, 64),
                     reasoning_length=(4, 64))
     return type("Args", (), defaults | changes)
