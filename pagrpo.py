@@ -103,10 +103,9 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, generator=No
     attend = torch.arange(width, device=device) >= torch.tensor(pads, device=device)[:, None]  # (B, P)
     out = qwen.language_model(inputs_embeds=embeds, position_ids=positions, attention_mask=attend.long(),
                               use_cache=True)
-    cache = out.past_key_values
-    cache.batch_repeat_interleave(G)
+    cache = GroupCache(out.past_key_values, G, max_tokens)
     hidden = out.last_hidden_state[:, -1].repeat_interleave(G, dim=0)  # (B·G, D)
-    attend = attend.repeat_interleave(G, dim=0)
+    attend = F.pad(attend, (0, max_tokens), value=True).repeat_interleave(G, dim=0)[:, None, None]
     position = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(G)
 
     banned = torch.tensor(banned_ids(tokenizer), device=device)
@@ -124,14 +123,30 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, generator=No
         running = running & (token != tokenizer.eos_token_id)
         if not running.any():
             break
-        attend = torch.cat([attend, masks[-1][:, None]], dim=1)
+        cache.length += 1  # with the token that is fed now
         hidden = qwen.language_model(
             inputs_embeds=qwen.language_model.embed_tokens(token)[:, None],
             position_ids=position.expand(3, -1)[..., None],
-            attention_mask={"full_attention": attend[:, None, None, :]}, past_key_values=cache,
-            use_cache=True).last_hidden_state[:, 0]
+            attention_mask={"full_attention": attend[..., :cache.length] if any(pads) else None},
+            past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
         position = position + 1
     return torch.stack(ids, 1), torch.stack(masks, 1), torch.stack(logprobs, 1)
+
+
+class GroupCache:
+    """Keys and values of a decode loop: each prompt's, prefilled once and copied to its G rows, and room for
+    `tokens` more, which are written in place; growing the tensors would copy all of them at every token."""
+
+    def __init__(self, prefilled, G, tokens):
+        self.length = prefilled.get_seq_length()
+        self.layers = [[F.pad(x.repeat_interleave(G, dim=0), (0, 0, 0, tokens)) for x in (layer.keys, layer.values)]
+                       for layer in prefilled.layers]  # each (B·G, key-value heads, P + tokens, d)
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        """Called by the library's attention with the new token's (B·G, heads, 1, d); returns all so far."""
+        for room, new in zip(self.layers[layer], (keys, values)):
+            room[:, :, self.length - 1:self.length] = new
+        return [room[:, :, :self.length] for room in self.layers[layer]]
 
 
 def banned_ids(tokenizer):

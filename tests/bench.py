@@ -229,12 +229,13 @@ def trl_step_seconds(G, T, steps=4):
     """Best seconds of a step of TRL's trainer after the first, on the same base, LoRA and lengths; eight
     images of 64 visual tokens each, since it takes no video."""
     from datasets import Dataset
+    from peft import LoraConfig
     from PIL import Image
     from transformers import TrainerCallback
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from transformers.processing_utils import BatchFeature, ProcessorMixin
     from trl import GRPOConfig, GRPOTrainer
-    model, tokenizer = load()
+    model, tokenizer = sft.load_base(ROOT / "data/toy/base", four_bit=False)
     tokenizer.padding_side = "left"
 
     class Processor(ProcessorMixin):
@@ -253,7 +254,7 @@ def trl_step_seconds(G, T, steps=4):
             ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
             pad = self.tokenizer.convert_tokens_to_ids(self.image_token)
             return BatchFeature(dict(input_ids=ids, attention_mask=[[1] * len(row) for row in ids],
-                                     mm_token_type_ids=[[int(i == pad) for i in row] for row in ids],
+                                     mm_token_type_ids=torch.tensor([[int(i == pad) for i in row] for row in ids]),
                                      **media))
 
     rng = np.random.default_rng(0)
@@ -272,7 +273,8 @@ def trl_step_seconds(G, T, steps=4):
 
     processor = Processor(Qwen2VLImageProcessorPil(), tokenizer, chat_template=tokenizer.chat_template)
     trainer = GRPOTrainer(
-        model=model, processing_class=processor, train_dataset=rows, callbacks=[Clock()],
+        model=model, peft_config=LoraConfig(r=32, lora_alpha=64, target_modules=sft.LORA_TARGETS),
+        processing_class=processor, train_dataset=rows, callbacks=[Clock()],
         reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
         args=GRPOConfig(
             output_dir=tempfile.mkdtemp(), per_device_train_batch_size=G, num_generations=G,
