@@ -46,15 +46,15 @@ class Endless:
         return getattr(self.tokenizer, name)
 
 
-def make_prompt(model, tokenizer, tokens=574):
-    """A prompt of 16 frames (8 · 64 visual tokens) and a question, `tokens` in all, embedded."""
-    frames = np.random.default_rng(0).integers(0, 255, (16, 224, 224, 3)).astype(np.uint8)
-    text = ""
-    while True:
-        prompt = sft.encode_prompt(text, frames, 2.0, tokenizer, sft.core(model).config)
-        if len(prompt.input_ids) >= tokens:
-            break
-        text += " E"
+FRAMES = np.random.default_rng(0).integers(0, 255, (16, 224, 224, 3)).astype(np.uint8)
+
+
+def make_prompt(model, tokenizer):
+    """A prompt of 16 frames (8 · 64 visual tokens) and a question, 574 tokens in all."""
+    return sft.encode_prompt(" E" * 41, FRAMES, 2.0, tokenizer, sft.core(model).config)
+
+
+def embedded(model, prompt):
     with torch.no_grad():
         sft.embed_prompts(model, [prompt])
     return prompt
@@ -135,7 +135,7 @@ def naive_logprobs(model, prompt, ids):
 
 
 def bench_training(model, tokenizer):
-    prompt = make_prompt(model, tokenizer)
+    prompt = embedded(model, make_prompt(model, tokenizer))
     P, weights = len(prompt.input_ids), sft.trainable_parameters(model)
 
     def gradient(logprobs):
@@ -177,9 +177,7 @@ def bench_rollout(model, tokenizer):
     print(f"rollout: {G} completions, P = {len(prompt.input_ids)}")
     for T in (64, 256):
         def ours():
-            with torch.no_grad():
-                sft.embed_prompts(model, [prompt])
-            return pagrpo.rollout(model, [prompt], Endless(tokenizer), G, T)
+            return pagrpo.rollout(model, [embedded(model, prompt)], Endless(tokenizer), G, T)
 
         def theirs():
             ids = prompt.input_ids.expand(G, -1)

@@ -281,6 +281,12 @@ def test_frame_indices_are_even_spacing_rounded(rate):
             assert indices[0] == 0 and indices[-1] == total - 1 and indices.dtype == np.int64
 
 
+def test_frame_indices_are_linspace_rounded_for_every_length():
+    for total in range(1, 10_001):
+        indices = frame_indices(total, total / 25)
+        assert np.array_equal(indices, np.rint(np.linspace(0, total - 1, len(indices)))), total
+
+
 @pytest.mark.parametrize("height, width, blocks, expected", [
     (1080, 1920, 128, (224, 420)),  # 16 frames of 16:9 are 8 · 8 · 15 = 960 tokens
     (480, 640, 128, (252, 364)),  # 4:3: 9 · 13 blocks, as 10 · 13 would exceed 128
