@@ -139,8 +139,8 @@ class GroupCache:
 
     def __init__(self, prefilled, G, tokens):
         self.length = prefilled.get_seq_length()
-        self.layers = [[F.pad(x.repeat_interleave(G, dim=0), (0, 0, 0, tokens)) for x in (layer.keys, layer.values)]
-                       for layer in prefilled.layers]  # each (B·G, key-value heads, P + tokens, d)
+        self.layers = [[F.pad(x.repeat_interleave(G, dim=0), (0, 0, 0, tokens))  # (B·G, heads, P + tokens, d)
+                        for x in (layer.keys, layer.values)] for layer in prefilled.layers]
 
     def update(self, keys, values, layer, *args, **kwargs):
         """Called by the library's attention with the new token's (B·G, heads, 1, d); returns all so far."""
@@ -249,15 +249,15 @@ def process_advantages(perception_rewards, reasoning_rewards, without=None):
 # --- log-probs and loss -------------------------------------------------------------------------------------
 
 class SharedPrefix(NamedTuple):
-    """Where the tokens of a pack [prompt, completion 1, …, completion G] stand; takes an attention mask's place."""
+    """Where the tokens of a pack [prompt, completion 1, …, G] stand; in an attention mask's place."""
     prompt: int  # P, the prompt's tokens
     slots: torch.Tensor  # (G, T) int64, each completion token's place behind the prompt; anything at padding
     mask: torch.Tensor  # (G, T) bool, false at padding
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, **kwargs):
-    """Attention over a pack (S tokens) in two calls that compute nothing which a mask would hide: the prompt on
-    itself, and each completion on the prompt and on itself. Everything else goes the library's way.
+    """Attention over a pack (S tokens) in two calls, neither of which computes anything between completions:
+    the prompt on itself, and each completion on the prompt and itself. All else goes the library's way.
 
     query (1, heads, S, d), key and value (1, key-value heads, S, d); returns (1, S, heads, d) and None.
     """
@@ -273,7 +273,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, **kwargs)
         return torch.cat([x[:, :, :P].expand(G, -1, -1, -1), own(x)], dim=2)
 
     visible = torch.ones(T, P + T, dtype=torch.bool, device=slots.device).tril(P)  # all of P, then causal
-    prompt, _ = sdpa_attention_forward(module, query[:, :, :P], key[:, :, :P], value[:, :, :P], None, **kwargs)
+    prompt, _ = sdpa_attention_forward(module, *(x[:, :, :P] for x in (query, key, value)), None, **kwargs)
     completions, _ = sdpa_attention_forward(module, own(query), prompt_and_own(key), prompt_and_own(value),
                                             visible[None, None], **kwargs)
     return torch.cat([prompt, completions[mask][None]], dim=1), None

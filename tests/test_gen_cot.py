@@ -304,7 +304,7 @@ def test_fit_size_on_random_sizes():
     """Within the budget and true to the aspect, and equal to what the released models' own processor does."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
     rng = random.Random(0)
-    for _ in range(3000):
+    for _ in range(1000):
         height, width, blocks = rng.randint(28, 2500), rng.randint(28, 2500), rng.choice([16, 128, 256])
         if max(height, width) > 8 * min(height, width):
             continue

@@ -340,14 +340,14 @@ You are a helpful assistant.<|im_end|>
 {% endif %}"""
 
 # What the base practises, in courses of (steps, gap, {task: share}): to look back; to reason about a written
-# scene; to see; to reason about what it sees; and at the end the stages' own long prompt, which it mostly answers
-# at once. A gap stands for a long instruction: up to so many positions are left out before the answer.
+# scene; to see; to reason about what it sees; and at the end the stages' own long prompt, which it mostly
+# answers at once. A gap stands for a long instruction: so many positions at most are left out before the answer.
 #
-# What a model this small learns in minutes decides the order and the wording. Copying comes first and alone: then
-# it is there after 350 steps and looking up is learnt on top of it, while mixed half and half with captions it was
-# not there after 500, and letters were looked up no better than by chance ever after. Copying onwards from a match
-# and counting equal words it learns; finding the word *before* a match, or stopping at one, it did not in 500
-# steps of practice. So an option is looked up by turning the list round first ("red A, blue B, so blue B").
+# What a model this small learns in minutes decides the order and the wording. Copying comes first and alone:
+# then it is there after 350 steps, and looking up is learnt on top of it; mixed half and half with captions it
+# was not there after 500, and letters were looked up no better than by chance ever after. Copying onwards from
+# a match and counting equal words it learns; finding the word *before* a match, or stopping at one, it did not
+# in 500 steps. So an option is looked up by turning the list round first ("red A, blue B, so blue B").
 COURSES = [
     (350, 0, dict(copy=1)),
     (500, 0, dict(drill=0.7, written=0.3)),
