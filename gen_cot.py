@@ -416,11 +416,12 @@ def decode_with_pyav(path, num_frames):
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         promised, rate = stream.frames, float(stream.average_rate or stream.guessed_rate or 2)
-        times = [(frame.time or 0, float((frame.duration or 0) * frame.time_base))
+        times = [(frame.time, float((frame.duration or 0) * frame.time_base))
                  for frame in container.decode(stream)]
     if len(times) < max(promised, 1):
         raise ValueError(f"only {len(times)} of {promised or 'its'} frames can be decoded")
-    seconds = clip_seconds(len(times), rate, times[-1][0] - times[0][0] + times[-1][1])
+    (start, _), (end, last) = times[0], times[-1]
+    seconds = clip_seconds(len(times), rate, 0 if None in (start, end) else end - start + last)
     wanted = frame_indices(len(times), seconds, num_frames)
     with av.open(str(path)) as container:
         kept = {i: np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)

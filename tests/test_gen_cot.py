@@ -452,6 +452,18 @@ def test_the_rate_of_a_clip_of_variable_rate_comes_from_its_time_stamps(tmp_path
     assert gen_cot.decode_with_pyav(path, 16)[1] == pytest.approx(4.6, abs=0.06)
 
 
+def test_a_stream_without_a_duration_counts_its_frames(tmp_path):
+    """A bare H.264 stream has no header: its frames over the decoder's nominal 25 a second."""
+    with av.open(str(tmp_path / "bare.h264"), "w", format="h264") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 84, 56, "yuv420p"
+        for frame in coloured(25):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    frames, fps = read_frames(tmp_path / "bare.h264")
+    assert seen(frames) == [0, 0, 1, 1, 2, 2, 3, 3] and fps == pytest.approx(2.0, rel=0.02)
+
+
 def test_moving_pictures_that_are_no_videos(tmp_path):
     colours = [Image.new("RGB", (84, 56), c) for c in ("red", "lime", "blue")]
     for name in ("a.gif", "a.webp"):
