@@ -506,6 +506,7 @@ class ChatClient:
                     return reply
                 text = "a reply without what was asked for"
             elif 0 < status < 500 and status not in (408, 409, 429):
+                stop.set()  # here and now, before `ask` wakes up
                 mend = MENDS.get(status, "see what it says").format(self.variable)
                 raise UserError(f"{self.model} refuses, {mend}: HTTP {status}, {server_words(text)}")
             self.trouble = f"HTTP {status}, {server_words(text)}" if status else text

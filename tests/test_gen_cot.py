@@ -666,11 +666,11 @@ def test_exactly_the_planted_flaws_are_rejected_each_for_its_reason(scripted, tm
     assert [r["problem_id"] for r in kept] == [i for i, flaw in planted.items() if flaw is None]
     assert sorted(os.listdir(tmp_path / "out")) == ["cot.jsonl", "yield.json"]
 
-    columns = ["questions", "no trace", "broken template", "wrong answer", "insufficient observation",
+    columns = ["questions", "unreadable medium", "no trace", "broken template", "wrong answer", "insufficient observation",
                "judge unknown", "kept"]
     table = [line.split() for line in done.stdout.splitlines()]
     assert " ".join(table[0]) == "problem type " + " ".join(columns)
-    counts = [60] + [list(planted.values()).count(reason) for reason in columns[1:6]] + [len(kept)]
+    counts = [60] + [list(planted.values()).count(reason) for reason in columns[1:7]] + [len(kept)]
     assert [row[1:] for row in table if row[0] == "all"] == [[str(n) for n in counts]]
 
     traces = gen_cot.load_traces(tmp_path / "traces.jsonl")

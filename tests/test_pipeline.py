@@ -45,7 +45,7 @@ def test_all_stages_in_order(clone):
     assert len(rejected) == 4 and min(rejected.values()) > 50
     table = run(clone, "gen_cot.py --model tiny").splitlines()
     counts = next(line.split() for line in table if line.strip().startswith("all "))
-    assert counts == ["all", "1400", "0", str(rejected["broken template"]), str(rejected["wrong answer"]),
+    assert counts == ["all", "1400", "0", "0", str(rejected["broken template"]), str(rejected["wrong answer"]),
                       str(rejected["insufficient observation"]), "0", str(rejected[None])]  # as planted
 
     run(clone, "sft.py --model tiny --limit 32")
