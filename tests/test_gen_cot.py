@@ -553,6 +553,8 @@ def test_check_data_finds_what_decoders_paint_over_and_later_runs_go_by_it(damag
     good = [i for i, r in enumerate(some) if r["kind"] == "whole"]
     assert selected(file, root) == good + [0] * (0 in good)
     assert f"unreadable according to {manifest}" in capsys.readouterr().out
+    bad = dump(tmp_path / "bad.json", [row for row in rows if row["problem_id"] not in good])
+    assert "run --check-data again" in error_of(selected, bad, root)
     manifest.unlink()
 
 
