@@ -42,7 +42,7 @@ def complete(model, tokenizer, records, args):
         kept, prompts = zip(*encoded)
         with torch.no_grad():
             embed_prompts(model, prompts)
-        ids, mask, _ = rollout(model, prompts, tokenizer, 1, args.max_completion_tokens, greedy=True)
+        ids, mask, _ = rollout(model, prompts, tokenizer, 1, args.max_completion_tokens)
         for record, row, keep in zip(kept, ids, mask):
             texts[record["index"]] = tokenizer.decode(row[keep], skip_special_tokens=True,
                                                       clean_up_tokenization_spaces=False)

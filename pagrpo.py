@@ -46,10 +46,10 @@ Our choices where the paper is silent (cited by number in the code):
     of both rewards on all tokens. `--without length`: no length bonus.
 """
 import argparse
+import itertools
 import json
+import os
 import random
-import resource
-import sys
 import time
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -59,6 +59,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -68,8 +69,9 @@ from gen_cot import (add_data_args, add_judge_args, add_vision_args, judge_from,
                      print_stats, read_ahead, select_records)
 from rewards import UserError, accuracy_reward, format_rewards, length_reward, parse_trace
 from sft import (Prompt, add_model_args, add_training_args, core, cosine_lr, embed_prompts, encode_batch,
-                 encode_text, load_model, log_line, logprobs_from_hidden, optimiser_step,
-                 prepare_for_training, save_adapter, seed_everything, use_adapter)
+                 encode_text, hush, is_first, limit_memory, load_model, log_line, logprobs_from_hidden,
+                 measured, mine, optimiser_step, peak_gib, prepare_for_training, save_adapter,
+                 seed_everything, share_of, team, use_adapter, worst_prompt)
 
 STAGE_PRESETS = {"tiny": dict(
     lr=8e-4, lora_rank=32, updates=100, prompts_per_update=8, max_completion_tokens=112,
@@ -79,7 +81,7 @@ STAGE_PRESETS = {"tiny": dict(
 # --- rollout ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def rollout(model, prompts, tokenizer, num_generations, max_tokens, generator=None, greedy=False):
+def rollout(model, prompts, tokenizer, num_generations, max_tokens, dice=None):
     """Sample `num_generations` completions for each prompt (choice 5).
 
     Each prompt is prefilled once and its key-value cache copied to its group; all groups decode in one loop,
@@ -87,7 +89,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, generator=No
 
     Args:
         prompts: B of Prompt with embeds. max_tokens: T, the completions' limit.
-        greedy: take the likeliest token.
+        dice: (B·G, T) float64 uniform in [0, 1), one for each token to be drawn; None: the likeliest tokens.
 
     Returns:
         completion_ids (B·G, T) int64, padded behind the end-of-sequence token; completion_mask (B·G, T) bool,
@@ -111,11 +113,10 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, generator=No
     banned = torch.tensor(banned_ids(tokenizer), device=device)
     running = torch.ones(len(hidden), dtype=torch.bool, device=device)
     ids, masks, logprobs = [], [], []
-    for _ in range(max_tokens):
+    for t in range(max_tokens):
         logits = head(hidden).float()
         allowed = logits.index_fill(-1, banned, -torch.inf)
-        token = (allowed.argmax(-1) if greedy
-                 else torch.multinomial(allowed.softmax(-1), 1, generator=generator)[:, 0])
+        token = allowed.argmax(-1) if dice is None else draw(allowed, dice[:, t].to(device))
         token = torch.where(running, token, tokenizer.pad_token_id)
         logprobs.append(-F.cross_entropy(logits, token, reduction="none") * running)
         ids.append(token)
@@ -131,6 +132,19 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, generator=No
             past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
         position = position + 1
     return torch.stack(ids, 1), torch.stack(masks, 1), torch.stack(logprobs, 1)
+
+
+def draw(logits, dice):
+    """One token a row (N,): the first whose cumulative probability exceeds the row's number in `dice`.
+    In float64, where rounding gives no banned token a chance."""
+    cumulative = logits.double().softmax(-1).cumsum(-1)  # (N, V)
+    return torch.searchsorted(cumulative, dice[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+
+def roll_dice(seed, turn, *shape):
+    """Uniform numbers for a prompt's completions, float64; they depend on the seed and on the prompt's turn in
+    the run alone, so that neither the other prompts of its batch nor the number of processes matters."""
+    return torch.from_numpy(np.random.default_rng([seed, turn]).random(shape))
 
 
 class GroupCache:
@@ -392,14 +406,20 @@ class Group:
         return torch.tensor([s[process] for s in self.scores], dtype=torch.float32)
 
 
-def sample_groups(model, records, prompts, tokenizer, generator, args):
-    """Embed the prompts, sample G completions of each in one loop, and find whose token is whose."""
-    with torch.no_grad():
-        embed_prompts(model, prompts)
-    ids, mask, _ = rollout(model, prompts, tokenizer, args.num_generations,
-                           args.max_completion_tokens, generator)
-    parts = zip(*(t.split(args.num_generations) for t in (ids, mask, *segment_masks(ids, tokenizer))))
-    return [Group(record, prompt, *tensors) for record, prompt, tensors in zip(records, prompts, parts)]
+def sample_groups(model, encoded, tokenizer, args):
+    """Embed the prompts, sample G completions of each, `--prompts-per-rollout` prompts in one loop, and find
+    whose token is whose. encoded: pairs (record, Prompt)."""
+    groups, shape = [], (args.num_generations, args.max_completion_tokens)
+    at_once = args.prompts_per_rollout or max(1, len(encoded))
+    for i in range(0, len(encoded), at_once):
+        records, prompts = zip(*encoded[i:i + at_once])
+        with torch.no_grad():
+            embed_prompts(model, prompts)
+        dice = torch.cat([roll_dice(args.seed, record["turn"], *shape) for record in records])  # (B·G, T)
+        ids, mask, _ = rollout(model, prompts, tokenizer, *shape, dice)
+        parts = zip(*(t.split(args.num_generations) for t in (ids, mask, *segment_masks(ids, tokenizer))))
+        groups += [Group(record, prompt, *tensors) for record, prompt, tensors in zip(records, prompts, parts)]
+    return groups
 
 
 def score_groups(groups, tokenizer, judge, args):
@@ -413,8 +433,10 @@ def score_groups(groups, tokenizer, judge, args):
                                     for text in group.texts]))
     for group in groups:
         lengths = zip(group.perception_mask.sum(1).tolist(), group.reasoning_mask.sum(1).tolist())
-        group.scores = [score(group.record, text, n, next(verdicts), args)
-                        for text, n in zip(group.texts, lengths)]
+        ended = (group.completion_ids == tokenizer.eos_token_id).any(1).tolist()
+        group.scores = [dict(score(group.record, text, n, next(verdicts), args), truncated=not end,
+                             perception_tokens=n[0], reasoning_tokens=n[1])
+                        for text, n, end in zip(group.texts, lengths, ended)]
         device = group.completion_ids.device
         group.perception_advantages, group.reasoning_advantages = (
             a.to(device) for a in process_advantages(group.rewards("perception"), group.rewards("reasoning"),
@@ -428,7 +450,7 @@ def update_policy(model, reference, optimizer, groups, lr, args):
     the sum of the pieces' losses by their shares.
     """
     pieces = [piece for group in groups for piece in group.split(args.completions_per_pass)]
-    total = sum(len(piece.completion_ids) for piece in pieces)
+    total = sum(gather_object([sum(len(piece.completion_ids) for piece in pieces)]))
     with torch.no_grad():
         for piece in pieces:
             if args.beta:
@@ -451,30 +473,26 @@ def update_policy(model, reference, optimizer, groups, lr, args):
             (share * loss).backward()
             for key, value in {"loss": loss.item(), **metrics}.items():
                 totals[key] += share * value
-        totals["grad_norm"] = optimiser_step(model, optimizer, lr, args.max_grad_norm)
+        grad_norm = optimiser_step(model, optimizer, lr, args.max_grad_norm)
     model.eval()
-    return totals
+    shares = gather_object([totals])
+    return dict({key: sum(share[key] for share in shares) for key in totals}, grad_norm=grad_norm)
 
 
-def reward_metrics(groups, tokenizer):
-    """What an update's completions earned, as logged (names in the README);
-    unknown verdicts count in no mean."""
-    scores = [s for group in groups for s in group.scores]
-    metrics = {"reward": nan_mean([s["perception"] + s["reasoning"] for s in scores])}
+def reward_metrics(groups):
+    """What an update's completions earned, as logged (names in the README); unknown verdicts count in no mean.
+    groups: for each prompt the scores of its completions, list of list of dict."""
+    groups = [[dict(s, sum=s["perception"] + s["reasoning"]) for s in group] for group in groups]
+    scores = [s for group in groups for s in group]
+    metrics = {"reward": nan_mean([s["sum"] for s in scores])}
     for process in ("perception", "reasoning"):
         for part in ("accuracy", "format", "length"):
             metrics[f"rewards/{process}_{part}"] = nan_mean([s[f"{process}_{part}"] for s in scores])
-    for process in ("perception", "reasoning"):
-        equal = [len(set(r[~r.isnan()].tolist())) <= 1 for r in (group.rewards(process) for group in groups)]
-        metrics[f"frac_reward_zero_std/{process}"] = sum(equal) / len(equal)
-    both = [len(set(r[~r.isnan()].tolist())) <= 1
-            for r in (group.rewards("perception") + group.rewards("reasoning") for group in groups)]
-    metrics["frac_reward_zero_std/sum"] = sum(both) / len(both)
-    for process in ("perception", "reasoning"):
-        lengths = torch.cat([getattr(group, f"{process}_mask").sum(1) for group in groups])
-        metrics[f"length/{process}"] = float(lengths.float().mean())
-    ended = torch.cat([(group.completion_ids == tokenizer.eos_token_id).any(1) for group in groups])
-    metrics["truncated_frac"] = 1 - float(ended.float().mean())
+        metrics[f"length/{process}"] = nan_mean([s[f"{process}_tokens"] for s in scores])
+    for name in ("perception", "reasoning", "sum"):
+        equal = [len({s[name] for s in group if s[name] == s[name]}) <= 1 for group in groups]
+        metrics[f"frac_reward_zero_std/{name}"] = sum(equal) / len(equal)
+    metrics["truncated_frac"] = nan_mean([s["truncated"] for s in scores])
     metrics["judge_unknown"] = sum(s["perception"] != s["perception"] for s in scores)
     return metrics
 
@@ -502,18 +520,18 @@ def train(model, reference, tokenizer, records, args):
     """The RL loop: sample, score, update, log. Writes metrics.jsonl, curves.png and the adapter."""
     template, skipped = load_template(args.prompt_file), []
     judge = judge_from(args, generate=lambda prompts: self_judge(model, tokenizer, prompts))
-    optimizer = prepare_for_training(model, args)
-    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(args.seed)
-    media = read_ahead(endless(records, args.seed), args)
+    optimizer, batch_size = prepare_for_training(model, args), share_of(args.prompts_per_update)
+    media = read_ahead(mine(endless(records, args.seed)), args)
     args.output.mkdir(parents=True, exist_ok=True)
-    with open(args.output / "metrics.jsonl", "w") as file, tqdm(range(args.updates), desc="PA-GRPO") as bar:
+    with (open(args.output / "metrics.jsonl" if is_first() else os.devnull, "w") as file,
+          tqdm(range(args.updates), desc="PA-GRPO", disable=not is_first()) as bar):
         for step in bar:
             clock = [time.time()]
-            batch = islice(media, args.prompts_per_update)  # decoded while the last update ran
+            batch = islice(media, batch_size)  # decoded while the last update ran
             encoded = encode_batch(batch, template, tokenizer, core(model).config, skipped)
-            if not encoded:
+            if not any(gather_object([len(encoded)])):
                 continue
-            groups = sample_groups(model, *zip(*encoded), tokenizer, generator, args)
+            groups = sample_groups(model, encoded, tokenizer, args)
             clock.append(time.time())
             try:
                 score_groups(groups, tokenizer, judge, args)
@@ -525,47 +543,82 @@ def train(model, reference, tokenizer, records, args):
             losses = update_policy(model, reference, optimizer, groups, lr, args)
             clock.append(time.time())
             seconds = dict(zip(("sec/rollout", "sec/judge", "sec/update"), np.diff(clock).tolist()))
-            metrics = dict(reward_metrics(groups, tokenizer), **losses, lr=lr, **seconds, peak_gib=peak_gib())
+            scores = gather_object([group.scores for group in groups])
+            metrics = dict(reward_metrics(scores), **losses, lr=lr, **seconds, peak_gib=peak_gib())
             log_line(file, dict(step=step, **metrics))
             bar.set_postfix({"reward": metrics["reward"], "P": metrics["rewards/perception_accuracy"],
                              "R": metrics["rewards/reasoning_accuracy"], "kl": metrics["kl"]})
-            if step % args.show_every == 0:
+            if step % args.show_every == 0 and groups:
                 show(groups[0])
-    if len(skipped) == args.updates * args.prompts_per_update:
+    lost = len(gather_object(skipped))
+    if lost == args.updates * args.prompts_per_update:
         raise UserError("None of the media can be read, so nothing was learnt: see the list above.")
-    save_adapter(model, args.output)
-    plot_curves(args.output)
+    if is_first():
+        save_adapter(model, args.output)
+        plot_curves(args.output)
     print_stats(judge)
-    print(f"{args.updates} updates, {len(skipped)} records skipped; "
+    print(f"{args.updates} updates, {lost} records skipped; "
           f"adapter, metrics.jsonl, curves.png in {args.output}")
 
 
 def endless(records, seed):
-    """The records in random order, over and over, each pass in a new order."""
-    rng = random.Random(seed)
+    """The records in random order, over and over, each pass in a new order; `turn` counts them."""
+    rng, turn = random.Random(seed), itertools.count()
     while True:
-        yield from rng.sample(records, len(records))
+        for record in rng.sample(records, len(records)):
+            yield dict(record, turn=next(turn))
 
 
-def self_judge(model, tokenizer, prompts, batch=8, max_tokens=256):
+def self_judge(model, tokenizer, prompts, batch=64, max_tokens=256):
     """Replies (list of str) of the frozen base, its adapters off, to text prompts, decoded greedily."""
     replies = []
     for i in range(0, len(prompts), batch):
         encoded = [encode_text(text, tokenizer) for text in prompts[i:i + batch]]
         with torch.no_grad(), use_adapter(model, None):
             embed_prompts(model, encoded)
-            ids, mask, _ = rollout(model, encoded, tokenizer, 1, max_tokens, greedy=True)
+            ids, mask, _ = rollout(model, encoded, tokenizer, 1, max_tokens)
         replies += [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(ids, mask)]
     return replies
 
 
-def peak_gib():
-    """Peak memory of this process so far in GiB: allocated on the GPU,
-    or resident on a machine without one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            * (1 if sys.platform == "darwin" else 1024) / 2**30)
+class Endless:
+    """A tokenizer without an end of sequence, so that every completion runs to the limit."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.eos_token_id = tokenizer, -1
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *args, **kwargs):
+        return self.tokenizer(*args, **kwargs)
+
+
+def probe(model, reference, tokenizer, args):
+    """An update on the longest prompts with every completion at the limit; {phase: (seconds, peak GiB)}."""
+    rows, optimizer, endless_tokenizer = {}, prepare_for_training(model, args), Endless(tokenizer)
+    record, prompt = worst_prompt(tokenizer, core(model).config, args)
+    encoded = [(dict(record, turn=turn), replace(prompt)) for turn in range(share_of(args.prompts_per_update))]
+    print(f"{len(encoded)} prompts of {len(prompt.input_ids)} tokens, {args.num_generations} completions of "
+          f"{args.max_completion_tokens} each")
+    with measured("rollout", "pass --prompts-per-rollout 1, then fewer --num-generations", rows):
+        groups = sample_groups(model, encoded, endless_tokenizer, args)
+    if args.judge == "self":
+        observation = "word " * args.perception_length[1]
+        judge = judge_from(args, lambda prompts: self_judge(model, endless_tokenizer, prompts))
+        with measured("judge", "name another --judge", rows):
+            judge([record] * len(encoded) * args.num_generations,
+                  [observation] * len(encoded) * args.num_generations)
+    for group in groups:
+        half = torch.arange(group.completion_ids.shape[1], device=group.completion_ids.device) % 2 == 0
+        group.perception_mask, group.reasoning_mask = group.completion_mask & half, group.completion_mask & ~half
+        group.perception_advantages = group.reasoning_advantages = group_advantages(
+            torch.arange(args.num_generations, device=half.device).float())
+    with measured("update", "pass --completions-per-pass 1, then lower --lora-rank", rows):
+        update_policy(model, reference, optimizer, groups, args.lr, args)
+    seconds = sum(s for phase, (s, _) in rows.items())
+    print(f"{args.updates} such updates take {args.updates * seconds / 3600:.1f} h.")
+    return rows
 
 
 CURVES = {"reward": ["reward"],
@@ -615,6 +668,8 @@ def get_args():
     algorithm.add_argument("--prompts-per-update", type=int, default=7,
                            help="prompts per optimiser step (paper: 7)")
     algorithm.add_argument("--num-iterations", type=int, default=1, help="gradient steps per rollout, μ")
+    algorithm.add_argument("--prompts-per-rollout", type=int,
+                           help="prompts sampled in one loop (default: all; fewer, less memory)")
     algorithm.add_argument("--completions-per-pass", type=int,
                            help="completions of a group per training pass (default: all; fewer, less memory)")
     algorithm.add_argument("--max-completion-tokens", type=int, default=768,
@@ -641,7 +696,8 @@ def get_args():
     run.add_argument("--show-every", type=int, default=25, help="updates between two groups on screen")
     run.add_argument("--output", type=Path,
                      help="folder for adapter, metrics and curves (default: runs/<model>/pagrpo)")
-    args = parse_args(parser, STAGE_PRESETS, data_key="rl_data")
+    with team().main_process_first():  # it prepares the toy data
+        args = parse_args(parser, STAGE_PRESETS, data_key="rl_data")
     if args.algorithm == "grpo":
         args.without = "perception"
     args.loss_average = args.loss_average or ("completion" if args.without == "perception" else "segment")
@@ -650,18 +706,22 @@ def get_args():
 
 
 def main(args):
+    hush()
     seed_everything(args.seed)
-    records = select_records(args)
+    limit_memory(args.memory_limit)
+    records = [] if args.probe else select_records(args)
     adapter = args.adapter or args.run_dir / "sft"
     if args.adapter == "none" or (args.adapter is None and not (adapter / "adapter_config.json").exists()):
         print("No SFT adapter: starting from the base (Table 2, RL only).")
         adapter = None
-    model, tokenizer = load_model(args.base, adapter, not args.no_4bit, args.lora_rank, args.lora_alpha)
     reference = None  # π_ref is the base, where there is no SFT adapter
-    if adapter is not None:
-        reference = "ref"  # the same adapter once more, frozen: with adapters off, π_ref would be the base
-        model.load_adapter(str(adapter), reference, is_trainable=False)
-    train(model, reference, tokenizer, records, args)
+    with measured("load", "take a smaller model"):
+        model, tokenizer = load_model(args.base, adapter, not args.no_4bit, args.lora_rank, args.lora_alpha)
+        if adapter is not None:
+            reference = "ref"  # the same adapter once more, frozen: with adapters off, π_ref would be the base
+            model.load_adapter(str(adapter), reference, is_trainable=False)
+    return (probe(model, reference, tokenizer, args) if args.probe
+            else train(model, reference, tokenizer, records, args))
 
 
 if __name__ == "__main__":

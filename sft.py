@@ -26,6 +26,8 @@ import json
 import math
 import os
 import random
+import resource
+import sys
 import tempfile
 import time
 import warnings
@@ -36,6 +38,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
@@ -43,7 +47,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from gen_cot import (MediaError, add_data_args, add_vision_args, build_prompt, load_template, parse_args,
+from gen_cot import (FACTOR, MediaError, add_data_args, add_vision_args, build_prompt, load_template, parse_args,
                      read_ahead, select_records)
 from rewards import UserError, parse_trace
 
@@ -55,8 +59,7 @@ LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(ga
 CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         "<|vision_start|>{medium}<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n")
 
-STAGE_PRESETS = {"tiny": dict(lr=2e-3, epochs=2, lora_rank=32, micro_batch=16, max_pixels=4,
-                              no_checkpointing=True)}
+STAGE_PRESETS = {"tiny": dict(lr=2e-3, lora_rank=32, micro_batch=16, max_pixels=4, no_checkpointing=True)}
 
 
 # --- the model ----------------------------------------------------------------------------------------------
@@ -72,7 +75,7 @@ def add_model_args(model_group):
 def pick_device():
     """(device, dtype of the 16-bit parts): bf16 on a GPU, float32 on a CPU, where 16 bits are slow."""
     if torch.cuda.is_available():
-        return torch.device("cuda"), torch.bfloat16
+        return team().device, torch.bfloat16
     return torch.device("cpu"), torch.float32
 
 
@@ -108,6 +111,17 @@ def load_base(base, four_bit=True):
     return model, tokenizer
 
 
+def print_parameters(model):
+    """How many parameters there are in 4 bits, in 16 (32 on a CPU), and how many train (32)."""
+    in_four = {id(m.weight): m.in_features * m.out_features
+               for m in model.modules() if "4bit" in type(m).__name__ and hasattr(m, "quant_state")}
+    rest = [p for p in model.parameters() if id(p) not in in_four]
+    counts = {"in 4 bits": sum(in_four.values()),
+              "frozen in more": sum(p.numel() for p in rest if not p.requires_grad),
+              "trainable": sum(p.numel() for p in rest if p.requires_grad)}
+    print("parameters: " + ", ".join(f"{n / 1e6:,.1f} M {name}" for name, n in counts.items()))
+
+
 def load_model(base, adapter=None, four_bit=True, lora_rank=64, lora_alpha=None, trainable=True):
     """The base with a LoRA adapter named `policy`: the one saved in the folder `adapter`,
     or a fresh one (B = 0).
@@ -133,6 +147,7 @@ def load_model(base, adapter=None, four_bit=True, lora_rank=64, lora_alpha=None,
         if ".policy." in name:
             parameter.requires_grad_(trainable)
             parameter.data = parameter.data.float()
+    print_parameters(model)
     return model.eval(), tokenizer
 
 
@@ -292,13 +307,15 @@ def embed_prompts(model, prompts):
             done += int(is_visual.sum())
 
 
-def logprobs_from_hidden(model, hidden, targets, chunk=1024):
+def logprobs_from_hidden(model, hidden, targets, chunk=None):
     """Log-probability of each target under the head, float32 (M,), from hidden states (M, D)
     and targets (M,).
 
-    In chunks under checkpointing, so that no (tokens × V) tensor outlives its chunk.
+    In chunks of `chunk` tokens (default: logits of 256 MiB) under checkpointing, so that no (tokens × V) tensor
+    outlives its chunk.
     """
     head = core(model).lm_head
+    chunk = chunk or max(1, 2**26 // head.out_features)
 
     def one_chunk(h, t):
         return -F.cross_entropy(head(h).float(), t, reduction="none")
@@ -323,6 +340,12 @@ def target_text(record, process_agnostic=False):
         trace = parse_trace(text)
         text = f"<think>{trace.think}</think><answer>{trace.answer}</answer>"
     return text
+
+
+def target_ids(record, tokenizer, process_agnostic=False):
+    """The completion's tokens, (T,) int64, the end-of-sequence token included."""
+    text = target_text(record, process_agnostic).replace("<|", "< |")  # it can't write control tokens
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])
 
 
 def strip_tag(text, tag):
@@ -367,6 +390,35 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
+def team():
+    """The processes that train together: this one alone, or all that `accelerate launch` started. Each takes its
+    share of every batch, gradients are added up, and only the first one talks and writes."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def is_first():
+    return team().is_main_process
+
+
+def mine(items):
+    """This process's share of a sequence: every n-th of it for n processes."""
+    return islice(items, team().process_index, None, team().num_processes)
+
+
+def share_of(batch_size):
+    """This process's part of a batch. Raises UserError where the parts would not be equal."""
+    if batch_size % team().num_processes:
+        raise UserError(f"{team().num_processes} processes can't share {batch_size} evenly: "
+                        "change their number, --batch-size or --prompts-per-update.")
+    return batch_size // team().num_processes
+
+
+def hush():
+    """Silence on the screen from all processes but the first."""
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
+
+
 def trainable_parameters(model):
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -381,9 +433,13 @@ def cosine_lr(step, steps, lr, warmup):
 
 
 def optimiser_step(model, optimizer, lr, clip):
-    """One step of AdamW at this learning rate; returns the gradient norm before clipping."""
+    """One step of AdamW at this learning rate on the processes' summed gradients;
+    returns their norm before clipping."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+    for parameter in trainable_parameters(model):
+        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = reduce(own, "sum")
     norm = torch.nn.utils.clip_grad_norm_(trainable_parameters(model), clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -400,6 +456,10 @@ def add_training_args(parser, lr, lr_help):
                        help="gradients are clipped to this norm (paper: 5)")
     group.add_argument("--no-checkpointing", action="store_true",
                        help="keep all activations: faster, more memory (the default for tiny)")
+    group.add_argument("--memory-limit", type=float, metavar="GIB",
+                       help="use no more of the GPU than a card of that size has")
+    group.add_argument("--probe", action="store_true",
+                       help="only measure the worst case of these settings: seconds and peak memory")
     return group
 
 
@@ -429,51 +489,137 @@ def encode_batch(batch, template, tokenizer, config, skipped):
     return encoded
 
 
+def peak_gib():
+    """Peak memory in GiB: allocated on the GPU since the last reset,
+    or resident in this process so far on a machine without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * (1 if sys.platform == "darwin" else 1024) / 2**30)
+
+
+def limit_memory(gib):
+    """Hold this process to a GPU of that size in GiB, or to the one there is. Raises UserError."""
+    if gib is None:
+        return
+    if not torch.cuda.is_available():
+        raise UserError("--memory-limit is for a GPU, and there is none.")
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / torch.cuda.mem_get_info()[1]))
+
+
+@contextlib.contextmanager
+def measured(phase, mend, rows=None):
+    """Print the seconds and peak GiB of what runs within, and put them into rows[phase].
+    Out of memory is a UserError that says how to mend it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.time()
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"The phase '{phase}' does not fit into the memory: {mend}.") from None
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds, gib = time.time() - start, peak_gib()
+    if rows is not None:
+        rows[phase] = seconds, gib
+    print(f"{phase:<10}{seconds:>10.2f} s{gib:>10.2f} GiB at most", flush=True)
+
+
+def worst_prompt(tokenizer, config, args, words=300):
+    """A prompt as long as these settings allow: noise for frames, a question of 300 words."""
+    rows = math.gcd(args.max_pixels, 8)
+    height, width = rows * FACTOR, args.max_pixels // rows * FACTOR
+    frames = np.random.default_rng(0).integers(0, 256, (args.num_frames, height, width, 3)).astype(np.uint8)
+    record = dict(problem="word " * words, problem_type="free-form", options=[], solution="<answer>word</answer>")
+    text = build_prompt(record, load_template(args.prompt_file))
+    return record, encode_prompt(text, frames, 2.0, tokenizer, config)
+
+
 def log_line(file, row):
     """Append one row to an open JSON Lines file, rounded for reading."""
     file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
     file.flush()
 
 
+@torch.no_grad()
+def held_out_loss(model, tokenizer, records, template, args):
+    """Mean loss per completion token over records that are not trained on; unreadable media don't count."""
+    loss, tokens = 0.0, 0
+    for pair in read_ahead(mine(records), args):
+        for record, prompt in encode_batch([pair], template, tokenizer, core(model).config, []):
+            embed_prompts(model, [prompt])
+            target = target_ids(record, tokenizer, args.process_agnostic)
+            loss += float(sft_loss(model, [prompt], [target]))
+            tokens += len(target)
+    return sum(gather_object([loss])) / max(1, sum(gather_object([tokens])))
+
+
 def train(model, tokenizer, records, args):
-    """SFT over the records, `--epochs` times; writes `metrics.jsonl`
-    (loss, grad_norm, lr, sec per step) and the adapter."""
+    """SFT over the records, `--epochs` times, but for those held out; writes `metrics.jsonl` (loss, grad_norm,
+    lr, sec per step, and now and then held_out_loss) and the adapter."""
     template, config = load_template(args.prompt_file), core(model).config
-    optimizer = prepare_for_training(model, args)
-    order = [i for epoch in range(args.epochs)
-             for i in random.Random(args.seed + epoch).sample(range(len(records)), len(records))]
-    steps, media = math.ceil(len(order) / args.batch_size), read_ahead((records[i] for i in order), args)
+    optimizer, batch_size = prepare_for_training(model, args), share_of(args.batch_size)
+    records = random.Random(args.seed).sample(records, len(records))
+    held_out = [records.pop() for _ in range(min(args.held_out, len(records) // 10))]
+    order = [record for epoch in range(args.epochs)
+             for record in random.Random(args.seed + epoch).sample(records, len(records))]
+    steps, media = math.ceil(len(order) / args.batch_size), read_ahead(mine(order), args)
     args.output.mkdir(parents=True, exist_ok=True)
     skipped = []
-    with open(args.output / "metrics.jsonl", "w") as metrics, tqdm(range(steps), desc="SFT") as bar:
+    with (open(args.output / "metrics.jsonl" if is_first() else os.devnull, "w") as metrics,
+          tqdm(range(steps), desc="SFT", disable=not is_first()) as bar):
         for step in bar:
             start = time.time()
-            encoded = encode_batch(islice(media, args.batch_size), template, tokenizer, config, skipped)
-            if not encoded:
+            encoded = encode_batch(islice(media, batch_size), template, tokenizer, config, skipped)
+            encoded.sort(key=lambda pair: len(pair[1].input_ids))  # like lengths together pad less
+            targets = [target_ids(record, tokenizer, args.process_agnostic) for record, _ in encoded]
+            tokens, loss = sum(gather_object([sum(map(len, targets))])), 0.0
+            if not tokens:
                 continue
-            targets = [torch.tensor(tokenizer(target_text(record, args.process_agnostic).replace("<|", "< |"),
-                                              add_special_tokens=False)["input_ids"]
-                                    + [tokenizer.eos_token_id])
-                       for record, _ in encoded]
-            tokens, loss = sum(map(len, targets)), 0.0
             model.train()
             for i in range(0, len(encoded), args.micro_batch):
                 prompts = [prompt for _, prompt in encoded[i:i + args.micro_batch]]
-                embed_prompts(model, prompts)
+                with torch.no_grad():
+                    embed_prompts(model, prompts)
                 part = sft_loss(model, prompts, targets[i:i + args.micro_batch]) / tokens  # choice 2
                 part.backward()
                 loss += part.item()
             lr = cosine_lr(step, steps, args.lr, args.warmup)
             norm = optimiser_step(model, optimizer, lr, args.max_grad_norm)
-            log_line(metrics, dict(step=step, loss=loss, grad_norm=norm, lr=lr, sec=time.time() - start))
-            bar.set_postfix(loss=f"{loss:.3f}")
-    if len(skipped) == len(order):
+            row = dict(step=step, loss=sum(gather_object([loss])), grad_norm=norm, lr=lr, sec=time.time() - start)
+            model.eval()
+            if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
+                row["held_out_loss"] = held_out_loss(model, tokenizer, held_out, template, args)
+            log_line(metrics, row)
+            bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k.endswith("loss")})
+    lost = len(gather_object(skipped))
+    if lost == len(order):
         raise UserError(f"None of the {len(records)} media can be read: see the list above.")
-    model.eval()
-    save_adapter(model, args.output)
-    lost = len(skipped) // args.epochs
-    print(f"SFT on {len(records) - lost} traces, {lost} skipped; last loss {loss:.3f}; "
-          f"adapter in {args.output}")
+    if is_first():
+        save_adapter(model, args.output)
+    print(f"SFT on {len(records) - lost // args.epochs} traces, {lost // args.epochs} skipped; last "
+          + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in row.items() if k.endswith("loss"))
+          + f"; adapter in {args.output}")
+
+
+def probe(model, tokenizer, args, tokens=1024):
+    """A step on the longest prompt with traces of 1024 tokens; returns {phase: (seconds, peak GiB)}."""
+    rows, optimizer = {}, prepare_for_training(model, args)
+    prompts = [worst_prompt(tokenizer, core(model).config, args)[1] for _ in range(args.micro_batch)]
+    targets = [torch.randint(len(tokenizer), (tokens,)) for _ in prompts]
+    print(f"{args.micro_batch} prompts of {len(prompts[0].input_ids)} tokens, traces of {tokens}")
+    model.train()
+    with measured("pass", "lower --micro-batch, then --lora-rank, --num-frames or --max-pixels", rows):
+        with torch.no_grad():
+            embed_prompts(model, prompts)
+        (sft_loss(model, prompts, targets) / tokens).backward()
+    with measured("step", "lower --lora-rank", rows):
+        optimiser_step(model, optimizer, args.lr, args.max_grad_norm)
+    seconds = rows["pass"][0] / args.micro_batch + rows["step"][0] / args.batch_size
+    print(f"1,000 such traces take {1000 * seconds / 60:.1f} min in one process.")
+    return rows
 
 
 def get_args():
@@ -493,26 +639,37 @@ def get_args():
     optimisation.add_argument("--micro-batch", type=int, default=1,
                               help="traces per forward pass, as many as fit")
     optimisation.add_argument("--epochs", type=int, default=1, help="passes over the data (paper: 1)")
+    optimisation.add_argument("--held-out", type=int, default=64,
+                              help="traces not trained on, to measure the loss on (at most a tenth of them)")
+    optimisation.add_argument("--eval-every", type=int, default=500,
+                              help="steps between two measurements; the last is after the last step")
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="seed of the order and of the fresh adapter")
     run.add_argument("--output", type=Path, help="folder for adapter and metrics (default: runs/<model>/sft)")
-    args = parse_args(parser, STAGE_PRESETS, data_key="cot_data")
+    with team().main_process_first():  # it prepares the toy data
+        args = parse_args(parser, STAGE_PRESETS, data_key="cot_data")
     args.output = args.output or args.run_dir / "sft"
     return args
 
 
 def main(args):
+    hush()
     seed_everything(args.seed)
+    limit_memory(args.memory_limit)
     verified = args.run_dir / "gen_cot" / "cot.jsonl"
     if args.data == args.default_data and (verified.exists() or args.model == "tiny"):
         args.data = verified
-    records = select_records(args)
+    records = [] if args.probe else select_records(args)
     for record in records:
         if not record.get("output") and not (record.get("observation") and record.get("process")):
             raise UserError(f"{args.data}: the question {record['problem'][:60]!r} has no trace to learn "
                             "(output, or observation and process): run gen_cot.py first.")
-    model, tokenizer = load_model(args.base, None, not args.no_4bit, args.lora_rank, args.lora_alpha)
-    train(model, tokenizer, records, args)
+    with measured("load", "take a smaller model"):
+        model, tokenizer = load_model(args.base, None, not args.no_4bit, args.lora_rank, args.lora_alpha)
+    if args.probe:
+        probe(model, tokenizer, args)
+    else:
+        train(model, tokenizer, records, args)
 
 
 if __name__ == "__main__":

@@ -36,16 +36,6 @@ def load():
     return model, tokenizer
 
 
-class Endless:
-    """A tokenizer without an end of sequence, so that every completion has the full length."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.eos_token_id = tokenizer, -1
-
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
-
-
 FRAMES = np.random.default_rng(0).integers(0, 255, (16, 224, 224, 3)).astype(np.uint8)
 
 
@@ -128,10 +118,11 @@ def naive_logprobs(model, prompt, ids):
     G, T = ids.shape
     P, qwen = len(prompt.input_ids), sft.core(model).model
     embeds = torch.cat([prompt.embeds.expand(G, -1, -1), qwen.language_model.embed_tokens(ids)], 1)
-    positions = torch.cat([prompt.positions, (prompt.next_position + torch.arange(T)).expand(3, -1)], 1)
+    after = (prompt.next_position + torch.arange(T)).expand(3, -1)
+    positions = torch.cat([prompt.positions, after], 1).to(ids.device)
     hidden = qwen.language_model(inputs_embeds=embeds, position_ids=positions[:, None].expand(-1, G, -1),
                                  use_cache=False).last_hidden_state[:, P - 1:-1]
-    return sft.core(model).lm_head(hidden).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    return sft.core(model).lm_head(hidden).float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
 
 
 def bench_training(model, tokenizer):
@@ -177,7 +168,8 @@ def bench_rollout(model, tokenizer):
     print(f"rollout: {G} completions, P = {len(prompt.input_ids)}")
     for T in (64, 256):
         def ours():
-            return pagrpo.rollout(model, [embedded(model, prompt)], Endless(tokenizer), G, T)
+            return pagrpo.rollout(model, [embedded(model, prompt)], pagrpo.Endless(tokenizer), G, T,
+                                  pagrpo.roll_dice(0, 0, G, T))
 
         def theirs():
             ids = prompt.input_ids.expand(G, -1)
@@ -212,7 +204,7 @@ def bench_update(model, tokenizer):
 
         def ours():
             prompt = make_prompt(model, tokenizer)
-            groups = pagrpo.sample_groups(model, [record], [prompt], Endless(tokenizer), None, args)
+            groups = pagrpo.sample_groups(model, [(dict(record, turn=0), prompt)], pagrpo.Endless(tokenizer), args)
             pagrpo.score_groups(groups, tokenizer, lambda records, observations: [
                 bool(i % 2) for i in range(len(records))], args)
             for group in groups:

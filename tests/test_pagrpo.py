@@ -253,8 +253,31 @@ def group(tiny, toy_records):
                                          sft.core(model).config))
     with torch.no_grad():
         sft.embed_prompts(model, prompts)
-    ids, mask, logprobs = pagrpo.rollout(model, prompts, tokenizer, 4, 60, torch.Generator().manual_seed(0))
+    ids, mask, logprobs = pagrpo.rollout(
+        model, prompts, tokenizer, 4, 60, torch.cat([pagrpo.roll_dice(0, turn, 4, 60) for turn in (0, 1)]))
     return prompts, ids, mask, logprobs
+
+
+def test_a_draw_follows_the_probabilities():
+    """Dice evenly spread over [0, 1) hit each token as often as its probability says, and a banned one never."""
+    logits = torch.tensor([2.0, -torch.inf, 0.0, 1.0, -torch.inf])
+    n = 10_000
+    drawn = pagrpo.draw(logits.expand(n, -1), (torch.arange(n) + 0.5).double() / n)
+    assert (drawn.bincount(minlength=5) / n).tolist() == pytest.approx(logits.softmax(-1).tolist(), abs=2e-4)
+    last = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert pagrpo.draw(logits[None], 0 * last).item() == 0 and pagrpo.draw(logits[None], last).item() == 3
+
+
+def test_what_a_prompt_is_answered_depends_on_no_other_prompt(tiny, group):
+    """Nor on the batch it is in: its dice are those of its turn."""
+    model, tokenizer = tiny
+    prompts, ids, mask, _ = group
+    for i in (0, 1):
+        alone, kept, _ = pagrpo.rollout(model, [prompts[i]], tokenizer, 4, 60, pagrpo.roll_dice(0, i, 4, 60))
+        assert all(row[keep].tolist() == other[known].tolist() for row, keep, other, known in zip(
+            alone, kept, ids[4 * i:], mask[4 * i:]))
+    assert (pagrpo.roll_dice(0, 0, 4) != pagrpo.roll_dice(0, 1, 4)).any()
+    assert (pagrpo.roll_dice(0, 0, 4) != pagrpo.roll_dice(1, 0, 4)).any()
 
 
 def test_samples_differ_and_hold_no_control_tokens(tiny, group):
@@ -431,5 +454,5 @@ def test_the_self_judge_is_the_base_whatever_the_policy_has_learnt(started, toy_
     encoded = [sft.encode_text(text, tokenizer) for text in prompts]
     with torch.no_grad():
         sft.embed_prompts(model, encoded)
-    ids, mask, _ = pagrpo.rollout(model, encoded, tokenizer, 1, 24, greedy=True)  # what the policy itself would say
+    ids, mask, _ = pagrpo.rollout(model, encoded, tokenizer, 1, 24)  # what the policy itself would say
     assert [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(ids, mask)] != judged

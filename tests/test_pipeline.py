@@ -1,13 +1,18 @@
 """The stages as a newcomer runs them: on a copy of the repository, by their commands, one after the other."""
 import json
+import re
 import shutil
+import socket
 import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+import sft
+from conftest import ROOT
+from rewards import UserError
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +71,59 @@ def test_all_stages_in_order(clone):
                                           - results["rows"]["SFT + PA-GRPO"]["answer"][0]) < 0.01
 
 
+@pytest.mark.parametrize("stage, flags", [
+    ("sft.py", "--limit 170 --micro-batch 4"),
+    ("pagrpo.py", "--updates 10 --prompts-per-update 2 --num-generations 4 --max-completion-tokens 48"),
+])
+def test_two_processes_learn_what_one_learns(clone, stage, flags):
+    """Half the prompts each, gradients added up: ten steps with the same losses, and one adapter."""
+    launch = ("-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
+              f"--dynamo_backend no --main_process_port {free_port()} ")
+    rows = []
+    for name, command in (("one", stage), ("two", launch + stage)):
+        run(clone, f"{command} --model tiny {flags} --output runs/{name}")
+        rows.append([json.loads(line) for line in open(clone / f"runs/{name}/metrics.jsonl")])
+        shutil.rmtree(clone / f"runs/{name}")
+    names = [name for name in rows[0][-1] if "sec" not in name and name != "peak_gib"]
+    assert len(rows[0]) == len(rows[1]) == 10 and "loss" in names and rows[0][0]["loss"] != rows[0][9]["loss"]
+    for one, two in zip(*rows):
+        assert [two[name] for name in names if name in one] == pytest.approx(
+            [one[name] for name in names if name in one], abs=1e-4)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("command, phases", [
+    ("sft.py --micro-batch 1", ["load", "pass", "step"]),
+    ("pagrpo.py --judge self --prompts-per-update 2 --num-generations 2 --prompts-per-rollout 1",
+     ["load", "rollout", "judge", "update"]),
+])
+def test_a_probe_measures_each_phase_and_leaves_nothing(clone, command, phases):
+    before = sorted(clone.rglob("*.json*"))
+    text = run(clone, f"{command} --model tiny --probe --num-frames 2 --max-pixels 1"
+                      + " --max-completion-tokens 16" * command.startswith("pagrpo"))
+    measured = re.findall(r"^(\w+) +([\d.]+) s +([\d.]+) GiB at most$", text, re.MULTILINE)
+    assert [phase for phase, _, _ in measured] == phases and all(float(gib) > 0.1 for _, _, gib in measured)
+    assert re.search(r"take [\d.]+ (h|min)", text) and sorted(clone.rglob("*.json*")) == before
+
+
+def test_memory_that_runs_out_is_one_sentence_with_the_flag_to_turn():
+    with pytest.raises(UserError, match="'update' does not fit into the memory: lower --lora-rank"):
+        with sft.measured("update", "lower --lora-rank"):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_processes_that_cannot_share_a_batch_evenly(monkeypatch):
+    monkeypatch.setattr(sft, "team", lambda: SimpleNamespace(num_processes=3))
+    assert sft.share_of(9) == 3
+    with pytest.raises(UserError, match="3 processes can't share 7 evenly"):
+        sft.share_of(7)
+
+
 @pytest.mark.parametrize("command, says", [
     ("sft.py --model qwen-7b", "Unknown model 'qwen-7b': pass one of tiny, qwen2.5-vl-7b, qwen2.5-vl-3b"),
     ("pagrpo.py --model qwen2.5-vl-7b", "No data file data/VideoP2R-263k_rl.part*.json.gz"),
@@ -73,6 +131,7 @@ def test_all_stages_in_order(clone):
     ("pagrpo.py --model tiny --adapter runs/nowhere", "No adapter in runs/nowhere"),
     ("pagrpo.py --model tiny --media-root nowhere", "has its medium below nowhere"),
     ("pagrpo.py --model tiny --judge mystery", "mystery"),
+    ("pagrpo.py --model tiny --memory-limit 8", "--memory-limit is for a GPU"),
     ("evaluate.py --model tiny --prompt-file nowhere.txt", "prompt file nowhere.txt"),
 ])
 def test_mistakes_get_one_sentence_and_leave_nothing(clone, command, says):

@@ -348,7 +348,7 @@ def test_a_saved_adapter_works_in_plain_peft_and_transformers(saved, toy_records
         ours = sft.core(model)(**inputs).logits
         assert torch.allclose(plain(**inputs).logits, ours, atol=1e-5)
         theirs = plain.generate(**inputs, max_new_tokens=24, do_sample=False)[0, ids.shape[1]:]
-        ids, mask, _ = pagrpo.rollout(model, [prompt], tokenizer, 1, 24, greedy=True)
+        ids, mask, _ = pagrpo.rollout(model, [prompt], tokenizer, 1, 24)
     assert ids[0][mask[0]].tolist() == theirs.tolist()
 
 
@@ -468,7 +468,8 @@ def settings(output, **changes):
     """What `train` reads of the command line."""
     defaults = dict(prompt_file=None, no_checkpointing=True, lr=1e-3, weight_decay=0.0, max_grad_norm=5.0,
                     warmup=0.03, epochs=1, batch_size=4, micro_batch=4, seed=0, output=output,
-                    process_agnostic=False, num_frames=16, max_pixels=4, workers=1, decode_timeout=60)
+                    process_agnostic=False, num_frames=16, max_pixels=4, workers=1, decode_timeout=60,
+                    held_out=0, eval_every=500)
     return SimpleNamespace(**(defaults | changes))
 
 
@@ -485,6 +486,34 @@ def test_micro_batches_do_not_change_a_step(toy_records, tmp_path):
     for other in rows[:-1]:
         for step, (one, whole) in enumerate(zip(other, rows[-1], strict=True)):
             assert one == pytest.approx(whole, rel=1e-3), step
+
+
+def test_the_loss_on_held_out_traces(toy_records, tmp_path, monkeypatch):
+    """They are drawn, never trained on, and their loss is a mean over their tokens after the last step."""
+    model, tokenizer = fresh()
+    seen, embed_prompts = [], sft.embed_prompts
+    monkeypatch.setattr(sft, "embed_prompts", lambda model, prompts: (
+        seen.append((model.training, [len(p.input_ids) for p in prompts])), embed_prompts(model, prompts))[1])
+    records = [r for r in toy_records] * 2  # 22 of them, so that a tenth is two
+    sft.train(model, tokenizer, records, settings(tmp_path / "sft", held_out=5, eval_every=2, batch_size=8))
+    rows = metrics(tmp_path / "sft")
+    assert ["held_out_loss" in row for row in rows] == [False, True, True]
+    assert sum(len(lengths) for training, lengths in seen if training) == 20
+    assert [len(lengths) for training, lengths in seen if not training] == [1] * 4
+    held_out = random.Random(0).sample(records, 22)[-1:-3:-1]
+    with torch.no_grad():
+        pairs = [encode(record, (model, tokenizer)) for record in held_out]
+        losses = [float(sft.sft_loss(model, [prompt], [completion])) for prompt, completion in pairs]
+    assert rows[-1]["held_out_loss"] == pytest.approx(sum(losses) / sum(len(c) for _, c in pairs), rel=1e-4)
+
+
+def test_checkpointing_does_not_change_a_run(toy_records, tmp_path):
+    """The big models' default, from the media to the adapter."""
+    rows = []
+    for off in (False, True):
+        sft.train(*fresh(), toy_records[:4], settings(tmp_path / str(off), no_checkpointing=off, epochs=2))
+        rows.append([row["loss"] for row in metrics(tmp_path / str(off))])
+    assert rows[0] == pytest.approx(rows[1], rel=1e-4) and rows[0][0] > rows[0][1]
 
 
 @pytest.mark.parametrize("process_agnostic", [False, True])
@@ -511,7 +540,7 @@ def test_a_handful_of_traces_is_learnt_by_heart(toy_records, tmp_path):
     assert len(losses) == 24 and losses[-1] < 0.05 and losses[-1] < losses[0] / 10, losses
     trained, _ = sft.load_model(BASE, tmp_path / "sft")  # what was saved is what was learnt
     prompt, completion = encode(toy_records[0], (trained, tokenizer))
-    ids, mask, _ = pagrpo.rollout(trained, [prompt], tokenizer, 1, 120, greedy=True)
+    ids, mask, _ = pagrpo.rollout(trained, [prompt], tokenizer, 1, 120)
     assert ids[0][mask[0]].tolist() == completion.tolist()
 
 

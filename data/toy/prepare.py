@@ -43,7 +43,7 @@ SIGNS = list("EHKMRTXZ")
 ORDINALS = ["first", "second", "third", "fourth", "fifth"]
 NUMBERS = ["no", "one", "two", "three", "four", "five"]
 FLASH = (0.5, 0.9)  # the part of its moment, in seconds, during which the light is on
-HABIT = 0.6  # how often the teacher glances, and how often it is hasty
+GLANCE, HASTY = 0.6, 0.5  # how often the teacher falls into its two habits
 FIELDS = ["problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "data_source",
           "evidence"]
 FLAWS = ["wrong answer", "broken template", "insufficient observation"]
@@ -242,15 +242,24 @@ QUESTIONS = dict(after=ask_after, most=ask_most, flash=ask_flash, count=ask_coun
 
 # --- the scripted teacher -----------------------------------------------------------------------------------
 
+def noticed(question, glance):
+    """The indices of the facts in the order of the telling: all; or at a glance only those that the question
+    needs, and where it needs them all the latest first."""
+    everything = list(range(len(question["facts"])))
+    if not glance:
+        return everything
+    return everything[::-1] if question["needed"] == everything else question["needed"]
+
+
 def look(question, glance=False):
-    """What is seen: everything in order, or at a glance only what the question needs."""
-    facts = [question["facts"][i] for i in question["needed"]] if glance else question["facts"]
+    """What is seen, in words."""
+    facts = [question["facts"][i] for i in noticed(question, glance)]
     return f"the {question['name']}s{'' if glance else ' in order'}: {listing(facts)}."
 
 
 def reason(question, glance=False):
     """The reasoning step by step, from what was seen."""
-    seen = [question["values"][i] for i in question["needed"]] if glance else question["values"]
+    seen = [question["values"][i] for i in noticed(question, glance)]
     return question["reason"].replace("{tally}", tally(seen))
 
 
@@ -268,7 +277,7 @@ def trace(question, answer, glance=False, hasty=False):
 def teach(question, flaw, rng):
     """The teacher's raw trace, spoilt as `flaw` says (None: a good one). The teacher has two habits that lose
     nothing by its own eyes and wits: to glance, and to be hasty."""
-    glance, hasty = rng.random() < HABIT, rng.random() < HABIT
+    glance, hasty = rng.random() < GLANCE, rng.random() < HASTY
     answer = answer_of(question)
     if flaw == "wrong answer":
         while accuracy_reward(question["problem_type"], f"<answer>{answer}</answer>",
@@ -338,6 +347,13 @@ You are a helpful assistant.<|im_end|>
 {% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+
+# For servers such as `transformers serve`: a processor of images. The library's own for Qwen2.5-VL brings one of
+# videos along, which needs torchvision; this one fills in the same places for images without.
+PROCESSOR = {"processor_class": "PaddleOCRVLProcessor",
+             "image_processor": {"image_processor_type": "Qwen2VLImageProcessorPil", "patch_size": 14,
+                                 "merge_size": 2, "temporal_patch_size": 2,
+                                 "size": {"shortest_edge": 784, "longest_edge": 100352}}}
 
 # What the base practises, in courses of (steps, gap, {task: share}): to look back; to reason about a written
 # scene; to see; to reason about what it sees; and at the end the stages' own long prompt, which it mostly
@@ -440,6 +456,7 @@ def make_tokenizer(seed):
     tokenizer = Qwen2Tokenizer(vocab=bpe["vocab"], merges=[tuple(m) for m in bpe["merges"]],
                                eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                extra_special_tokens=SPECIALS)
+    tokenizer.init_kwargs["image_token"] = "<|image_pad|>"  # for PROCESSOR, once saved
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -572,6 +589,7 @@ def pretrain(seed, folder, muon_lr=0.02, adam_lr=2e-3):
                       f"{(time.time() - start) / 60:.1f} min", flush=True)
         copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        (Path(folder) / "processor_config.json").write_text(json.dumps(PROCESSOR, indent=2) + "\n")
 
 
 def get_args():

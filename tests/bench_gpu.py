@@ -1,0 +1,225 @@
+"""What the released shapes need: Qwen2.5-VL-7B and -3B with random weights, through the stages' own --probe.
+
+    python tests/bench_gpu.py                          # both shapes, completions of 512 and 768, on a GPU
+    python tests/bench_gpu.py --shapes small           # the same script on a shape that a CPU can run
+    python tests/bench_gpu.py --projection             # only the arithmetic below; needs no GPU
+    python tests/bench_gpu.py --shapes 7b --memory-limit 12 --prompts-per-rollout 2 --completions-per-pass 2
+
+Nothing is downloaded, and no 16-bit copy of the model is ever held: every weight is a view into one small buffer
+of noise, quantised layer by layer by the loader that the stages use. Flags that this script does not know go to
+pagrpo.py.
+
+The floors are what no implementation of the same arithmetic gets below on the device at hand, whose speed is
+measured first (a large matrix product, a large copy). With N parameters in the language model's 4-bit layers,
+L layers, D hidden, V vocabulary, B prompts of P tokens, G completions of T tokens each:
+
+    decoding   T times: read the 4-bit weights (0.52 bytes each with their scales), the head (2 V D bytes) and the
+               cache of B G rows (2 · 2 bytes · L · key-value heads · head size a token); bound by bandwidth
+    a pass     2 N floating-point operations a token forward, as many for gradients of the activations (the
+               weights are frozen), as many again for what checkpointing recomputes; the same for the head on
+               completion tokens, 2 V D each; attention 4 D a layer for each pair of tokens that see each other
+    update     B passes over P + G T tokens, and the forward part once more for the reference
+
+The memory that is projected, with I intermediate, r LoRA parameters, S = P + C T the tokens of a pass over C
+completions; nothing for fragmentation or the driver:
+
+    always     0.52 N for the 4-bit layers, 2 bytes for each other weight, 16 r for LoRA, its gradients and AdamW's
+               two means in float32, 4 r more for the reference
+    rollout    the cache of the rows sampled together; their logits in float32 and float64
+    update     2 S D L for the checkpoints; of the one layer that is recomputed 22 S I + 40 S D; 1 GiB for a chunk
+               of logits with its softmax and gradients
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import pagrpo  # noqa: E402
+import sft  # noqa: E402
+from bench import naive_logprobs  # noqa: E402
+
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied head; the vision tower
+    "7b": (3584, 18944, 28, 28, 4, 152064, False, dict(depth=32, hidden_size=1280, intermediate_size=3420,
+                                                       num_heads=16, fullatt_block_indexes=[7, 15, 23, 31])),
+    "3b": (2048, 11008, 36, 16, 2, 151936, True, dict(depth=32, hidden_size=1280, intermediate_size=3420,
+                                                      num_heads=16, fullatt_block_indexes=[7, 15, 23, 31])),
+    "small": (256, 512, 4, 4, 2, 4096, True, dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4,
+                                                  fullatt_block_indexes=[1])),
+}
+TOY = ROOT / "data/toy/base"  # lends its tokenizer
+
+
+def make_config(shape):
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied, vision = SHAPES[shape]
+    toy, part = Qwen2_5_VLConfig.from_pretrained(TOY), hidden // heads // 16
+    ends = {name: getattr(toy.text_config, name) for name in ("bos_token_id", "eos_token_id")}
+    ids = {name: getattr(toy, name) for name in ("image_token_id", "video_token_id", "vision_start_token_id")}
+    return Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=128000,
+            rms_norm_eps=1e-6, tie_word_embeddings=tied,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6,
+                                 mrope_section=[2 * part, 3 * part, 3 * part]), **ends),
+        vision_config=dict(vision, out_hidden_size=hidden, tokens_per_second=2), tie_word_embeddings=tied, **ids)
+
+
+def random_weights(config):
+    """A state dict whose tensors are overlapping views of one buffer of noise (W[i, j] = noise[i + j + offset]):
+    random enough to compute with, and next to no memory."""
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    noise = 0.02 * torch.randn(2**19, generator=torch.Generator().manual_seed(0))
+    weights = {}
+    for i, (name, like) in enumerate(model.state_dict().items()):
+        rows, columns = like.shape[0], like[0].numel()
+        view = noise[131 * i:].as_strided((rows, columns), (1, 1)).reshape(like.shape)
+        weights[name] = torch.ones(like.shape) if "norm" in name and like.ndim == 1 else view
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    return weights
+
+
+def use_random_weights(shape):
+    """From here on the stages' loader builds this shape, whatever model it is asked for."""
+    config = make_config(shape)
+    sft.Qwen2_5_VLForConditionalGeneration = SimpleNamespace(
+        from_pretrained=lambda base, **options: Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=random_weights(config), **options))
+    sft.AutoTokenizer = SimpleNamespace(from_pretrained=lambda base: AutoTokenizer.from_pretrained(TOY))
+    return config
+
+
+def device_speed():
+    """(floating-point operations, bytes) per second of this device: a matrix product, a copy."""
+    device, dtype = sft.pick_device()
+    n = 8192 if device.type == "cuda" else 1024
+    a, big = torch.randn(n, n, device=device, dtype=dtype), torch.zeros(n * n * 4, device=device)
+
+    def seconds(function):
+        best = float("inf")
+        for _ in range(10):
+            synchronise()
+            start = time.perf_counter()
+            function()
+            synchronise()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return 2 * n**3 / seconds(lambda: a @ a), 8 * big.numel() / seconds(lambda: big.clone())
+
+
+def synchronise():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def sizes(config, args):
+    """(D, I, L, V, keys of a token in a layer, N) of a shape and (B, G, T) of a run, as in the docstring."""
+    text = config.text_config
+    D, L = text.hidden_size, text.num_hidden_layers
+    kv = D // text.num_attention_heads * text.num_key_value_heads
+    N = L * (2 * D * D + 2 * D * kv + 3 * D * text.intermediate_size)
+    return ((D, text.intermediate_size, L, text.vocab_size, kv, N),
+            (args.prompts_per_update, args.num_generations, args.max_completion_tokens))
+
+
+def memory(config, args, P):
+    """{phase: GiB} of the projection in the docstring."""
+    (D, I, L, V, kv, N), (B, G, T) = sizes(config, args)
+    with torch.device("meta"):
+        total = sum(p.numel() for p in Qwen2_5_VLForConditionalGeneration(config).parameters())
+    r = args.lora_rank * L * (2 * (D + D) + 2 * (D + kv) + 3 * (D + I))
+    rows, S = (args.prompts_per_rollout or B) * G, P + (args.completions_per_pass or G) * T
+    always = 0.52 * N + 2 * (total - N) + 20 * r
+    return {"rollout": (always + rows * ((P + T) * 4 * L * kv + 24 * V)) / 2**30,
+            "update": (always + 2 * S * D * L + 22 * S * I + 40 * S * D + 2**30) / 2**30}
+
+
+def floors(config, args, P, flops, bandwidth):
+    """{phase: seconds} of the floors in the docstring."""
+    (D, _, L, V, kv, N), (B, G, T) = sizes(config, args)
+    read = 0.52 * N + 2 * V * D + B * G * (P + T / 2) * 4 * L * kv
+    forward = 2 * N * (P + G * T) + 4 * D * L * (P * P / 2 + G * (T * P + T * T / 2))
+    update = B * (4 * forward + 4 * 2 * V * D * G * T) / flops  # policy 3 forwards' worth, reference 1
+    return {"rollout": B * 2 * N * P / flops + T * read / bandwidth, "update": update}
+
+
+def compare_passes(args):
+    """The packed training pass beside G whole sequences: seconds, peak memory, and how far the log-probs are
+    from each other, measured against naive ones of another batch size."""
+    model, tokenizer = sft.load_model("random", None, not args.no_4bit, args.lora_rank, args.lora_alpha)
+    sft.prepare_for_training(model, args)
+    _, prompt = sft.worst_prompt(tokenizer, sft.core(model).config, args)
+    with torch.no_grad():
+        sft.embed_prompts(model, [prompt])
+    G, T = args.num_generations, args.max_completion_tokens
+    ids = torch.randint(600, (G, T), generator=torch.Generator().manual_seed(0)).to(prompt.embeds.device)
+    mask, rows = torch.ones_like(ids, dtype=torch.bool), {}
+
+    def packed():
+        return torch.cat([pagrpo.token_logprobs(model, prompt, i, m) for i, m in zip(
+            ids.split(args.completions_per_pass or G), mask.split(args.completions_per_pass or G))])
+
+    def naive(size):
+        return torch.cat([naive_logprobs(model, prompt, part) for part in ids.split(size)])
+
+    with torch.no_grad():
+        ours, theirs, other = packed(), naive(1), naive(2)
+    print(f"log-probs: packed against naive {(ours - theirs).abs().mean():.2e} on average, "
+          f"{(ours - theirs).abs().max():.2e} at most; naive one by one against two by two "
+          f"{(other - theirs).abs().mean():.2e}, {(other - theirs).abs().max():.2e}")
+    model.train()
+    size = args.completions_per_pass or G
+    for name, function in (("packed", lambda i, m: pagrpo.token_logprobs(model, prompt, i, m)),
+                           ("naive", lambda i, m: naive_logprobs(model, prompt, i))):
+        pieces = list(zip(ids.split(size if name == "packed" else 1), mask.split(size if name == "packed" else 1)))
+        function(*pieces[0]).mean().backward()  # warm-up
+        with sft.measured(name, "pass --completions-per-pass 1", rows):
+            for piece in pieces:
+                function(*piece).mean().backward()
+    P = len(prompt.input_ids)
+    ratio = G * (P + T) / (P * len(ids.split(size)) + G * T)
+    speedup = rows["naive"][0] / rows["packed"][0]
+    print(f"training pass: {speedup:.2f}x the naive one, {speedup / ratio:.0%} of the token ratio {ratio:.2f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["7b", "3b"], choices=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[512, 768], help="completion limits, T")
+    parser.add_argument("--projection", action="store_true",
+                        help="only print floors and memory, for an assumed device: 150 Tflop/s, 1 TB/s")
+    own, rest = parser.parse_known_args()
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    speed = (150e12, 1e12) if own.projection else device_speed()
+    print(f"{'assumed' if own.projection else name}: {speed[0] / 1e12:.1f} Tflop/s, {speed[1] / 1e9:.0f} GB/s")
+    for shape in own.shapes:
+        for tokens in own.tokens:
+            sys.argv = ["pagrpo.py", "--model", "random/weights", "--probe", "--adapter", "none",
+                        "--max-completion-tokens", str(tokens), *rest]
+            args = pagrpo.get_args()
+            config = use_random_weights(shape)
+            print(f"\n{shape}, completions of {tokens}")
+            if not own.projection:
+                sys.argv = ["sft.py", "--model", "random/weights", "--probe"]
+                sft.main(sft.get_args())
+                rows = pagrpo.main(args)
+                compare_passes(args)
+            P = args.num_frames // 2 * args.max_pixels + 300  # a long question
+            projected = memory(config, args, P)
+            for phase, floor in floors(config, args, P, *speed).items():
+                reached = "" if own.projection else f"; measured {rows[phase][0]:.2f} s, {rows[phase][1]:.2f} GiB"
+                print(f"{phase:<10} floor {floor:.2f} s, projected {projected[phase]:.1f} GiB{reached}")
+
+
+if __name__ == "__main__":
+    main()
