@@ -297,8 +297,8 @@ def keep_with_media(records, media_root):
             print(f"{len(present) - len(usable)} of {len(present)} records left out: "
                   f"their media are unreadable according to {manifest}.")
         if not usable:
-            raise UserError(f"All media of the records are unreadable according to {manifest}: mend the media "
-                            "and run --check-data again.")
+            raise UserError(f"All media of the records are unreadable according to {manifest}: mend the "
+                            "media and run --check-data again.")
         present = usable
     return present
 

@@ -142,8 +142,8 @@ def draw(logits, dice):
 
 
 def roll_dice(seed, turn, *shape):
-    """Uniform numbers for a prompt's completions, float64; they depend on the seed and on the prompt's turn in
-    the run alone, so that neither the other prompts of its batch nor the number of processes matters."""
+    """Uniform numbers for a prompt's completions, float64. They depend on the seed and on the prompt's turn in
+    the run alone: neither the other prompts of its batch nor the number of processes matters."""
     return torch.from_numpy(np.random.default_rng([seed, turn]).random(shape))
 
 
@@ -417,8 +417,8 @@ def sample_groups(model, encoded, tokenizer, args):
             embed_prompts(model, prompts)
         dice = torch.cat([roll_dice(args.seed, record["turn"], *shape) for record in records])  # (B·G, T)
         ids, mask, _ = rollout(model, prompts, tokenizer, *shape, dice)
-        parts = zip(*(t.split(args.num_generations) for t in (ids, mask, *segment_masks(ids, tokenizer))))
-        groups += [Group(record, prompt, *tensors) for record, prompt, tensors in zip(records, prompts, parts)]
+        tensors = (t.split(args.num_generations) for t in (ids, mask, *segment_masks(ids, tokenizer)))
+        groups += [Group(*parts) for parts in zip(records, prompts, *tensors)]
     return groups
 
 
@@ -480,8 +480,8 @@ def update_policy(model, reference, optimizer, groups, lr, args):
 
 
 def reward_metrics(groups):
-    """What an update's completions earned, as logged (names in the README); unknown verdicts count in no mean.
-    groups: for each prompt the scores of its completions, list of list of dict."""
+    """What an update's completions earned, as logged (names in the README); unknown verdicts count in no
+    mean. groups: for each prompt the scores of its completions, list of list of dict."""
     groups = [[dict(s, sum=s["perception"] + s["reasoning"]) for s in group] for group in groups]
     scores = [s for group in groups for s in group]
     metrics = {"reward": nan_mean([s["sum"] for s in scores])}
@@ -598,7 +598,8 @@ def probe(model, reference, tokenizer, args):
     """An update on the longest prompts with every completion at the limit; {phase: (seconds, peak GiB)}."""
     rows, optimizer, endless_tokenizer = {}, prepare_for_training(model, args), Endless(tokenizer)
     record, prompt = worst_prompt(tokenizer, core(model).config, args)
-    encoded = [(dict(record, turn=turn), replace(prompt)) for turn in range(share_of(args.prompts_per_update))]
+    encoded = [(dict(record, turn=turn), replace(prompt))
+               for turn in range(share_of(args.prompts_per_update))]
     print(f"{len(encoded)} prompts of {len(prompt.input_ids)} tokens, {args.num_generations} completions of "
           f"{args.max_completion_tokens} each")
     with measured("rollout", "pass --prompts-per-rollout 1, then fewer --num-generations", rows):
@@ -610,8 +611,9 @@ def probe(model, reference, tokenizer, args):
             judge([record] * len(encoded) * args.num_generations,
                   [observation] * len(encoded) * args.num_generations)
     for group in groups:
-        half = torch.arange(group.completion_ids.shape[1], device=group.completion_ids.device) % 2 == 0
-        group.perception_mask, group.reasoning_mask = group.completion_mask & half, group.completion_mask & ~half
+        mask = group.completion_mask
+        half = torch.arange(mask.shape[1], device=mask.device) % 2 == 0
+        group.perception_mask, group.reasoning_mask = mask & half, mask & ~half
         group.perception_advantages = group.reasoning_advantages = group_advantages(
             torch.arange(args.num_generations, device=half.device).float())
     with measured("update", "pass --completions-per-pass 1, then lower --lora-rank", rows):
@@ -718,7 +720,7 @@ def main(args):
     with measured("load", "take a smaller model"):
         model, tokenizer = load_model(args.base, adapter, not args.no_4bit, args.lora_rank, args.lora_alpha)
         if adapter is not None:
-            reference = "ref"  # the same adapter once more, frozen: with adapters off, π_ref would be the base
+            reference = "ref"  # the same adapter once more, frozen: without one π_ref would be the base
             model.load_adapter(str(adapter), reference, is_trainable=False)
     return (probe(model, reference, tokenizer, args) if args.probe
             else train(model, reference, tokenizer, records, args))

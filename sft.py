@@ -47,8 +47,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from gen_cot import (FACTOR, MediaError, add_data_args, add_vision_args, build_prompt, load_template, parse_args,
-                     read_ahead, select_records)
+from gen_cot import (FACTOR, MediaError, add_data_args, add_vision_args, build_prompt, load_template,
+                     parse_args, read_ahead, select_records)
 from rewards import UserError, parse_trace
 
 PATCH, MERGE, TEMPORAL = 14, 2, 2  # pixels a patch side; patches a token side; frames a temporal patch
@@ -311,8 +311,8 @@ def logprobs_from_hidden(model, hidden, targets, chunk=None):
     """Log-probability of each target under the head, float32 (M,), from hidden states (M, D)
     and targets (M,).
 
-    In chunks of `chunk` tokens (default: logits of 256 MiB) under checkpointing, so that no (tokens × V) tensor
-    outlives its chunk.
+    In chunks of `chunk` tokens (default: logits of 256 MiB) under checkpointing, so that no (tokens × V)
+    tensor outlives its chunk.
     """
     head = core(model).lm_head
     chunk = chunk or max(1, 2**26 // head.out_features)
@@ -391,8 +391,8 @@ def seed_everything(seed):
 
 
 def team():
-    """The processes that train together: this one alone, or all that `accelerate launch` started. Each takes its
-    share of every batch, gradients are added up, and only the first one talks and writes."""
+    """The processes that train together: this one alone, or all that `accelerate launch` started. Each takes
+    its share of every batch, gradients are added up, and only the first one talks and writes."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
@@ -471,7 +471,7 @@ def prepare_for_training(model, args):
     `model.eval()` off for sampling, where it would disable the key-value cache. Nothing here has dropout.
     """
     if not args.no_checkpointing:
-        core(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        core(model).activation_checkpointing_enable({"use_reentrant": False})
     return torch.optim.AdamW(trainable_parameters(model), lr=args.lr, weight_decay=args.weight_decay)
 
 
@@ -532,7 +532,7 @@ def worst_prompt(tokenizer, config, args, words=300):
     rows = math.gcd(args.max_pixels, 8)
     height, width = rows * FACTOR, args.max_pixels // rows * FACTOR
     frames = np.random.default_rng(0).integers(0, 256, (args.num_frames, height, width, 3)).astype(np.uint8)
-    record = dict(problem="word " * words, problem_type="free-form", options=[], solution="<answer>word</answer>")
+    record = dict(problem="word " * words, problem_type="free-form", solution="<answer>word</answer>")
     text = build_prompt(record, load_template(args.prompt_file))
     return record, encode_prompt(text, frames, 2.0, tokenizer, config)
 
@@ -557,8 +557,8 @@ def held_out_loss(model, tokenizer, records, template, args):
 
 
 def train(model, tokenizer, records, args):
-    """SFT over the records, `--epochs` times, but for those held out; writes `metrics.jsonl` (loss, grad_norm,
-    lr, sec per step, and now and then held_out_loss) and the adapter."""
+    """SFT over the records, `--epochs` times, but for those held out; writes `metrics.jsonl` (loss,
+    grad_norm, lr, sec per step, and now and then held_out_loss) and the adapter."""
     template, config = load_template(args.prompt_file), core(model).config
     optimizer, batch_size = prepare_for_training(model, args), share_of(args.batch_size)
     records = random.Random(args.seed).sample(records, len(records))
@@ -588,7 +588,8 @@ def train(model, tokenizer, records, args):
                 loss += part.item()
             lr = cosine_lr(step, steps, args.lr, args.warmup)
             norm = optimiser_step(model, optimizer, lr, args.max_grad_norm)
-            row = dict(step=step, loss=sum(gather_object([loss])), grad_norm=norm, lr=lr, sec=time.time() - start)
+            row = dict(step=step, loss=sum(gather_object([loss])), grad_norm=norm, lr=lr,
+                       sec=time.time() - start)
             model.eval()
             if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
                 row["held_out_loss"] = held_out_loss(model, tokenizer, held_out, template, args)

@@ -348,8 +348,8 @@ You are a helpful assistant.<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
-# For servers such as `transformers serve`: a processor of images. The library's own for Qwen2.5-VL brings one of
-# videos along, which needs torchvision; this one fills in the same places for images without.
+# For servers such as `transformers serve`: a processor of images. The library's own for Qwen2.5-VL brings one
+# of videos along, which needs torchvision; this one fills in the same places for images without.
 PROCESSOR = {"processor_class": "PaddleOCRVLProcessor",
              "image_processor": {"image_processor_type": "Qwen2VLImageProcessorPil", "patch_size": 14,
                                  "merge_size": 2, "temporal_patch_size": 2,
