@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from gen_cot import (add_data_args, add_judge_args, add_vision_args, judge_from, load_template, parse_args,
-                     print_stats, read_ahead, select_records, write_jsonl)
+                     print_stats, read_ahead, select_records, write_atomically, write_jsonl)
 from pagrpo import rollout
 from rewards import PROBLEM_TYPES, accuracy_reward, format_rewards, parse_trace
 from sft import add_model_args, core, embed_prompts, encode_batch, load_model
@@ -155,8 +155,8 @@ def main(args):
     print_table(rows, records)
     print_stats(judge)
     settings = {key: str(value) for key, value in vars(args).items()}
-    (args.output / "results.json").write_text(json.dumps(dict(rows=rows, questions=len(records),
-                                                              settings=settings), indent=1))
+    write_atomically(args.output / "results.json",
+                     json.dumps(dict(rows=rows, questions=len(records), settings=settings), indent=1))
     print(f"\nresults.json and every completion in {args.output}")
 
 

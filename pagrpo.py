@@ -111,12 +111,13 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, dice=None):
     position = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(G)
 
     banned = torch.tensor(banned_ids(tokenizer), device=device)
+    dice = None if dice is None else dice.to(device)
     running = torch.ones(len(hidden), dtype=torch.bool, device=device)
     ids, masks, logprobs = [], [], []
     for t in range(max_tokens):
         logits = head(hidden).float()
         allowed = logits.index_fill(-1, banned, -torch.inf)
-        token = allowed.argmax(-1) if dice is None else draw(allowed, dice[:, t].to(device))
+        token = allowed.argmax(-1) if dice is None else draw(allowed, dice[:, t])
         token = torch.where(running, token, tokenizer.pad_token_id)
         logprobs.append(-F.cross_entropy(logits, token, reduction="none") * running)
         ids.append(token)
@@ -298,7 +299,9 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
 
     The pass runs over [prompt, completion 1, …, completion G] with the prompt once. It is exact because a
     token's hidden state depends on nothing but what it attends to and where it stands: each completion
-    attends to the prompt and to itself, and each one's positions start where the prompt's end.
+    attends to the prompt and to itself, and each one's positions start where the prompt's end. What is left is
+    rounding: on the toy base these log-probs are within 1e-4 of the rollout's own in float32, 4 bits or not,
+    and within 0.2, on average 0.005, in bf16.
 
     Args:
         prompt: Prompt with embeds (P, D). completion_ids (G, T) int64, completion_mask (G, T) bool.

@@ -76,7 +76,7 @@ def test_parse_trace(text, expected):
     # a tag of the other half, quoted, breaks both
     (GOOD.replace("a red car", "a <think> tag"), (0, 0)),
     (GOOD.replace("so red", "the <observation> tag"), (0, 0)),
-    (f"<think>t</think><answer>B</answer><observation>o</observation>", (0, 0)),
+    ("<think>t</think><answer>B</answer><observation>o</observation>", (0, 0)),
 ])
 def test_format_rewards(text, expected):
     assert format_rewards(text) == expected
