@@ -838,7 +838,7 @@ def main(args):
         if extra is None and args.teacher.startswith("openai:") and "@" in args.teacher:
             extra = dict(temperature=0)
         teacher = ChatClient(args.teacher, concurrency=args.teacher_concurrency, timeout=600, max_tokens=2048,
-                             max_calls=args.teacher_max_calls, extra=extra)
+                             max_calls=args.teacher_max_calls, extra=extra, wants_think=True)
         journal = Journal(args.output.with_name("journal.jsonl"))
         outputs, reasons, scores = generate(records, teacher, judge, journal, args)
         print_stats(teacher, "teacher")

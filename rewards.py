@@ -434,6 +434,7 @@ class ChatClient:
     max_calls: int | None = None  # requests after which `ask` raises CallLimit
     max_tokens: int = 1024  # of a reply; the Messages API demands a limit, chat-completions gets none
     extra: dict | None = None  # more body fields, such as {"temperature": 0} where the server takes it
+    wants_think: bool = False  # a reply from which the server has cut the <think> block is a refusal
 
     def __post_init__(self):
         match = re.fullmatch(r"(anthropic|openai):((?!@http).[^@]*)(?:@(https?://[^/\s]+\S*))?", self.spec)
@@ -500,6 +501,10 @@ class ChatClient:
             if status == 200:
                 reply, tokens_in, tokens_out = read_reply(text)
                 self.count(tokens_in=tokens_in, tokens_out=tokens_out)
+                if self.wants_think and think_is_cut(text):
+                    stop.set()
+                    raise UserError(f"The server of {self.model} cuts the <think> block out of its replies, and "
+                                    "what stands before it: switch its reasoning parser off (see the README).")
                 if reply and accept(reply):
                     self.lost_in_row = 0
                     write_cache(path, reply)
@@ -596,6 +601,16 @@ def read_reply(text):
         return content, int(tokens_in), int(tokens_out)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None, 0, 0
+
+
+def think_is_cut(text):
+    """Whether the body of a reply holds reasoning apart from a content that has no <think> block."""
+    try:
+        message = json.loads(text)["choices"][0]["message"]
+        return (bool(message.get("reasoning_content") or message.get("reasoning"))
+                and "<think>" not in (message["content"] or ""))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 def server_words(text):

@@ -437,10 +437,12 @@ def test_the_loss_equals_hugging_face_on_whole_sequences(saved, batch):
     assert ours == pytest.approx(theirs, rel=1e-5) and alone == pytest.approx(theirs, rel=1e-5)
 
 
-def test_the_labels_are_the_completion_and_nothing_else(saved, batch, monkeypatch):
-    """Which states the loss reads, and which tokens it wants of them; learning the question looks fine."""
+def test_the_labels_are_the_completion_and_nothing_else(saved, toy_records, monkeypatch):
+    """For each problem type and medium: which states the loss reads, and which tokens it wants of them.
+    Learning the question too would look fine."""
     model, tokenizer, _ = saved
-    prompts, completions = batch
+    assert len({(record["problem_type"], record["data_type"]) for record in toy_records}) == 10
+    prompts, completions = zip(*[encode(record, (model, tokenizer)) for record in toy_records])
     states, wanted, logprobs_from_hidden = [], [], sft.logprobs_from_hidden
 
     def keep_states(module, inputs, output):
@@ -460,8 +462,8 @@ def test_the_labels_are_the_completion_and_nothing_else(saved, batch, monkeypatc
     for row, prompt, completion in zip(read, prompts, completions):
         start = len(prompt.input_ids) - 1  # the prompt's last state predicts the completion's first token
         assert row.nonzero().flatten().tolist() == list(range(start, start + len(completion)))
-    assert tokenizer.decode(wanted[0]) == "".join(tokenizer.decode(c) for c in completions)
-    assert wanted[0].tolist().count(tokenizer.eos_token_id) == len(completions)  # or it never learns to stop
+    assert tokenizer.decode(wanted[0]) == "".join(
+        sft.target_text(record) + "<|im_end|>" for record in toy_records)  # with an end, or it never learns to stop
 
 
 def settings(output, **changes):

@@ -35,6 +35,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.replies, self.failing, self.delay, self.rng = replies, failing, delay, random.Random(0)
         self.bodies, self.answered, self.lock, self.refusing = [], [], threading.Lock(), False
+        self.cutting = False  # as servers with a reasoning parser do
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -71,7 +72,10 @@ class Handler(BaseHTTPRequestHandler):
                 server.answered.append(key)
         if server.refusing:
             status = 401
-        data = json.dumps(dict(choices=[dict(message=dict(content=text))],
+        message = dict(content=text)
+        if server.cutting and "</think>" in text:
+            message = dict(content=text.split("</think>")[1], reasoning_content=text.split("<think>")[-1])
+        data = json.dumps(dict(choices=[dict(message=message)],
                                usage=dict(prompt_tokens=7, completion_tokens=3))).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
@@ -222,6 +226,10 @@ def test_limits_refusals_and_lost_media_end_in_one_sentence_and_lose_nothing(wor
     done = run(folder, server, "--output", tmp_path / "none" / "cot.jsonl", "--teacher-concurrency", 4)
     assert done.returncode == 1 and "check the key" in done.stderr.splitlines()[-1]
     assert 10 <= len(server.bodies) - before < 10 + 8 * 4 + 4 and not (tmp_path / "none" / "cot.jsonl").exists()
+    server.refusing, server.cutting = False, True
+    done = run(folder, server, "--output", tmp_path / "none" / "cot.jsonl", "--teacher-concurrency", 4)
+    assert done.returncode == 1 and "switch its reasoning parser off" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "none" / "cot.jsonl").exists()
     server.shutdown()
 
 

@@ -355,6 +355,11 @@ PROCESSOR = {"processor_class": "PaddleOCRVLProcessor",
                                  "merge_size": 2, "temporal_patch_size": 2,
                                  "size": {"shortest_edge": 784, "longest_edge": 100352}}}
 
+# For `transformers serve`, which would otherwise cut the <think> block out of what a Qwen model replies, and
+# what stands before it.
+RESPONSE = {"defaults": {"role": "assistant"}, "start_anchor": "<|im_start|>assistant\n",
+            "fields": {"content": {"close_pattern": r"\s*<\|im_end\|>", "content": "text"}}}
+
 # What the base practises, in courses of (steps, gap, {task: share}): to look back; to reason about a written
 # scene; to see; to reason about what it sees; and at the end the stages' own long prompt, which it mostly
 # answers at once. A gap stands for a long instruction: so many positions at most are left out before the answer.
@@ -457,6 +462,7 @@ def make_tokenizer(seed):
                                eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                extra_special_tokens=SPECIALS)
     tokenizer.init_kwargs["image_token"] = "<|image_pad|>"  # for PROCESSOR, once saved
+    tokenizer.response_template = RESPONSE
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
