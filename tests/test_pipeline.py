@@ -73,24 +73,35 @@ def test_all_stages_in_order(clone):
                                           - results["rows"]["SFT + PA-GRPO"]["answer"][0]) < 0.01
 
 
-@pytest.mark.parametrize("stage, flags", [
-    ("sft.py", "--limit 170 --micro-batch 4"),
-    ("pagrpo.py", "--updates 10 --prompts-per-update 2 --num-generations 4 --max-completion-tokens 48"),
-])
-def test_two_processes_learn_what_one_learns(clone, stage, flags):
-    """Half the prompts each, gradients added up: ten steps with the same losses."""
-    launch = ("-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
-              f"--dynamo_backend no --main_process_port {free_port()} ")
-    rows = []
-    for name, command in (("one", stage), ("two", launch + stage)):
-        run(clone, f"{command} --model tiny {flags} --output runs/{name}")
-        rows.append([json.loads(line) for line in open(clone / f"runs/{name}/metrics.jsonl")])
-        shutil.rmtree(clone / f"runs/{name}")
-    names = [name for name in rows[0][-1] if "sec" not in name and name != "peak_gib"]
-    assert len(rows[0]) == len(rows[1]) == 10 and "loss" in names and rows[0][0]["loss"] != rows[0][9]["loss"]
-    for one, two in zip(*rows):
-        assert [two[name] for name in names if name in one] == pytest.approx(
-            [one[name] for name in names if name in one], abs=1e-4)
+def run_here(clone, monkeypatch, command):
+    """Run `python COMMAND` in the clone, but in this process, which has its imports behind it."""
+    monkeypatch.chdir(clone)
+    monkeypatch.setattr(sys, "argv", command.split())
+    monkeypatch.setattr(gen_cot, "prepare_toy_data", lambda: None)  # the clone has it
+    stage = importlib.import_module(command.split(".py")[0])
+    stage.main(stage.get_args())
+
+
+def test_two_processes_learn_what_one_learns(clone, monkeypatch):
+    """Half the prompts each, gradients added up: ten steps with the same losses, in both stages."""
+    commands = ["sft.py --model tiny --limit 88 --batch-size 8 --micro-batch 2 --output runs/NAME/sft",
+                "pagrpo.py --model tiny --updates 10 --prompts-per-update 2 --num-generations 4 "
+                "--max-completion-tokens 32 --output runs/NAME/pagrpo"]
+    (clone / "both.py").write_text("import sys, sft, pagrpo\n" + "".join(
+        f"sys.argv = {command.replace('NAME', 'two').split()}\n"
+        f"{command.split('.py')[0]}.main({command.split('.py')[0]}.get_args())\n" for command in commands))
+    run(clone, "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
+               f"--dynamo_backend no --main_process_port {free_port()} both.py")
+    for command in commands:
+        run_here(clone, monkeypatch, command.replace("NAME", "one"))
+    for stage in ("sft", "pagrpo"):
+        one, two = ([json.loads(line) for line in open(clone / f"runs/{name}/{stage}/metrics.jsonl")]
+                    for name in ("one", "two"))
+        names = [name for name in one[-1] if "sec" not in name and name != "peak_gib"]
+        assert len(one) == len(two) == 10 and "loss" in names and one[0]["loss"] != one[9]["loss"]
+        for row, other in zip(one, two):
+            assert [other[name] for name in names if name in row] == pytest.approx(
+                [row[name] for name in names if name in row], abs=1e-4)
 
 
 def free_port():
@@ -104,10 +115,11 @@ def free_port():
     ("pagrpo.py --judge self --prompts-per-update 2 --num-generations 2 --prompts-per-rollout 1",
      ["load", "rollout", "judge", "update"]),
 ])
-def test_a_probe_measures_each_phase_and_leaves_nothing(clone, command, phases):
+def test_a_probe_measures_each_phase_and_leaves_nothing(clone, monkeypatch, capsys, command, phases):
     before = sorted(clone.rglob("*.json*"))
-    text = run(clone, f"{command} --model tiny --probe --num-frames 2 --max-pixels 1"
-                      + " --max-completion-tokens 16" * command.startswith("pagrpo"))
+    run_here(clone, monkeypatch, f"{command} --model tiny --probe --num-frames 2 --max-pixels 1"
+                                 + " --max-completion-tokens 16" * command.startswith("pagrpo"))
+    text = capsys.readouterr().out
     measured = re.findall(r"^(\w+) +([\d.]+) s +([\d.]+) GiB at most$", text, re.MULTILINE)
     assert [phase for phase, _, _ in measured] == phases and all(float(gib) > 0.1 for _, _, gib in measured)
     assert re.search(r"take [\d.]+ (h|min)", text) and sorted(clone.rglob("*.json*")) == before
@@ -138,12 +150,8 @@ def test_processes_that_cannot_share_a_batch_evenly(monkeypatch):
 ])
 def test_mistakes_get_one_sentence_and_leave_nothing(clone, command, says, monkeypatch):
     before = sorted(clone.rglob("*.json*"))
-    monkeypatch.chdir(clone)
-    monkeypatch.setattr(sys, "argv", command.split())
-    monkeypatch.setattr(gen_cot, "prepare_toy_data", lambda: None)  # the clone has it
-    stage = importlib.import_module(command.split(".py")[0])
     with pytest.raises(UserError) as error:
-        stage.main(stage.get_args())
+        run_here(clone, monkeypatch, command)
     assert says in str(error.value) and len(str(error.value).splitlines()) == 1
     assert sorted(clone.rglob("*.json*")) == before
 

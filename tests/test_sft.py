@@ -626,7 +626,8 @@ def small_set(toy_records, tmp_path):
 def test_the_script_trains_and_skips_what_it_cannot_read(small_set):
     done = subprocess.run(
         [sys.executable, "sft.py", "--model", "tiny", "--data", small_set / "cot.jsonl", "--media-root",
-         small_set, "--limit", "4", "--batch-size", "1", "--output", small_set / "runs" / "sft"],
+         small_set, "--limit", "4", "--batch-size", "1", "--epochs", "2",
+         "--output", small_set / "runs" / "sft"],
         cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     spoilt = json.loads((small_set / "cot.jsonl").read_text().split("\n")[1])["path"].removeprefix("./")
