@@ -143,8 +143,8 @@ def draw(logits, dice):
 
 
 def roll_dice(seed, turn, *shape):
-    """Uniform numbers for a prompt's completions, float64. They depend on the seed and on the prompt's turn in
-    the run alone: neither the other prompts of its batch nor the number of processes matters."""
+    """Uniform numbers for a prompt's completions, float64. They depend on the seed and on the prompt's turn
+    in the run alone: neither the other prompts of its batch nor the number of processes matters."""
     return torch.from_numpy(np.random.default_rng([seed, turn]).random(shape))
 
 
@@ -299,9 +299,9 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
 
     The pass runs over [prompt, completion 1, …, completion G] with the prompt once. It is exact because a
     token's hidden state depends on nothing but what it attends to and where it stands: each completion
-    attends to the prompt and to itself, and each one's positions start where the prompt's end. What is left is
-    rounding: on the toy base these log-probs are within 1e-4 of the rollout's own in float32, 4 bits or not,
-    and within 0.2, on average 0.005, in bf16.
+    attends to the prompt and to itself, and each one's positions start where the prompt's end. What is left
+    is rounding: on the toy base these log-probs are within 1e-4 of the rollout's own in float32, 4 bits or
+    not, and within 0.2, on average 0.005, in bf16.
 
     Args:
         prompt: Prompt with embeds (P, D). completion_ids (G, T) int64, completion_mask (G, T) bool.

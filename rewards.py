@@ -503,8 +503,8 @@ class ChatClient:
                 self.count(tokens_in=tokens_in, tokens_out=tokens_out)
                 if self.wants_think and think_is_cut(text):
                     stop.set()
-                    raise UserError(f"The server of {self.model} cuts the <think> block out of its replies, and "
-                                    "what stands before it: switch its reasoning parser off (see the README).")
+                    raise UserError(f"The server of {self.model} cuts the <think> block out of its replies, "
+                                    "and what stands before it: switch its reasoning parser off (README).")
                 if reply and accept(reply):
                     self.lost_in_row = 0
                     write_cache(path, reply)

@@ -1,33 +1,33 @@
 """What the released shapes need: Qwen2.5-VL-7B and -3B with random weights, through the stages' own --probe.
 
-    python tests/bench_gpu.py                          # both shapes, completions of 512 and 768, on a GPU
-    python tests/bench_gpu.py --shapes small           # the same script on a shape that a CPU can run
-    python tests/bench_gpu.py --projection             # only the arithmetic below; needs no GPU
-    python tests/bench_gpu.py --shapes 7b --memory-limit 12 --prompts-per-rollout 2 --completions-per-pass 2
+    python tests/bench_gpu.py                    # both shapes, completions of 512 and 768, on a GPU
+    python tests/bench_gpu.py --shapes small     # the same script on a shape that a CPU can run
+    python tests/bench_gpu.py --projection       # only the arithmetic below; needs no GPU
+    python tests/bench_gpu.py --memory-limit 12 --lora-rank 16 --prompts-per-rollout 2 --completions-per-pass 2
 
-Nothing is downloaded, and no 16-bit copy of the model is ever held: every weight is a view into one small buffer
-of noise, quantised layer by layer by the loader that the stages use. Flags that this script does not know go to
-pagrpo.py.
+Nothing is downloaded, and no 16-bit copy of the model is ever held: every weight is a view into one small
+buffer of noise, quantised layer by layer by the loader that the stages use. Flags that this script does not
+know go to pagrpo.py.
 
 The floors are what no implementation of the same arithmetic gets below on the device at hand, whose speed is
 measured first (a large matrix product, a large copy). With N parameters in the language model's 4-bit layers,
 L layers, D hidden, V vocabulary, B prompts of P tokens, G completions of T tokens each:
 
-    decoding   T times: read the 4-bit weights (0.52 bytes each with their scales), the head (2 V D bytes) and the
-               cache of B G rows (2 · 2 bytes · L · key-value heads · head size a token); bound by bandwidth
+    decoding   T times: read the 4-bit weights (0.52 bytes each with their scales), the head (2 V D bytes) and
+               the cache of B G rows (2 · 2 bytes · L · key-value heads · head size a token)
     a pass     2 N floating-point operations a token forward, as many for gradients of the activations (the
                weights are frozen), as many again for what checkpointing recomputes; the same for the head on
-               completion tokens, 2 V D each; attention 4 D a layer for each pair of tokens that see each other
+               completion tokens, 2 V D each; attention 4 D a layer for each pair that see each other
     update     B passes over P + G T tokens, and the forward part once more for the reference
 
 The memory that is projected, with I intermediate, r LoRA parameters, S = P + C T the tokens of a pass over C
 completions; nothing for fragmentation or the driver:
 
-    always     0.52 N for the 4-bit layers, 2 bytes for each other weight, 16 r for LoRA, its gradients and AdamW's
-               two means in float32, 4 r more for the reference
+    always     0.52 N for the 4-bit layers, 2 bytes for each other weight, 16 r for LoRA, its gradients and
+               AdamW's two means in float32, 4 r more for the reference
     rollout    the cache of the rows sampled together; their logits in float32 and float64
-    update     2 S D L for the checkpoints; of the one layer that is recomputed 22 S I + 40 S D; 1 GiB for a chunk
-               of logits with its softmax and gradients
+    update     2 S D L for the checkpoints; of the one layer that is recomputed 22 S I + 40 S D; 1 GiB for a
+               chunk of logits with its softmax and gradients
 """
 import argparse
 import sys
@@ -63,16 +63,18 @@ def make_config(shape):
     ids = {name: getattr(toy, name) for name in ("image_token_id", "video_token_id", "vision_start_token_id")}
     return Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
+            num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=128000,
             rms_norm_eps=1e-6, tie_word_embeddings=tied,
             rope_parameters=dict(rope_type="default", rope_theta=1e6,
                                  mrope_section=[2 * part, 3 * part, 3 * part]), **ends),
-        vision_config=dict(vision, out_hidden_size=hidden, tokens_per_second=2), tie_word_embeddings=tied, **ids)
+        vision_config=dict(vision, out_hidden_size=hidden, tokens_per_second=2),
+        tie_word_embeddings=tied, **ids)
 
 
 def random_weights(config):
-    """A state dict whose tensors are overlapping views of one buffer of noise (W[i, j] = noise[i + j + offset]):
+    """A state dict of overlapping views of one buffer of noise (W[i, j] = noise[i + j + offset]):
     random enough to compute with, and next to no memory."""
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
@@ -180,7 +182,8 @@ def compare_passes(args):
     size = args.completions_per_pass or G
     for name, function in (("packed", lambda i, m: pagrpo.token_logprobs(model, prompt, i, m)),
                            ("naive", lambda i, m: naive_logprobs(model, prompt, i))):
-        pieces = list(zip(ids.split(size if name == "packed" else 1), mask.split(size if name == "packed" else 1)))
+        at_once = size if name == "packed" else 1
+        pieces = list(zip(ids.split(at_once), mask.split(at_once)))
         function(*pieces[0]).mean().backward()  # warm-up
         with sft.measured(name, "pass --completions-per-pass 1", rows):
             for piece in pieces:
@@ -188,7 +191,8 @@ def compare_passes(args):
     P = len(prompt.input_ids)
     ratio = G * (P + T) / (P * len(ids.split(size)) + G * T)
     speedup = rows["naive"][0] / rows["packed"][0]
-    print(f"training pass: {speedup:.2f}x the naive one, {speedup / ratio:.0%} of the token ratio {ratio:.2f}")
+    print(f"training pass: {speedup:.2f}x the naive one, "
+          f"{speedup / ratio:.0%} of the token ratio {ratio:.2f}")
 
 
 def main():
@@ -201,7 +205,8 @@ def main():
     own, rest = parser.parse_known_args()
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     speed = (150e12, 1e12) if own.projection else device_speed()
-    print(f"{'assumed' if own.projection else name}: {speed[0] / 1e12:.1f} Tflop/s, {speed[1] / 1e9:.0f} GB/s")
+    print(f"{'assumed' if own.projection else name}: "
+          f"{speed[0] / 1e12:.1f} Tflop/s, {speed[1] / 1e9:.0f} GB/s")
     for shape in own.shapes:
         for tokens in own.tokens:
             sys.argv = ["pagrpo.py", "--model", "random/weights", "--probe", "--adapter", "none",
@@ -217,7 +222,8 @@ def main():
             P = args.num_frames // 2 * args.max_pixels + 300  # a long question
             projected = memory(config, args, P)
             for phase, floor in floors(config, args, P, *speed).items():
-                reached = "" if own.projection else f"; measured {rows[phase][0]:.2f} s, {rows[phase][1]:.2f} GiB"
+                reached = ("" if own.projection else
+                           f"; measured {rows[phase][0]:.2f} s, {rows[phase][1]:.2f} GiB")
                 print(f"{phase:<10} floor {floor:.2f} s, projected {projected[phase]:.1f} GiB{reached}")
 
 
