@@ -731,7 +731,7 @@ def trace_question(record, content, key, template, teacher, judge, journal, args
     """(score, reason) of one question after steps 1 to 3; the teacher is not asked where content is None."""
     if content is not None:
         prompt = dict(type="text", text=build_prompt(record, template))
-        output, = teacher.ask([[*content, prompt]])
+        output = teacher.ask_here([*content, prompt])
         if output is None:
             return 0.0, "no trace"
         journal.write(question=key, problem_id=record.get("problem_id"), output=output)

@@ -484,6 +484,12 @@ class ChatClient:
                   f" retries; the last trouble was {self.trouble}", file=sys.stderr)
         return replies
 
+    def ask_here(self, content, accept=bool):
+        """The reply to one content, asked in the caller's own thread; None and UserError as in `ask`."""
+        body = self.request_body(content)
+        key = hashlib.sha256(json.dumps(body).encode()).hexdigest() if self.cache_dir else None
+        return self.reply(key, body, accept, threading.Event())
+
     def reply(self, key, body, accept, stop):
         """An accepted reply, cached or from the server; None after the last retry or once `stop` is set."""
         path = self.cache_dir and Path(self.cache_dir, key[:2], f"{key}.json")
@@ -555,10 +561,15 @@ class ChatClient:
         """(status, text, Retry-After) of one request; (0, what happened, None) if it ends without a reply."""
         deadline, data = time.monotonic() + self.timeout, b""
         try:  # in pieces, as requests' own limit is one per piece; a redirect would carry the key off
-            if not hasattr(self.thread, "session"):  # keeps its connection open between requests
-                self.thread.session = requests.Session()
-            with self.thread.session.post(self.url, json=body, auth=self.authorise, timeout=self.timeout,
-                                          stream=True, allow_redirects=False) as response:
+            if not hasattr(self.thread, "session"):  # keeps its connection, and what requests have in common
+                self.thread.session = session = requests.Session()
+                self.thread.request = session.prepare_request(
+                    requests.Request("POST", self.url, json={}, auth=self.authorise))
+                self.thread.settings = session.merge_environment_settings(self.url, {}, True, None, None)
+            request = self.thread.request.copy()
+            request.prepare_body(None, None, body)
+            with self.thread.session.send(request, timeout=self.timeout, allow_redirects=False,
+                                          **self.thread.settings) as response:
                 while piece := response.raw.read1(65536, decode_content=True):
                     data += piece
                     if time.monotonic() > deadline:
