@@ -775,8 +775,9 @@ def generate(records, teacher, judge, journal, args):
             if refusals == 10 or isinstance(error, CallLimit) or key in journal.outputs:
                 raise
         tally["kept" if results[key][1] is None else "rejected"] += 1
-        bar.set_postfix(**tally, refresh=False, tokens_in=teacher.stats["tokens_in"],
-                        tokens_out=teacher.stats["tokens_out"])
+        if bar.n % 50 == 0 or bar.n + 1 == bar.total:  # writing the line costs more than settling a question
+            bar.set_postfix(**tally, refresh=False, tokens_in=teacher.stats["tokens_in"],
+                            tokens_out=teacher.stats["tokens_out"])
         bar.update()
 
     with ThreadPoolExecutor(args.teacher_concurrency) as pool, tqdm(
