@@ -194,7 +194,8 @@ def bench_update(model, tokenizer):
     G = 8
     args = SimpleNamespace(
         num_generations=G, without=None, scoring="paper", length_bonus=0.2, perception_length=(1, 99),
-        reasoning_length=(1, 99), beta=0.04, num_iterations=1, completions_per_pass=None, clip_eps=0.2,
+        reasoning_length=(1, 99), beta=0.04, num_iterations=1, prompts_per_rollout=None,
+        completions_per_pass=None, clip_eps=0.2, seed=0,
         loss_average="completion", lr=1e-5, weight_decay=0.0, max_grad_norm=1.0, no_checkpointing=True)
     record = dict(problem="?", problem_type="numerical", solution="<answer>1</answer>", options=[])
     optimizer = sft.prepare_for_training(model, args)
@@ -204,7 +205,8 @@ def bench_update(model, tokenizer):
 
         def ours():
             prompt = make_prompt(model, tokenizer)
-            groups = pagrpo.sample_groups(model, [(dict(record, turn=0), prompt)], pagrpo.Endless(tokenizer), args)
+            encoded = [(dict(record, turn=0), prompt)]
+            groups = pagrpo.sample_groups(model, encoded, pagrpo.Endless(tokenizer), args)
             pagrpo.score_groups(groups, tokenizer, lambda records, observations: [
                 bool(i % 2) for i in range(len(records))], args)
             for group in groups:

@@ -3,7 +3,8 @@
     python tests/bench_gpu.py                    # both shapes, completions of 512 and 768, on a GPU
     python tests/bench_gpu.py --shapes small     # the same script on a shape that a CPU can run
     python tests/bench_gpu.py --projection       # only the arithmetic below; needs no GPU
-    python tests/bench_gpu.py --memory-limit 12 --lora-rank 16 --prompts-per-rollout 2 --completions-per-pass 2
+    python tests/bench_gpu.py --memory-limit 12 --lora-rank 16 --prompts-per-rollout 2 \\
+        --completions-per-pass 2
 
 Nothing is downloaded, and no 16-bit copy of the model is ever held: every weight is a view into one small
 buffer of noise, quantised layer by layer by the loader that the stages use. Flags that this script does not
