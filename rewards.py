@@ -478,17 +478,24 @@ class ChatClient:
             self.count(seconds=time.monotonic() - start)
         replies = [jobs[key].result() for key in keys]
         self.count(unknown=replies.count(None), cache_hits=len(keys) - len(jobs))
+        self.report(replies)
+        return replies
+
+    def report(self, replies):
+        """Says on the screen how many of the replies are missing, and why the last one is."""
         if None in replies:
             host = urlsplit(self.url).netloc.rpartition("@")[2]  # without a password
             print(f"{self.model} at {host}: {replies.count(None)} of {len(replies)} replies missing after all"
                   f" retries; the last trouble was {self.trouble}", file=sys.stderr)
-        return replies
 
     def ask_here(self, content, accept=bool):
         """The reply to one content, asked in the caller's own thread; None and UserError as in `ask`."""
-        body = self.request_body(content)
+        start, body = time.monotonic(), self.request_body(content)
         key = hashlib.sha256(json.dumps(body).encode()).hexdigest() if self.cache_dir else None
-        return self.reply(key, body, accept, threading.Event())
+        reply = self.reply(key, body, accept, threading.Event())
+        self.count(unknown=reply is None, seconds=time.monotonic() - start)
+        self.report([reply])
+        return reply
 
     def reply(self, key, body, accept, stop):
         """An accepted reply, cached or from the server; None after the last retry or once `stop` is set."""

@@ -254,6 +254,13 @@ def test_a_dead_server_ends_in_unknowns_and_one_message(capfd):
     assert message.count("\n") == 1 and "40 of 40" in message and "127.0.0.1" in message
 
 
+def test_a_question_asked_in_its_own_thread_is_lost_as_loudly(capfd):
+    client = rewards.ChatClient("openai:model@http://127.0.0.1:9/v1", backoff=0.01, retries=2)  # nobody listens
+    assert client.ask_here("A question.") is None
+    assert "model at 127.0.0.1:9: 1 of 1 replies missing" in capfd.readouterr().err
+    assert client.stats["calls"] == 3 and client.stats["unknown"] == 1 and client.stats["seconds"] > 0
+
+
 def test_a_server_that_comes_back_is_asked_with_all_retries_again(server):
     server.behave = lambda prompt, attempt: Fault(trick="drop") if "early" in prompt or attempt < 2 else YES
     judge = judge_at(server, retries=2, concurrency=1)
