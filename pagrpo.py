@@ -522,9 +522,9 @@ def show(group):
 def train(model, reference, tokenizer, records, args):
     """The RL loop: sample, score, update, log. Writes metrics.jsonl, curves.png and the adapter."""
     template, skipped = load_template(args.prompt_file), []
-    judge = judge_from(args, generate=lambda prompts: self_judge(model, tokenizer, prompts))
+    judge = judge_from(args, lambda prompts: self_judge(model, tokenizer, prompts, rollout_rows(args)))
     optimizer, batch_size = prepare_for_training(model, args), share_of(args.prompts_per_update)
-    media = read_ahead(mine(endless(records, args.seed)), args)
+    media = read_ahead(mine(endless(records, args.seed), args.prompts_per_update), args)
     args.output.mkdir(parents=True, exist_ok=True)
     with (open(args.output / "metrics.jsonl" if is_first() else os.devnull, "w") as file,
           tqdm(range(args.updates), desc="PA-GRPO", disable=not is_first()) as bar):
@@ -572,8 +572,9 @@ def endless(records, seed):
             yield dict(record, turn=next(turn))
 
 
-def self_judge(model, tokenizer, prompts, batch=64, max_tokens=256):
-    """Replies (list of str) of the frozen base, its adapters off, to text prompts, decoded greedily."""
+def self_judge(model, tokenizer, prompts, batch, max_tokens=256):
+    """Replies (list of str) of the frozen base, its adapters off, to text prompts, decoded greedily, `batch`
+    at a time."""
     replies = []
     for i in range(0, len(prompts), batch):
         encoded = [encode_text(text, tokenizer) for text in prompts[i:i + batch]]
@@ -582,6 +583,11 @@ def self_judge(model, tokenizer, prompts, batch=64, max_tokens=256):
             ids, mask, _ = rollout(model, encoded, tokenizer, 1, max_tokens)
         replies += [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(ids, mask)]
     return replies
+
+
+def rollout_rows(args):
+    """How many sequences are decoded together, completions or judgements."""
+    return args.num_generations * (args.prompts_per_rollout or args.prompts_per_update)
 
 
 class Endless:
@@ -598,8 +604,10 @@ class Endless:
 
 
 def probe(model, reference, tokenizer, args):
-    """An update on the longest prompts with every completion at the limit; {phase: (seconds, peak GiB)}."""
+    """An update on long prompts with every completion at the limit, with all that an update in the middle of a
+    run has in memory; returns {phase: (seconds, peak GiB)}."""
     rows, optimizer, endless_tokenizer = {}, prepare_for_training(model, args), Endless(tokenizer)
+    optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # changes nothing, and AdamW has its means
     record, prompt = worst_prompt(tokenizer, core(model).config, args)
     encoded = [(dict(record, turn=turn), replace(prompt))
                for turn in range(share_of(args.prompts_per_update))]
@@ -608,9 +616,10 @@ def probe(model, reference, tokenizer, args):
     with measured("rollout", "pass --prompts-per-rollout 1, then fewer --num-generations", rows):
         groups = sample_groups(model, encoded, endless_tokenizer, args)
     if args.judge == "self":
-        observation = "word " * args.perception_length[1]
-        judge = judge_from(args, lambda prompts: self_judge(model, endless_tokenizer, prompts))
-        with measured("judge", "name another --judge", rows):
+        observation = "the " * args.perception_length[1]
+        judge = judge_from(
+            args, lambda prompts: self_judge(model, endless_tokenizer, prompts, rollout_rows(args)))
+        with measured("judge", "lower --prompts-per-rollout or name another --judge", rows):
             judge([record] * len(encoded) * args.num_generations,
                   [observation] * len(encoded) * args.num_generations)
     for group in groups:
@@ -619,7 +628,7 @@ def probe(model, reference, tokenizer, args):
         group.perception_mask, group.reasoning_mask = mask & half, mask & ~half
         group.perception_advantages = group.reasoning_advantages = group_advantages(
             torch.arange(args.num_generations, device=half.device).float())
-    with measured("update", "pass --completions-per-pass 1, then lower --lora-rank", rows):
+    with measured("update", "lower --completions-per-pass, then --lora-rank from sft.py on", rows):
         update_policy(model, reference, optimizer, groups, args.lr, args)
     seconds = sum(s for phase, (s, _) in rows.items())
     print(f"{args.updates} such updates take {args.updates * seconds / 3600:.1f} h.")
@@ -725,6 +734,14 @@ def main(args):
         if adapter is not None:
             reference = "ref"  # the same adapter once more, frozen: without one π_ref would be the base
             model.load_adapter(str(adapter), reference, is_trainable=False)
+            rank = model.peft_config["policy"].r
+            if rank != args.lora_rank:
+                raise UserError(f"The adapter in {adapter} has rank {rank}, --lora-rank is {args.lora_rank}: "
+                                f"pass --lora-rank {rank}, or train another with sft.py.")
+        elif args.probe and args.adapter is None:
+            reference = "ref"  # as it will be once sft.py has run
+            model.add_adapter(reference, model.peft_config["policy"])
+            model.set_adapter("policy")
     return (probe(model, reference, tokenizer, args) if args.probe
             else train(model, reference, tokenizer, records, args))
 

@@ -154,8 +154,7 @@ def load_model(base, adapter=None, four_bit=True, lora_rank=64, lora_alpha=None,
 def check_adapter(adapter):
     """Raises UserError where the folder holds no saved adapter."""
     if not (Path(adapter) / "adapter_config.json").exists():
-        raise UserError(f"No adapter in {adapter}: train one with sft.py, or pass --adapter none to start "
-                        "from the base.")
+        raise UserError(f"No adapter in {adapter}: train one with sft.py, or name none for the base.")
 
 
 def check_adapter_acts(model, adapter):
@@ -400,17 +399,16 @@ def is_first():
     return team().is_main_process
 
 
-def mine(items):
-    """This process's share of a sequence: every n-th of it for n processes."""
-    return islice(items, team().process_index, None, team().num_processes)
-
-
 def share_of(batch_size):
-    """This process's part of a batch. Raises UserError where the parts would not be equal."""
-    if batch_size % team().num_processes:
-        raise UserError(f"{team().num_processes} processes can't share {batch_size} evenly: "
-                        "change their number, --batch-size or --prompts-per-update.")
-    return batch_size // team().num_processes
+    """How many of a batch are this process's: every n-th of them for n processes, so perhaps one more or less
+    than another's."""
+    return len(range(team().process_index, batch_size, team().num_processes))
+
+
+def mine(items, batch_size):
+    """This process's share of a stream, batch by batch."""
+    return (item for i, item in enumerate(items)
+            if i % batch_size % team().num_processes == team().process_index)
 
 
 def hush():
@@ -457,7 +455,7 @@ def add_training_args(parser, lr, lr_help):
     group.add_argument("--no-checkpointing", action="store_true",
                        help="keep all activations: faster, more memory (the default for tiny)")
     group.add_argument("--memory-limit", type=float, metavar="GIB",
-                       help="use no more of the GPU than a card of that size has")
+                       help="let PyTorch have so much of the GPU; the CUDA context, a few hundred MiB, comes on top")
     group.add_argument("--probe", action="store_true",
                        help="only measure the worst case of these settings: seconds and peak memory")
     return group
@@ -499,7 +497,7 @@ def peak_gib():
 
 
 def limit_memory(gib):
-    """Hold this process to a GPU of that size in GiB, or to the one there is. Raises UserError."""
+    """Hold PyTorch's allocations to so many GiB of the GPU, or to all of it. Raises UserError."""
     if gib is None:
         return
     if not torch.cuda.is_available():
@@ -528,11 +526,11 @@ def measured(phase, mend, rows=None):
 
 
 def worst_prompt(tokenizer, config, args, words=300):
-    """A prompt as long as these settings allow: noise for frames, a question of 300 words."""
+    """(record, Prompt) of as many visual tokens as these settings allow a clip, noise, and a long question."""
     rows = math.gcd(args.max_pixels, 8)
     height, width = rows * FACTOR, args.max_pixels // rows * FACTOR
     frames = np.random.default_rng(0).integers(0, 256, (args.num_frames, height, width, 3)).astype(np.uint8)
-    record = dict(problem="word " * words, problem_type="free-form", solution="<answer>word</answer>")
+    record = dict(problem="the " * words, problem_type="free-form", solution="<answer>the</answer>")
     text = build_prompt(record, load_template(args.prompt_file))
     return record, encode_prompt(text, frames, 2.0, tokenizer, config)
 
@@ -547,7 +545,7 @@ def log_line(file, row):
 def held_out_loss(model, tokenizer, records, template, args):
     """Mean loss per completion token over records that are not trained on; unreadable media don't count."""
     loss, tokens = 0.0, 0
-    for pair in read_ahead(mine(records), args):
+    for pair in read_ahead(mine(records, len(records)), args):
         for record, prompt in encode_batch([pair], template, tokenizer, core(model).config, []):
             embed_prompts(model, [prompt])
             target = target_ids(record, tokenizer, args.process_agnostic)
@@ -565,7 +563,7 @@ def train(model, tokenizer, records, args):
     held_out = [records.pop() for _ in range(min(args.held_out, len(records) // 10))]
     order = [record for epoch in range(args.epochs)
              for record in random.Random(args.seed + epoch).sample(records, len(records))]
-    steps, media = math.ceil(len(order) / args.batch_size), read_ahead(mine(order), args)
+    steps, media = math.ceil(len(order) / args.batch_size), read_ahead(mine(order, args.batch_size), args)
     args.output.mkdir(parents=True, exist_ok=True)
     skipped = []
     with (open(args.output / "metrics.jsonl" if is_first() else os.devnull, "w") as metrics,
@@ -606,19 +604,22 @@ def train(model, tokenizer, records, args):
 
 
 def probe(model, tokenizer, args, tokens=1024):
-    """A step on the longest prompt with traces of 1024 tokens; returns {phase: (seconds, peak GiB)}."""
+    """Two micro-batches of long prompts with traces of 1024 tokens, and a step, with all that a step in the
+    middle of a run has in memory; returns {phase: (seconds, peak GiB)}."""
     rows, optimizer = {}, prepare_for_training(model, args)
+    optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # changes nothing, and AdamW has its means
     prompts = [worst_prompt(tokenizer, core(model).config, args)[1] for _ in range(args.micro_batch)]
     targets = [torch.randint(len(tokenizer), (tokens,)) for _ in prompts]
     print(f"{args.micro_batch} prompts of {len(prompts[0].input_ids)} tokens, traces of {tokens}")
     model.train()
-    with measured("pass", "lower --micro-batch, then --lora-rank, --num-frames or --max-pixels", rows):
-        with torch.no_grad():
-            embed_prompts(model, prompts)
-        (sft_loss(model, prompts, targets) / tokens).backward()
+    with measured("passes", "lower --micro-batch, then --lora-rank, --num-frames or --max-pixels", rows):
+        for _ in range(2):  # the second finds the first one's gradients in its way
+            with torch.no_grad():
+                embed_prompts(model, prompts)
+            (sft_loss(model, prompts, targets) / tokens).backward()
     with measured("step", "lower --lora-rank", rows):
         optimiser_step(model, optimizer, args.lr, args.max_grad_norm)
-    seconds = rows["pass"][0] / args.micro_batch + rows["step"][0] / args.batch_size
+    seconds = rows["passes"][0] / (2 * args.micro_batch) + rows["step"][0] / args.batch_size
     print(f"1,000 such traces take {1000 * seconds / 60:.1f} min in one process.")
     return rows
 

@@ -458,11 +458,11 @@ def test_the_self_judge_is_the_base_whatever_the_policy_has_learnt(started, toy_
     """The policy must not be able to talk its own judge round: adapters are off while it judges."""
     model, tokenizer = started
     prompts = ["Which option is red?\nOptions:\nA. blue\nB. red", "List the colours in order."]
-    judged = pagrpo.self_judge(model, tokenizer, prompts, max_tokens=24)
+    judged = pagrpo.self_judge(model, tokenizer, prompts, 8, max_tokens=24)
     for name, p in model.named_parameters():
         if ".policy." in name and "lora_B" in name:
             p.data.mul_(-20)
-    assert pagrpo.self_judge(model, tokenizer, prompts, max_tokens=24) == judged and all(judged)
+    assert pagrpo.self_judge(model, tokenizer, prompts, 1, max_tokens=24) == judged and all(judged)
     encoded = [sft.encode_text(text, tokenizer) for text in prompts]
     with torch.no_grad():
         sft.embed_prompts(model, encoded)

@@ -1,5 +1,6 @@
 """The stages as a newcomer runs them: on a copy of the repository, by their commands, one after the other."""
 import importlib
+import itertools
 import json
 import re
 import shutil
@@ -83,9 +84,10 @@ def run_here(clone, monkeypatch, command):
 
 
 def test_two_processes_learn_what_one_learns(clone, monkeypatch):
-    """Half the prompts each, gradients added up: ten steps with the same losses, in both stages."""
+    """Their shares of the prompts, of three two and one, gradients added up: ten steps with the same losses, in
+    both stages."""
     commands = ["sft.py --model tiny --limit 88 --batch-size 8 --micro-batch 2 --output runs/NAME/sft",
-                "pagrpo.py --model tiny --updates 10 --prompts-per-update 2 --num-generations 4 "
+                "pagrpo.py --model tiny --updates 10 --prompts-per-update 3 --num-generations 4 "
                 "--max-completion-tokens 32 --output runs/NAME/pagrpo"]
     (clone / "both.py").write_text("import sys, sft, pagrpo\n" + "".join(
         f"sys.argv = {command.replace('NAME', 'two').split()}\n"
@@ -111,7 +113,7 @@ def free_port():
 
 
 @pytest.mark.parametrize("command, phases", [
-    ("sft.py --micro-batch 1", ["load", "pass", "step"]),
+    ("sft.py --micro-batch 1", ["load", "passes", "step"]),
     ("pagrpo.py --judge self --prompts-per-update 2 --num-generations 2 --prompts-per-rollout 1",
      ["load", "rollout", "judge", "update"]),
 ])
@@ -131,11 +133,17 @@ def test_memory_that_runs_out_is_one_sentence_with_the_flag_to_turn():
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
-def test_processes_that_cannot_share_a_batch_evenly(monkeypatch):
-    monkeypatch.setattr(sft, "team", lambda: SimpleNamespace(num_processes=3))
-    assert sft.share_of(9) == 3
-    with pytest.raises(UserError, match="3 processes can't share 7 evenly"):
-        sft.share_of(7)
+@pytest.mark.parametrize("processes, batch_size", [(1, 7), (2, 7), (3, 7), (8, 7), (2, 8), (4, 1)])
+def test_the_processes_share_every_batch(monkeypatch, processes, batch_size):
+    """Each item goes to one process, in the batch where one process alone would have it."""
+    shares = []
+    for rank in range(processes):
+        monkeypatch.setattr(sft, "team", lambda: SimpleNamespace(num_processes=processes, process_index=rank))
+        stream, size = sft.mine(range(3 * batch_size), batch_size), sft.share_of(batch_size)
+        shares.append([list(itertools.islice(stream, size)) for _ in range(3)])
+        assert not list(stream)
+    for batch, parts in enumerate(zip(*shares)):
+        assert sorted(sum(parts, [])) == list(range(batch * batch_size, (batch + 1) * batch_size))
 
 
 @pytest.mark.parametrize("command, says", [
@@ -143,6 +151,7 @@ def test_processes_that_cannot_share_a_batch_evenly(monkeypatch):
     ("pagrpo.py --model qwen2.5-vl-7b", "No data file data/VideoP2R-263k_rl.part*.json.gz"),
     ("evaluate.py --model tiny --adapters runs/nowhere", "No adapter in runs/nowhere"),
     ("pagrpo.py --model tiny --adapter runs/nowhere", "No adapter in runs/nowhere"),
+    ("pagrpo.py --model tiny --lora-rank 8", "has rank 32, --lora-rank is 8: pass --lora-rank 32"),
     ("pagrpo.py --model tiny --media-root nowhere", "has its medium below nowhere"),
     ("pagrpo.py --model tiny --judge mystery", "mystery"),
     ("pagrpo.py --model tiny --memory-limit 8", "--memory-limit is for a GPU"),
