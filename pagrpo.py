@@ -84,7 +84,7 @@ STAGE_PRESETS = {"tiny": dict(
 def rollout(model, prompts, tokenizer, num_generations, max_tokens, dice=None):
     """Sample `num_generations` completions for each prompt (choice 5).
 
-    Each prompt is prefilled once and its key-value cache copied to its group; all groups decode in one loop,
+    Each prompt is prefilled once, into the key-value cache of all its group; all groups decode in one loop,
     every step with our own positions.
 
     Args:
@@ -98,17 +98,19 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, dice=None):
     qwen, head = core(model).model, core(model).lm_head
     device, G = prompts[0].embeds.device, num_generations
     width = max(len(p.input_ids) for p in prompts)
-    pads = [width - len(p.input_ids) for p in prompts]  # on the left
-    embeds = torch.stack([F.pad(p.embeds, (0, 0, n, 0)) for p, n in zip(prompts, pads)])  # (B, P, D)
-    positions = torch.stack([F.pad(p.positions, (n, 0)) for p, n in zip(prompts, pads)],  # (3, B, P)
-                            dim=1).to(device)
-    attend = torch.arange(width, device=device) >= torch.tensor(pads, device=device)[:, None]  # (B, P)
-    out = qwen.language_model(inputs_embeds=embeds, position_ids=positions, attention_mask=attend.long(),
-                              use_cache=True)
-    cache = GroupCache(out.past_key_values, G, max_tokens)
-    hidden = out.last_hidden_state[:, -1].repeat_interleave(G, dim=0)  # (B·G, D)
-    attend = F.pad(attend, (0, max_tokens), value=True).repeat_interleave(G, dim=0)[:, None, None]
+    pads = torch.tensor([width - len(p.input_ids) for p in prompts], device=device)  # on the left
+    cache, hidden = GroupCache(prompts[0].embeds, qwen.config.text_config, len(prompts) * G,
+                               width + max_tokens), []
+    for b, prompt in enumerate(prompts):
+        cache.rows, cache.columns = slice(b * G, (b + 1) * G), slice(int(pads[b]), width)
+        hidden.append(qwen.language_model(  # (1, P, D)
+            inputs_embeds=prompt.embeds[None], position_ids=prompt.positions[:, None].to(device),
+            attention_mask={"full_attention": None}, past_key_values=cache).last_hidden_state[:, -1])
+    hidden = torch.cat(hidden).repeat_interleave(G, dim=0)  # (B·G, D)
+    attend = (torch.arange(width + max_tokens, device=device) >= pads.repeat_interleave(G)[:, None]
+              if pads.any() else None)  # (B·G, P + T)
     position = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(G)
+    cache.rows = slice(None)
 
     banned = torch.tensor(banned_ids(tokenizer), device=device)
     dice = None if dice is None else dice.to(device)
@@ -125,12 +127,13 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, dice=None):
         running = running & (token != tokenizer.eos_token_id)
         if not running.any():
             break
-        cache.length += 1  # with the token that is fed now
+        end = width + t + 1  # with the token that is fed now
+        cache.columns = slice(end)
         hidden = qwen.language_model(
             inputs_embeds=qwen.language_model.embed_tokens(token)[:, None],
             position_ids=position.expand(3, -1)[..., None],
-            attention_mask={"full_attention": attend[..., :cache.length] if any(pads) else None},
-            past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
+            attention_mask={"full_attention": None if attend is None else attend[:, None, None, :end]},
+            past_key_values=cache).last_hidden_state[:, 0]
         position = position + 1
     return torch.stack(ids, 1), torch.stack(masks, 1), torch.stack(logprobs, 1)
 
@@ -149,19 +152,22 @@ def roll_dice(seed, turn, *shape):
 
 
 class GroupCache:
-    """Keys and values of a decode loop: each prompt's, prefilled once and copied to its G rows, and room for
-    `tokens` more, which are written in place; growing the tensors would copy all of them at every token."""
+    """Keys and values of a decode loop, written in place: growing the tensors would copy all of them at every
+    token. `rows` are those that are fed now (a prompt's G, all) and `columns` what they have seen, the new
+    tokens at the end."""
 
-    def __init__(self, prefilled, G, tokens):
-        self.length = prefilled.get_seq_length()
-        self.layers = [[F.pad(x.repeat_interleave(G, dim=0), (0, 0, 0, tokens))  # (B·G, heads, P + tokens, d)
-                        for x in (layer.keys, layer.values)] for layer in prefilled.layers]
+    def __init__(self, like, config, rows, length):
+        shape = rows, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads
+        self.layers = [[like.new_zeros(shape), like.new_zeros(shape)]
+                       for _ in range(config.num_hidden_layers)]
+        self.rows = self.columns = slice(None)
 
     def update(self, keys, values, layer, *args, **kwargs):
-        """Called by the library's attention with the new token's (B·G, heads, 1, d); returns all so far."""
+        """Called by the library's attention with (n, heads, tokens, d) of the new tokens, n = 1 for a prompt;
+        returns n rows of all so far."""
         for room, new in zip(self.layers[layer], (keys, values)):
-            room[:, :, self.length - 1:self.length] = new
-        return [room[:, :, :self.length] for room in self.layers[layer]]
+            room[self.rows, :, self.columns.stop - new.shape[2]:self.columns.stop] = new
+        return [room[self.rows, :, self.columns][:len(keys)] for room in self.layers[layer]]
 
 
 def banned_ids(tokenizer):
@@ -604,8 +610,8 @@ class Endless:
 
 
 def probe(model, reference, tokenizer, args):
-    """An update on long prompts with every completion at the limit, with all that an update in the middle of a
-    run has in memory; returns {phase: (seconds, peak GiB)}."""
+    """An update on long prompts with every completion at the limit, with all in memory that one in the middle
+    of a run has there; returns {phase: (seconds, peak GiB)}."""
     rows, optimizer, endless_tokenizer = {}, prepare_for_training(model, args), Endless(tokenizer)
     optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # changes nothing, and AdamW has its means
     record, prompt = worst_prompt(tokenizer, core(model).config, args)

@@ -67,9 +67,6 @@ STAGE_PRESETS = {"tiny": dict(lr=2e-3, lora_rank=32, micro_batch=16, max_pixels=
 def add_model_args(model_group):
     """What every stage with a model can be told about it."""
     model_group.add_argument("--no-4bit", action="store_true", help="keep the base in 16 bits (big cards)")
-    model_group.add_argument("--lora-rank", type=int, default=64, help="rank of the LoRA adapters")
-    model_group.add_argument("--lora-alpha", type=int, default=None,
-                             help="LoRA scale (default: twice the rank)")
 
 
 def pick_device():
@@ -447,6 +444,8 @@ def optimiser_step(model, optimizer, lr, clip):
 def add_training_args(parser, lr, lr_help):
     """The group 'optimisation', shared with pagrpo.py."""
     group = parser.add_argument_group("optimisation")
+    group.add_argument("--lora-rank", type=int, default=64, help="rank of the LoRA adapters")
+    group.add_argument("--lora-alpha", type=int, help="their scale (default: twice the rank)")
     group.add_argument("--lr", type=float, default=lr, help=lr_help)
     group.add_argument("--warmup", type=float, default=0.03, help="share of the steps with linear warm-up")
     group.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW (paper: 0.01)")
@@ -455,7 +454,7 @@ def add_training_args(parser, lr, lr_help):
     group.add_argument("--no-checkpointing", action="store_true",
                        help="keep all activations: faster, more memory (the default for tiny)")
     group.add_argument("--memory-limit", type=float, metavar="GIB",
-                       help="let PyTorch have so much of the GPU; the CUDA context, a few hundred MiB, comes on top")
+                       help="let PyTorch have so much of the GPU; the CUDA context comes on top")
     group.add_argument("--probe", action="store_true",
                        help="only measure the worst case of these settings: seconds and peak memory")
     return group
@@ -526,7 +525,7 @@ def measured(phase, mend, rows=None):
 
 
 def worst_prompt(tokenizer, config, args, words=300):
-    """(record, Prompt) of as many visual tokens as these settings allow a clip, noise, and a long question."""
+    """(record, Prompt) of as many visual tokens as these settings allow a clip, and a long question."""
     rows = math.gcd(args.max_pixels, 8)
     height, width = rows * FACTOR, args.max_pixels // rows * FACTOR
     frames = np.random.default_rng(0).integers(0, 256, (args.num_frames, height, width, 3)).astype(np.uint8)
@@ -668,10 +667,7 @@ def main(args):
                             "(output, or observation and process): run gen_cot.py first.")
     with measured("load", "take a smaller model"):
         model, tokenizer = load_model(args.base, None, not args.no_4bit, args.lora_rank, args.lora_alpha)
-    if args.probe:
-        probe(model, tokenizer, args)
-    else:
-        train(model, tokenizer, records, args)
+    return probe(model, tokenizer, args) if args.probe else train(model, tokenizer, records, args)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
 
 Nothing is downloaded, and no 16-bit copy of the model is ever held: every weight is a view into one small
 buffer of noise, quantised layer by layer by the loader that the stages use. Flags that this script does not
-know go to pagrpo.py.
+know go to pagrpo.py, and those that sft.py shares with it to both. Prompts are tokenised by the toy's
+tokenizer, which needs a few more tokens for the template than Qwen's.
 
 The floors are what no implementation of the same arithmetic gets below on the device at hand, whose speed is
 measured first (a large matrix product, a large copy). With N parameters in the language model's 4-bit layers,
@@ -19,6 +20,8 @@ L layers, D hidden, V vocabulary, B prompts of P tokens, G completions of T toke
     a pass     2 N floating-point operations a token forward, as many for gradients of the activations (the
                weights are frozen), as many again for what checkpointing recomputes; the same for the head on
                completion tokens, 2 V D each; attention 4 D a layer for each pair that see each other
+    SFT        a pass over a prompt and one trace of 1024 tokens
+    judge      prefill B G prompts of J tokens, then decode 256 times as above
     update     B passes over P + G T tokens, and the forward part once more for the reference
 
 The memory that is projected, with I intermediate, r LoRA parameters, S = P + C T the tokens of a pass over C
@@ -26,9 +29,12 @@ completions; nothing for fragmentation or the driver:
 
     always     0.52 N for the 4-bit layers, 2 bytes for each other weight, 16 r for LoRA, its gradients and
                AdamW's two means in float32, 4 r more for the reference
-    rollout    the cache of the rows sampled together; their logits in float32 and float64
+    rollout    the cache of the rows sampled together, their logits in float32 and float64, and, small beside
+               them, 8 I bytes for each token of the one prompt that is prefilled
+    judge      the same for as many judgements of 256 tokens
     update     2 S D L for the checkpoints; of the one layer that is recomputed 22 S I + 40 S D; 1 GiB for a
                chunk of logits with its softmax and gradients
+    SFT        the same with the S tokens of a micro-batch, a prompt and a trace of 1024 tokens each
 """
 import argparse
 import sys
@@ -45,6 +51,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import pagrpo  # noqa: E402
 import sft  # noqa: E402
 from bench import naive_logprobs  # noqa: E402
+from rewards import make_judge  # noqa: E402
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied head; the vision tower
     "7b": (3584, 18944, 28, 28, 4, 152064, False, dict(depth=32, hidden_size=1280, intermediate_size=3420,
@@ -55,6 +62,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, 
                                                   fullatt_block_indexes=[1])),
 }
 TOY = ROOT / "data/toy/base"  # lends its tokenizer
+SHARED = ("lora_rank", "lora_alpha", "no_4bit", "num_frames", "max_pixels", "memory_limit", "probe")
 
 
 def make_config(shape):
@@ -134,25 +142,48 @@ def sizes(config, args):
             (args.prompts_per_update, args.num_generations, args.max_completion_tokens))
 
 
-def memory(config, args, P):
-    """{phase: GiB} of the projection in the docstring."""
+def memory(config, args, P, J):
+    """{phase: GiB} of the projection in the docstring, for prompts of P tokens and judge prompts of J."""
     (D, I, L, V, kv, N), (B, G, T) = sizes(config, args)
     with torch.device("meta"):
         total = sum(p.numel() for p in Qwen2_5_VLForConditionalGeneration(config).parameters())
     r = args.lora_rank * L * (2 * (D + D) + 2 * (D + kv) + 3 * (D + I))
-    rows, S = (args.prompts_per_rollout or B) * G, P + (args.completions_per_pass or G) * T
-    always = 0.52 * N + 2 * (total - N) + 20 * r
-    return {"rollout": (always + rows * ((P + T) * 4 * L * kv + 24 * V)) / 2**30,
-            "update": (always + 2 * S * D * L + 22 * S * I + 40 * S * D + 2**30) / 2**30}
+    rows, always = pagrpo.rollout_rows(args), 0.52 * N + 2 * (total - N) + 20 * r
+
+    def decode(tokens, new):
+        return always + rows * ((tokens + new) * 4 * L * kv + 24 * V) + 8 * I * tokens
+
+    def backward(S):
+        return always + 2 * S * D * L + 22 * S * I + 40 * S * D + 2**30
+
+    return {"rollout": decode(P, T) / 2**30, "judge": decode(J, 256) / 2**30,
+            "update": backward(P + (args.completions_per_pass or G) * T) / 2**30,
+            "SFT": backward(P + 1024) / 2**30}
 
 
-def floors(config, args, P, flops, bandwidth):
+def prompt_lengths(config, args):
+    """Tokens of the probe's longest prompt, and of its judge's."""
+    tokenizer, asked = AutoTokenizer.from_pretrained(TOY), []
+    record, prompt = sft.worst_prompt(tokenizer, config, args)
+    judge = make_judge("self", args.judge_prompt_file, lambda prompts: asked.extend(prompts) or [""])
+    judge([record], ["the " * args.perception_length[1]])
+    return len(prompt.input_ids), len(sft.encode_text(asked[0], tokenizer).input_ids)
+
+
+def floors(config, args, P, J, flops, bandwidth):
     """{phase: seconds} of the floors in the docstring."""
     (D, _, L, V, kv, N), (B, G, T) = sizes(config, args)
-    read = 0.52 * N + 2 * V * D + B * G * (P + T / 2) * 4 * L * kv
-    forward = 2 * N * (P + G * T) + 4 * D * L * (P * P / 2 + G * (T * P + T * T / 2))
-    update = B * (4 * forward + 4 * 2 * V * D * G * T) / flops  # policy 3 forwards' worth, reference 1
-    return {"rollout": B * 2 * N * P / flops + T * read / bandwidth, "update": update}
+
+    def decode(prompts, tokens, rows, new):
+        read = 0.52 * N + 2 * V * D + rows * (tokens + new / 2) * 4 * L * kv
+        return prompts * 2 * N * tokens / flops + new * read / bandwidth
+
+    def forward(G, T):
+        return 2 * N * (P + G * T) + 4 * D * L * (P * P / 2 + G * (T * P + T * T / 2)) + 2 * V * D * G * T
+
+    return {"SFT": 3 * forward(1, 1024) / flops, "rollout": decode(B, P, B * G, T),
+            "judge": decode(B * G, J, B * G, 256),
+            "update": B * 4 * forward(G, T) / flops}  # the policy's 3, the reference's 1
 
 
 def compare_passes(args):
@@ -210,22 +241,30 @@ def main():
           f"{speed[0] / 1e12:.1f} Tflop/s, {speed[1] / 1e9:.0f} GB/s")
     for shape in own.shapes:
         for tokens in own.tokens:
-            sys.argv = ["pagrpo.py", "--model", "random/weights", "--probe", "--adapter", "none",
-                        "--max-completion-tokens", str(tokens), *rest]
+            command = ["--model", "random/weights", "--probe", *rest]
+            sys.argv = ["pagrpo.py", *command, "--max-completion-tokens", str(tokens)]
             args = pagrpo.get_args()
             config = use_random_weights(shape)
             print(f"\n{shape}, completions of {tokens}")
             if not own.projection:
-                sys.argv = ["sft.py", "--model", "random/weights", "--probe"]
-                sft.main(sft.get_args())
-                rows = pagrpo.main(args)
+                sys.argv = ["sft.py", "--model", "random/weights"]
+                shared = {key: getattr(args, key) for key in SHARED}
+                sft_rows = sft.main(argparse.Namespace(**{**vars(sft.get_args()), **shared}))
+                measured = {"SFT": (sft_rows["passes"][0] / 2, sft_rows["passes"][1]), **pagrpo.main(args)}
                 compare_passes(args)
-            P = args.num_frames // 2 * args.max_pixels + 300  # a long question
-            projected = memory(config, args, P)
-            for phase, floor in floors(config, args, P, *speed).items():
-                reached = ("" if own.projection else
-                           f"; measured {rows[phase][0]:.2f} s, {rows[phase][1]:.2f} GiB")
-                print(f"{phase:<10} floor {floor:.2f} s, projected {projected[phase]:.1f} GiB{reached}")
+            P, J = prompt_lengths(config, args)
+            floor, projected = floors(config, args, P, J, *speed), memory(config, args, P, J)
+            print(f"prompts of {P} tokens, the judge's of {J}\n{'':<10}{'floor':>10}{'projected':>14}"
+                  + ("" if own.projection else f"{'measured':>11}{'of floor':>10}{'measured':>14}"))
+            for phase in floor:
+                row = f"{phase:<10}{floor[phase]:>8.2f} s{projected[phase]:>10.1f} GiB"
+                if not own.projection:
+                    seconds, gib = measured[phase]
+                    row += f"{seconds:>9.2f} s{floor[phase] / seconds:>10.0%}{gib:>10.2f} GiB"
+                print(row)
+            if not own.projection:
+                drawn = args.prompts_per_update * args.num_generations * tokens
+                print(f"rollout: {drawn / measured['rollout'][0]:.0f} tokens/s")
 
 
 if __name__ == "__main__":
