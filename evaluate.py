@@ -4,8 +4,9 @@ before and after each stage (Sec. 4).
     python evaluate.py --model tiny            # base, SFT, SFT + PA-GRPO on the toy world's test split
     python evaluate.py --model tiny --adapters none runs/tiny/pagrpo
 
-Every record stays in the denominator: an answer that is empty or can't be parsed is wrong. A record whose
-medium can't be read counts as wrong too, and the score without such records is printed beside.
+An answer that is empty or can't be parsed is wrong. A record whose medium turns out to be unreadable counts
+as wrong too, and the score without such records is printed beside; one whose medium is missing, or unreadable
+according to --check-data, is left out, which every stage says when it starts.
 
 Our choices (cited by number in the code):
  1. Decoding is greedy, which is what the paper's temperature 0.01 with top-p 0.001 comes to.
@@ -14,6 +15,7 @@ Our choices (cited by number in the code):
  3. Intervals are 95 % by the normal approximation over questions.
 """
 import argparse
+import gc
 import json
 import math
 from itertools import islice
@@ -54,19 +56,23 @@ def score_completions(records, texts, judge, scoring):
     perception verdict, template."""
     verdicts = judge(records, [parse_trace(text or "").observation for text in texts])
     return [dict(problem_id=record.get("problem_id"), problem_type=record["problem_type"], completion=text,
-                 answer=accuracy_reward(record["problem_type"], text or "", record["solution"], scoring),
+                 answer=answer_score(record, text or "", scoring),
                  perception=None if verdict is None else float(verdict),
                  template=min(format_rewards(text or "")))
             for record, text, verdict in zip(records, texts, verdicts)]
+
+
+def answer_score(record, text, scoring):
+    return accuracy_reward(record["problem_type"], text, record["solution"], scoring, record.get("options"))
 
 
 def constant_answers(records, scoring):
     """The results of the best constant answer per problem type (choice 2)."""
     results = []
     for kind in PROBLEM_TYPES:
-        golds = [record["solution"] for record in records if record["problem_type"] == kind]
-        scores = {guess: [accuracy_reward(kind, guess, gold, scoring) for gold in golds]
-                  for guess in set(golds)}
+        asked = [record for record in records if record["problem_type"] == kind]
+        scores = {guess: [answer_score(record, guess, scoring) for record in asked]
+                  for guess in {record["solution"] for record in asked}}
         best = max(sorted(scores), key=lambda guess: sum(scores[guess]), default=None)
         results += [dict(problem_type=kind, completion=best, answer=s, perception=0.0, template=0.0)
                     for s in scores.get(best, [])]
@@ -101,11 +107,12 @@ def print_table(rows, records):
     kinds = [kind for kind in PROBLEM_TYPES if any(record["problem_type"] == kind for record in records)]
     print(f"\n{len(records)} questions; accuracy in %, ± 95 % interval; "
           "perception: observations that the judge finds sufficient")
-    print(f"{'':<16}{'answer':>13}{'perception':>13}{'template':>10}"
+    width = max(16, *(len(name) + 1 for name in rows))
+    print(f"{'':<{width}}{'answer':>13}{'perception':>13}{'template':>10}"
           + "".join(f"{kind:>17}" for kind in kinds))
     for name, row in rows.items():
         (a, da), (p, dp) = row["answer"], row["perception"]
-        print(f"{name:<16}{a:>7.1f} ± {da:<3.1f}{p:>7.1f} ± {dp:<3.1f}{row['template'][0]:>10.1f}"
+        print(f"{name:<{width}}{a:>7.1f} ± {da:<3.1f}{p:>7.1f} ± {dp:<3.1f}{row['template'][0]:>10.1f}"
               + "".join(f"{row[kind][0]:>17.1f}" for kind in kinds))
         if row["unread"]:
             print(f"  {row['unread']} media could not be read and count as wrong; without them "
@@ -137,21 +144,27 @@ def get_args():
     return args
 
 
-def row_name(adapter):
-    return {"none": "base", "sft": "SFT", "pagrpo": "SFT + PA-GRPO"}.get(
-        Path(adapter).name, Path(adapter).name)
+def row_names(adapters):
+    """{adapter: its name in the table}; those whose folders share a name go by their paths."""
+    known = {"none": "base", "sft": "SFT", "pagrpo": "SFT + PA-GRPO"}
+    names = [known.get(Path(adapter).name, Path(adapter).name) for adapter in adapters]
+    return {adapter: name if names.count(name) == 1 else str(adapter)
+            for adapter, name in zip(adapters, names)}
 
 
 def main(args):
     records = select_records(args)
     judge = judge_from(args)
     rows = {"constant": summarise(constant_answers(records, args.scoring))}
-    for adapter in args.adapters:
+    for adapter, name in row_names(args.adapters).items():
         model, tokenizer = load_model(args.base, None if adapter == "none" else adapter, not args.no_4bit,
                                       trainable=False)
         results = score_completions(records, complete(model, tokenizer, records, args), judge, args.scoring)
-        write_jsonl(args.output / f"completions-{Path(adapter).name}.jsonl", results)
-        rows[row_name(adapter)] = summarise(results)
+        del model  # before the next one is loaded
+        gc.collect()
+        file = Path(adapter).name if name != adapter else adapter.strip("/").replace("/", "-")
+        write_jsonl(args.output / f"completions-{file}.jsonl", results)
+        rows[name] = summarise(results)
     print_table(rows, records)
     print_stats(judge)
     settings = {key: str(value) for key, value in vars(args).items()}

@@ -55,7 +55,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from rewards import (PROBLEM_TYPES, CallLimit, ChatClient, UserError, accuracy_reward, format_rewards,
-                     make_judge, parse_trace)
+                     make_judge, parse_trace, question_text)
 
 FACTOR = 28  # one visual token covers 28 × 28 pixels: patches of 14, merged two by two
 IMAGE_PIXELS = (4 * FACTOR**2, 256 * FACTOR**2)  # least and most pixels of a still image
@@ -324,8 +324,9 @@ def select_records(args, need_media=True):
 
 def check_data(args):
     """Decode every medium of the records once and write the manifest, which later runs take: JSON Lines of
-    {media, status: usable, missing or unreadable, reason}, `media` relative to the media root."""
-    records = load_records(args.data, args.media_root, args.allow_bad)
+    {media, status: usable, missing or unreadable, reason}, `media` relative to the media root. What it says
+    of other media stays."""
+    records = select_records(args, need_media=False)
     media = list({record["media"]: record for record in records}.values())
     present = [record for record in media if os.path.isfile(record["media"])]
     rows = [dict(media=record["media"], status="missing", reason=None)
@@ -338,7 +339,8 @@ def check_data(args):
         if row["reason"]:
             print(f"unreadable: {row['reason']}")
     manifest = Path(args.media_root) / MANIFEST
-    write_jsonl(manifest, rows)
+    before = read_json(manifest) if manifest.exists() else []
+    write_jsonl(manifest, {row["media"]: row for row in before + rows}.values())
     statuses = [row["status"] for row in rows]
     print(", ".join(f"{statuses.count(status)} {status}" for status in ("usable", "missing", "unreadable"))
           + f": {manifest}")
@@ -537,11 +539,8 @@ def read_ahead(records, args, read=read_media):
 def build_prompt(record, template=PROMPT):
     """The one prompt of generation, SFT, RL and evaluation: question, options (once, choice 3),
     three parts, answer form."""
-    question, options = record["problem"].strip(), record.get("options") or []
-    if options and not all(option in question for option in options):
-        question += "\nOptions:\n" + "\n".join(options)
     return template.replace("{answer_form}", ANSWER_FORMS[record["problem_type"]]).replace(
-        "{question}", question)
+        "{question}", question_text(record))
 
 
 def load_template(prompt_file):
@@ -568,8 +567,8 @@ def add_judge_args(group, default):
     group.add_argument("--judge-prompt-file", help="a text file with {question}, {answer} and {observation} "
                                                    "in place of our prompt to the judge")
     group.add_argument("--judge-cache", default="runs/judge-cache", help="folder of a remote judge's replies")
-    group.add_argument("--judge-concurrency", type=int, default=8, help="requests in flight at most")
-    group.add_argument("--judge-max-calls", type=int, help="the run stops after this many requests")
+    group.add_argument("--judge-concurrency", type=int, default=8, help="a process's requests in flight")
+    group.add_argument("--judge-max-calls", type=int, help="a process stops after this many requests")
     group.add_argument("--scoring", default="paper", choices=["paper", "lenient"],
                        help="how answers are compared")
 
@@ -645,7 +644,8 @@ def verify(records, outputs, judge, threshold=0.6, scoring="paper"):
         elif format_rewards(text) != (1.0, 1.0):
             reasons.append("broken template")
         else:
-            scores[-1] = accuracy_reward(record["problem_type"], text, record["solution"], scoring)
+            scores[-1] = accuracy_reward(record["problem_type"], text, record["solution"], scoring,
+                                         record.get("options"))
             reasons.append(None if scores[-1] >= threshold else "wrong answer")
     left = [i for i, reason in enumerate(reasons) if reason is None]
     observations = [parse_trace(outputs[i]).observation for i in left]

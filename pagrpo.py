@@ -235,7 +235,8 @@ def score(record, completion, lengths, verdict, args):
     """
     form_p, form_r = format_rewards(completion)
     acc_p = float("nan") if verdict is None else float(verdict)
-    acc_r = accuracy_reward(record["problem_type"], completion, record["solution"], args.scoring)
+    acc_r = accuracy_reward(record["problem_type"], completion, record["solution"], args.scoring,
+                            record.get("options"))
     bonus = 0.0 if args.without == "length" else args.length_bonus
     len_p = length_reward(lengths[0], acc_p, form_p, *args.perception_length, bonus=bonus)
     len_r = length_reward(lengths[1], acc_r, form_r, *args.reasoning_length, bonus=bonus)
@@ -323,8 +324,6 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
     positions = torch.cat([prompt.positions.to(device), (prompt.next_position + steps).expand(3, -1)],
                           dim=1)  # (3, S)
     embeds = torch.cat([prompt.embeds, qwen.language_model.embed_tokens(tokens)])[None]
-    if torch.is_grad_enabled():
-        embeds.requires_grad_()  # checkpointed layers need an input with a gradient
     hidden = qwen.language_model(  # (S, D)
         inputs_embeds=embeds, position_ids=positions[:, None], use_cache=False,
         attention_mask={"full_attention": SharedPrefix(P, slots, completion_mask)}).last_hidden_state[0]
@@ -719,6 +718,8 @@ def get_args():
     with team().main_process_first():  # it prepares the toy data
         args = parse_args(parser, STAGE_PRESETS, data_key="rl_data")
     if args.algorithm == "grpo":
+        if args.without not in (None, "perception"):
+            raise UserError(f"--algorithm grpo is --without perception: leave out --without {args.without}.")
         args.without = "perception"
     args.loss_average = args.loss_average or ("completion" if args.without == "perception" else "segment")
     args.output = args.output or args.run_dir / "pagrpo"

@@ -284,8 +284,10 @@ def fill_prompt(template, **fields):
 
 def question_text(record):
     """The question with its options, which are appended unless it already holds them."""
-    options = [option for option in record.get("options") or [] if option not in record["problem"]]
-    return "\n".join([record["problem"], *options])
+    question, options = record["problem"].strip(), record.get("options") or []
+    if all(option in question for option in options):
+        return question
+    return "\n".join([question, "Options:", *options])
 
 
 def correct_answer(record):

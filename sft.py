@@ -369,8 +369,6 @@ def sft_loss(model, prompts, completions):
         positions.append(torch.cat([prompt.positions, after.expand(3, -1)], dim=1))
         attend[row, :lengths[row]] = 1
     embeds = torch.stack(embeds)
-    if torch.is_grad_enabled():
-        embeds.requires_grad_()  # checkpointed layers need an input with a gradient
     hidden = qwen.language_model(  # (B, S, D)
         inputs_embeds=embeds, attention_mask=attend, use_cache=False,
         position_ids=torch.stack(positions, dim=1).to(device)).last_hidden_state

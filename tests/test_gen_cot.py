@@ -550,7 +550,14 @@ def test_check_data_finds_what_decoders_paint_over_and_later_runs_go_by_it(damag
         expected = "usable" if record["kind"] == "whole" else "unreadable"
         assert status[Path(record["media"]).name] == expected, record
         assert (record["media"] in said) == (expected == "unreadable")
+    rest = dump(tmp_path / "rest.json", [changed(path="./also gone.mp4"), changed(path="./no.png", data_type="image")])
+    monkeypatch.setattr(sys, "argv", ["gen_cot.py", "--check-data", "--data", str(rest), "--media-root", str(root),
+                                      "--data-types", "video"])
+    gen_cot.main(gen_cot.get_args())  # adds what it was asked to look at, and forgets nothing
+    assert {row["media"]: row["status"] for row in map(json.loads, open(manifest))} == {**status,
+                                                                                        "also gone.mp4": "missing"}
     good = [i for i, r in enumerate(some) if r["kind"] == "whole"]
+    capsys.readouterr()
     assert selected(file, root) == good + [0] * (0 in good)
     assert f"unreadable according to {manifest}" in capsys.readouterr().out
     bad = dump(tmp_path / "bad.json", [row for row in rows if row["problem_id"] not in good])

@@ -181,7 +181,7 @@ def test_prompt_holds_question_options_answer_and_observation(server):
     judge_at(server)(records, ["o1", "o2", "o3"])
     prompts = {observation_of(prompt): {name: text for name, _, text in FENCE.findall(prompt)}
                for prompt in server.attempts}
-    assert prompts["o1"]["QUESTION"] == "Which one?\nA. a red car\nB. a blue van"
+    assert prompts["o1"]["QUESTION"] == "Which one?\nOptions:\nA. a red car\nB. a blue van"
     assert prompts["o1"]["ANSWER"] == "B. a blue van"
     assert prompts["o2"]["QUESTION"].count("a blue van") == 1
     assert prompts["o3"]["ANSWER"] == "7"

@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import evaluate
 import gen_cot
+import pagrpo
 import sft
 from conftest import ROOT
-from rewards import UserError
+from rewards import UserError, make_judge
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +156,7 @@ def test_the_processes_share_every_batch(monkeypatch, processes, batch_size):
     ("pagrpo.py --model tiny --lora-rank 8", "has rank 32, --lora-rank is 8: pass --lora-rank 32"),
     ("pagrpo.py --model tiny --media-root nowhere", "has its medium below nowhere"),
     ("pagrpo.py --model tiny --judge mystery", "mystery"),
+    ("pagrpo.py --model tiny --algorithm grpo --without length", "leave out --without length"),
     ("pagrpo.py --model tiny --memory-limit 8", "--memory-limit is for a GPU"),
     ("evaluate.py --model tiny --prompt-file nowhere.txt", "prompt file nowhere.txt"),
 ])
@@ -163,6 +166,27 @@ def test_mistakes_get_one_sentence_and_leave_nothing(clone, command, says, monke
         run_here(clone, monkeypatch, command)
     assert says in str(error.value) and len(str(error.value).splitlines()) == 1
     assert sorted(clone.rglob("*.json*")) == before
+
+
+@pytest.mark.parametrize("scoring, score", [("paper", 0.0), ("lenient", 1.0)])
+def test_every_stage_takes_an_options_text_for_its_letter_where_scoring_is_lenient(scoring, score):
+    record = dict(problem_type="multiple choice", problem="Which?", options=["A. red", "B. dark blue"],
+                  solution="<answer>B</answer>", evidence=["blue"])
+    text = "<observation>blue.</observation> <think>so blue</think><answer>dark blue</answer>"
+    judge = make_judge("rule")
+    assert gen_cot.verify([record], [text], judge, scoring=scoring)[1] == [score]
+    args = SimpleNamespace(scoring=scoring, without=None, length_bonus=0.2, perception_length=(1, 2), reasoning_length=(1, 2))
+    assert pagrpo.score(record, text, (9, 9), True, args)["reasoning_accuracy"] == score
+    assert evaluate.score_completions([record], [text], judge, scoring)[0]["answer"] == score
+    rival = dict(record, solution="<answer>dark blue</answer>")  # as good a guess for both, where it counts as B
+    assert [r["answer"] for r in evaluate.constant_answers([record, rival], scoring)].count(1.0) == 1 + score
+
+
+def test_adapters_whose_folders_share_a_name_keep_a_row_each():
+    assert evaluate.row_names(["none", "runs/a/pagrpo", "runs/b/sft"]) == {
+        "none": "base", "runs/a/pagrpo": "SFT + PA-GRPO", "runs/b/sft": "SFT"}
+    assert evaluate.row_names(["runs/a/pagrpo", "runs/b/pagrpo", "mine"]) == {
+        "runs/a/pagrpo": "runs/a/pagrpo", "runs/b/pagrpo": "runs/b/pagrpo", "mine": "mine"}
 
 
 def test_a_mistake_on_the_command_line_shows_no_traceback(clone):
