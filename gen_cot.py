@@ -319,6 +319,7 @@ def select_records(args, need_media=True):
         kept = keep_with_media(kept, args.media_root)
     if args.limit is not None and args.limit < len(kept):
         kept = [kept[i] for i in sorted(random.Random(args.seed).sample(range(len(kept)), args.limit))]
+    print(f"{len(kept)} of {len(records)} records of {args.data}")
     return kept
 
 

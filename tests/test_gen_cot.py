@@ -677,7 +677,8 @@ def test_exactly_the_planted_flaws_are_rejected_each_for_its_reason(scripted, tm
 
     columns = ["questions", "unreadable medium", "no trace", "broken template", "wrong answer", "insufficient observation",
                "judge unknown", "kept"]
-    table = [line.split() for line in done.stdout.splitlines()]
+    first, *table = [line.split() for line in done.stdout.splitlines()]
+    assert first[:5] == "60 of 60 records of".split()
     assert " ".join(table[0]) == "problem type " + " ".join(columns)
     counts = [60] + [list(planted.values()).count(reason) for reason in columns[1:7]] + [len(kept)]
     assert [row[1:] for row in table if row[0] == "all"] == [[str(n) for n in counts]]
