@@ -463,8 +463,9 @@ def read_image(path, max_pixels=IMAGE_PIXELS[1]):
         with Image.open(path) as image:
             if image.mode.startswith("I;16"):  # convert() would clip it to white
                 image = image.point(lambda value: value / 256).convert("L")
-            on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            frames = np.asarray(on_white.convert("RGB"))[None]
+            if image.has_transparency_data:  # on white, where what it shows is usually meant to be seen
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            frames = np.asarray(image.convert("RGB"))[None]
     except Exception as error:  # Pillow's plug-ins raise many kinds on damaged files
         raise MediaError(f"{path} can't be read as an image ({type(error).__name__}: {error}).") from None
     return resize(frames, max_pixels)

@@ -288,16 +288,12 @@ def shared_prefix_attention(module, query, key, value, attention_mask, **kwargs)
     P, slots, mask = attention_mask
     G, T = slots.shape
 
-    def own(x):  # (G, heads, T, d)
-        return x[0][:, P + slots].transpose(0, 1)
-
-    def prompt_and_own(x):  # (G, heads, P + T, d)
-        return torch.cat([x[:, :, :P].expand(G, -1, -1, -1), own(x)], dim=2)
-
+    shared, own = zip(*(x.split([P, x.shape[2] - P], dim=2) for x in (query, key, value)))
+    own = [x[0][:, slots].transpose(0, 1) for x in own]  # (G, heads, T, d)
+    keys, values = (torch.cat([s.expand(G, -1, -1, -1), o], dim=2) for s, o in zip(shared[1:], own[1:]))
     visible = torch.ones(T, P + T, dtype=torch.bool, device=slots.device).tril(P)  # all of P, then causal
-    prompt, _ = sdpa_attention_forward(module, *(x[:, :, :P] for x in (query, key, value)), None, **kwargs)
-    completions, _ = sdpa_attention_forward(module, own(query), prompt_and_own(key), prompt_and_own(value),
-                                            visible[None, None], **kwargs)
+    prompt, _ = sdpa_attention_forward(module, *shared, None, **kwargs)
+    completions, _ = sdpa_attention_forward(module, own[0], keys, values, visible[None, None], **kwargs)
     return torch.cat([prompt, completions[mask][None]], dim=1), None
 
 
