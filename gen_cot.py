@@ -32,6 +32,7 @@ Our choices where the paper is silent (cited by number in the code):
 import argparse
 import ast
 import collections
+import gc
 import glob
 import gzip
 import hashlib
@@ -494,9 +495,11 @@ def check_media(record, num_frames, max_pixels):
     read_media(record, num_frames, max_pixels)
 
 
-def silence():
-    """No decoder chatter on the screen from this worker process; errors go back to the parent as they are."""
+def settle_in():
+    """What a worker process does first: no decoder chatter on the screen, errors go back to the parent as they
+    are; and no collecting of the parent's garbage, as freeing a decoder waits for threads that are not here."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    gc.freeze()
 
 
 def read_ahead(records, args, read=read_media):
@@ -512,7 +515,7 @@ def read_ahead(records, args, read=read_media):
     """
     # Forked workers start at once and share the parent's memory; elsewhere than on Linux forking is unsafe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPool(max_workers=args.workers, context=context, initializer=silence)
+    pool = ProcessPool(max_workers=args.workers, context=context, initializer=settle_in)
     records, waiting = iter(records), collections.deque()
     try:
         while True:

@@ -540,7 +540,7 @@ def train(model, reference, tokenizer, records, args):
             try:
                 score_groups(groups, tokenizer, judge, args)
             except UserError:  # the judge refuses or has had its calls: stop, and keep what has been learnt
-                save_adapter(model, args.output)
+                save_adapter(model, args.output)  # by whichever process this is: all have the same weights
                 raise
             clock.append(time.time())
             lr = cosine_lr(step, args.updates, args.lr, args.warmup)

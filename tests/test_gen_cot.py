@@ -1,4 +1,5 @@
 """Records, frames, the prompt and the three-step pipeline, on hand-worked cases and on real encoded media."""
+import gc
 import gzip
 import itertools
 import json
@@ -582,6 +583,25 @@ def test_a_hang_ends_at_the_time_limit_and_a_crash_costs_one_record():
     assert [m[0] for m in results if not isinstance(m, MediaError)] == [n for n in names if len(n) == 1]
     assert "crashes the decoder (exit code -9)" in str(results[1]) and "within 1.5 s" in str(results[3])
     assert time.time() - start < 60
+
+
+def collect_garbage(record, num_frames, max_pixels):
+    return gc.collect()
+
+
+def test_a_decoder_that_the_parent_has_lost_hangs_no_worker(clips):
+    """Freeing PyAV's in a forked process waits for threads that only the parent has."""
+    import av
+    gc.disable()
+    try:
+        container = av.open(str(clips["plain"][0]))
+        lost = [container, next(container.decode(container.streams.video[0]))]
+        lost.append(lost)
+        del container, lost
+        (_, media), = gen_cot.read_ahead([dict(media="none")], settings(decode_timeout=5, workers=1), collect_garbage)
+    finally:
+        gc.enable()
+    assert not isinstance(media, MediaError)
 
 
 def test_an_endless_stream_is_read_no_further_than_needed():
