@@ -32,6 +32,7 @@ Our choices where the paper is silent (cited by number in the code):
 import argparse
 import ast
 import collections
+import contextlib
 import gc
 import glob
 import gzip
@@ -97,6 +98,7 @@ PRESETS = {
 }
 
 
+CORES = os.sched_getaffinity(0) if sys.platform == "linux" else None  # that this process may use
 MANIFEST = "media-manifest.jsonl"  # below the media root, written by --check-data
 
 
@@ -496,10 +498,12 @@ def check_media(record, num_frames, max_pixels):
 
 
 def settle_in():
-    """What a worker process does first: no decoder chatter on the screen, errors go back to the parent as they
-    are; and no collecting of the parent's garbage, as freeing a decoder waits for threads that are not here."""
+    """What a worker process does first: no decoder chatter on the screen, errors go back to the parent as
+    they are; and no collecting of the parent's garbage: freeing a decoder waits for threads that it has."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     gc.freeze()
+    if CORES:
+        os.sched_setaffinity(0, CORES)  # the parent may keep to one of them
 
 
 def read_ahead(records, args, read=read_media):
@@ -751,6 +755,19 @@ def settings_of(args):
     return f"{args.judge} {args.judge_prompt_file or ''} {args.threshold} {args.scoring}"
 
 
+@contextlib.contextmanager
+def one_core():
+    """Within the block the threads that this one starts share its core (Linux only). What they do is wait for
+    replies, and handing the interpreter's lock from core to core costs more than a second core gives."""
+    if CORES:
+        os.sched_setaffinity(0, {sorted(CORES)[os.getpid() % len(CORES)]})
+    try:
+        yield
+    finally:
+        if CORES:
+            os.sched_setaffinity(0, CORES)
+
+
 def generate(records, teacher, judge, journal, args):
     """All three steps for each record, `--teacher-concurrency` at a time, through the journal.
 
@@ -785,7 +802,7 @@ def generate(records, teacher, judge, journal, args):
                             tokens_out=teacher.stats["tokens_out"])
         bar.update()
 
-    with ThreadPoolExecutor(args.teacher_concurrency) as pool, tqdm(
+    with one_core(), ThreadPoolExecutor(args.teacher_concurrency) as pool, tqdm(
             total=len(set(keys)), initial=tally.total(), desc="questions", smoothing=0.02) as bar:
         waiting = collections.deque()
         try:

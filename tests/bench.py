@@ -1,9 +1,11 @@
 """Speed and memory against the usual ways, as ratios measured side by side in one run; not in the test suite.
 
-    python tests/bench.py                      # everything: about 10 minutes on two cores
-    python tests/bench.py training rollout     # some of: frames, training, rollout, update
+    python tests/bench.py                      # everything: about 12 minutes on two cores
+    python tests/bench.py training rollout     # some of: frames, questions, training, rollout, update
 
 frames      decoding in worker processes ahead of the model, against a plain decord loop in this process
+questions   gen_cot.py with 100,000 questions about pictures and 64 in flight, against the 50 ms that the
+            server beside it takes for each
 training    our pass over [prompt, completion 1, …, G] against G whole sequences, forward and backward
 rollout     our sampling loop against Hugging Face's `generate` with G copies of the prompt
 update      a whole update against TRL's GRPOTrainer on images (pip install trl==1.16.0; left out without it)
@@ -12,7 +14,13 @@ The model is the toy base in float32 with LoRA of rank 32; P = 574 prompt tokens
 are the best of several runs in turn.
 """
 import argparse
+import asyncio
 import ctypes
+import json
+import multiprocessing
+import re
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +29,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
@@ -109,6 +118,82 @@ def bench_frames(clips=48):
     names = "ours, two workers", "decord loop, one thread", "decord loop, its own threads"
     for name, s in zip(names, seconds):
         print(f"   {name:<30}{16 * clips / s:>8.0f}{s / seconds[0]:>8.2f}x")
+
+
+# --- questions ----------------------------------------------------------------------------------------------
+
+class Teacher(asyncio.Protocol):
+    """Answers every chat completion with the same trace, 50 ms after it has been asked."""
+    TRACE = "<observation>one</observation> <think>one</think><answer>1</answer>"
+    BODY = json.dumps(dict(choices=[dict(message=dict(content=TRACE))])).encode()
+    REPLY = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(BODY), BODY)
+
+    def connection_made(self, transport):
+        self.transport, self.data = transport, b""
+
+    def data_received(self, data):
+        self.data += data
+        head, _, body = self.data.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head.lower())
+        if length and len(body) == int(length[1]):
+            self.data = b""
+            asyncio.get_running_loop().call_later(0.05, self.transport.write, self.REPLY)
+
+
+async def serve(listener):
+    server = await asyncio.get_running_loop().create_server(Teacher, sock=listener, backlog=256)
+    await server.serve_forever()
+
+
+def bench_questions(questions=100_000, in_flight=64):
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = multiprocessing.get_context("fork").Process(
+        target=lambda: asyncio.run(serve(listener)), daemon=True)
+    server.start()
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(50):
+            Image.new("RGB", (56, 56), (5 * i, 9, 9)).save(f"{folder}/{i}.png")
+        with open(f"{folder}/questions.jsonl", "w") as file:
+            for i in range(questions):
+                file.write(json.dumps(dict(
+                    problem_id=i, problem=f"Picture {i}: how many?", problem_type="numerical", options=[],
+                    data_type="image", path=f"{i % 50}.png", solution="1", evidence=["one"])) + "\n")
+        start = time.perf_counter()
+        run = subprocess.Popen(
+            [sys.executable, ROOT / "gen_cot.py", "--model", "own/server", "--media-root", folder,
+             "--data", f"{folder}/questions.jsonl", "--output", f"{folder}/out/cot.jsonl", "--judge", "rule",
+             "--teacher", f"openai:m@http://127.0.0.1:{listener.getsockname()[1]}/v1",
+             "--teacher-concurrency", str(in_flight)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        peak = 0
+        while run.poll() is None:
+            peak = max(peak, sum(map(pss_gib, [run.pid, *children(run.pid)])))
+            time.sleep(1)
+        seconds = time.perf_counter() - start
+        kept = sum(1 for _ in open(f"{folder}/out/cot.jsonl"))
+    server.kill()
+    assert kept == questions
+    ideal = questions * 0.05 / in_flight
+    print(f"questions: {questions} in {seconds:.0f} s, the server's part {ideal:.0f} s: "
+          f"{seconds / ideal:.2f}x; {1e3 * seconds / questions:.2f} ms a question; "
+          f"peak memory of all its processes {peak:.2f} GiB")
+
+
+def children(pid):
+    try:
+        return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children")
+                for child in file.read_text().split()]
+    except OSError:
+        return []
+
+
+def pss_gib(pid):
+    """A process's memory, what it shares with others counted in parts; 0 once it is gone."""
+    try:
+        lines = open(f"/proc/{pid}/smaps_rollup").readlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 2**20
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -282,11 +367,14 @@ def trl_step_seconds(G, T, steps=4):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=[], help="frames, training, rollout, update")
-    parts = parser.parse_args().parts or ["frames", "training", "rollout", "update"]
+    names = ["frames", "questions", "training", "rollout", "update"]
+    parser.add_argument("parts", nargs="*", help=", ".join(names))
+    parts = parser.parse_args().parts or names
     print(f"{torch.get_num_threads()} threads, float32, torch {torch.__version__}")
     if "frames" in parts:
         bench_frames()
+    if "questions" in parts:
+        bench_questions()
     model, tokenizer = load()
     for name, bench in (("training", bench_training), ("rollout", bench_rollout), ("update", bench_update)):
         if name in parts:

@@ -589,6 +589,18 @@ def collect_garbage(record, num_frames, max_pixels):
     return gc.collect()
 
 
+def cores_of(record, num_frames, max_pixels):
+    return os.sched_getaffinity(0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cores are chosen on Linux only")
+def test_one_core_is_for_the_threads_that_wait_and_not_for_the_decoders():
+    with gen_cot.one_core():
+        assert len(os.sched_getaffinity(0)) == 1
+        assert [cores for _, cores in gen_cot.read_ahead([{}] * 3, settings(), cores_of)] == [gen_cot.CORES] * 3
+    assert os.sched_getaffinity(0) == gen_cot.CORES
+
+
 def test_a_decoder_that_the_parent_has_lost_hangs_no_worker(clips):
     """Freeing PyAV's in a forked process waits for threads that only the parent has."""
     import av

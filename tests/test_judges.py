@@ -455,6 +455,25 @@ def test_addresses(monkeypatch):
     assert ChatClient("anthropic:m").url == "http://localhost:9/v1/messages"
 
 
+def test_requests_go_through_the_proxy_of_the_environment(server, monkeypatch):
+    """A proxy is asked for the whole URL, with its own password; certificates are checked as requests does."""
+    monkeypatch.setenv("http_proxy", server.url.replace("//", "//me:word@"))
+    judge = make_judge("openai:m@http://elsewhere.invalid/v1", backoff=0.01, retries=0)
+    assert judge([record()], ["seen"]) == [True]
+    path, headers, _, _ = server.seen[0]
+    assert path == "http://elsewhere.invalid/v1/chat/completions" and headers["Host"] == "elsewhere.invalid"
+    assert headers["Proxy-Authorization"] == "Basic bWU6d29yZA==" and headers["Authorization"] == f"Bearer {KEY}"
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert judge_at(server)([record()], ["seen"]) == [True] and server.seen[1][0] == "/v1/chat/completions"
+    monkeypatch.setenv("http_proxy", "http://:0:0")
+    with pytest.raises(UserError, match="the environment's proxy is malformed") as error:
+        make_judge("openai:m@http://elsewhere.invalid/v1")
+    assert KEY not in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", __file__)
+    client = make_judge("openai:m@https://elsewhere.invalid/v1").client
+    assert (client.connections.ca_certs, client.connections.cert_reqs) == (__file__, "CERT_REQUIRED")
+
+
 def test_a_netrc_file_does_not_replace_the_key(server, monkeypatch, tmp_path):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password else\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
