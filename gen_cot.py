@@ -98,7 +98,7 @@ PRESETS = {
 }
 
 
-CORES = os.sched_getaffinity(0) if sys.platform == "linux" else None  # that this process may use
+CORES = os.sched_getaffinity(0) if sys.platform == "linux" else {0}  # that this process may use
 MANIFEST = "media-manifest.jsonl"  # below the media root, written by --check-data
 
 
@@ -502,8 +502,7 @@ def settle_in():
     they are; and no collecting of the parent's garbage: freeing a decoder waits for threads that it has."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     gc.freeze()
-    if CORES:
-        os.sched_setaffinity(0, CORES)  # the parent may keep to one of them
+    keep_to(CORES)  # even if the parent keeps to one of them
 
 
 def read_ahead(records, args, read=read_media):
@@ -757,15 +756,19 @@ def settings_of(args):
 
 @contextlib.contextmanager
 def one_core():
-    """Within the block the threads that this one starts share its core (Linux only). What they do is wait for
-    replies, and handing the interpreter's lock from core to core costs more than a second core gives."""
-    if CORES:
-        os.sched_setaffinity(0, {sorted(CORES)[os.getpid() % len(CORES)]})
+    """Within the block the threads that this one starts share its core. What they do is wait for replies, and
+    handing the interpreter's lock from core to core costs more than a second core gives."""
+    keep_to({sorted(CORES)[os.getpid() % len(CORES)]})
     try:
         yield
     finally:
-        if CORES:
-            os.sched_setaffinity(0, CORES)
+        keep_to(CORES)
+
+
+def keep_to(cores):
+    """Run on these cores only, where the system lets a process choose (Linux)."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.sched_setaffinity(0, cores)
 
 
 def generate(records, teacher, judge, journal, args):
