@@ -15,6 +15,7 @@ are the best of several runs in turn.
 """
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import json
 import multiprocessing
@@ -168,13 +169,14 @@ def bench_questions(questions=100_000, in_flight=64):
         peak = 0
         while run.poll() is None:
             peak = max(peak, sum(map(pss_gib, [run.pid, *children(run.pid)])))
-            time.sleep(1)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.wait(1)
         seconds = time.perf_counter() - start
         kept = sum(1 for _ in open(f"{folder}/out/cot.jsonl"))
     server.kill()
     assert kept == questions
     ideal = questions * 0.05 / in_flight
-    print(f"questions: {questions} in {seconds:.0f} s, the server's part {ideal:.0f} s: "
+    print(f"questions: {questions} in {seconds:.1f} s, the server's part {ideal:.1f} s: "
           f"{seconds / ideal:.2f}x; {1e3 * seconds / questions:.2f} ms a question; "
           f"peak memory of all its processes {peak:.2f} GiB")
 
