@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from gen_cot import (add_data_args, add_judge_args, add_vision_args, judge_from, load_template, parse_args,
-                     print_stats, read_ahead, select_records, write_atomically, write_jsonl)
+                     positive, print_stats, read_ahead, select_records, write_atomically, write_jsonl)
 from pagrpo import rollout
 from rewards import PROBLEM_TYPES, accuracy_reward, format_rewards, parse_trace
 from sft import add_model_args, core, embed_prompts, encode_batch, load_model
@@ -130,10 +130,11 @@ def get_args():
     add_vision_args(parser, num_frames=32, max_pixels=256)
     algorithm = parser.add_argument_group("algorithm")
     add_judge_args(algorithm, default="rule")
-    algorithm.add_argument("--max-completion-tokens", type=int, default=1024, help="completions are cut here")
+    algorithm.add_argument("--max-completion-tokens", type=positive, default=1024,
+                           help="completions are cut here")
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="seed of the draw of --limit")
-    run.add_argument("--batch-size", type=int, default=4, help="questions decoded together")
+    run.add_argument("--batch-size", type=positive, default=4, help="questions decoded together")
     run.add_argument("--output", type=Path,
                      help="folder for results.json and completions (default: runs/<model>/evaluate)")
     args = parse_args(parser, STAGE_PRESETS, data_key="test_data")

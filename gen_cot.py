@@ -108,6 +108,13 @@ class MediaError(Exception):
 
 # --- arguments that every stage shares ----------------------------------------------------------------------
 
+def positive(text):
+    """The type of a flag that counts something."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too few")
+    return int(text)
+
+
 def add_data_args(parser, data_help):
     """Add the groups 'model' and 'data' as every stage has them; returns the two groups."""
     model = parser.add_argument_group("model")
@@ -122,10 +129,10 @@ def add_data_args(parser, data_help):
                       help="only these: " + ", ".join(PROBLEM_TYPES))
     data.add_argument("--data-types", nargs="+", choices=["image", "video"], metavar="TYPE",
                       help="only these: image, video")
-    data.add_argument("--limit", type=int, help="use N of the records that are left, drawn with --seed")
+    data.add_argument("--limit", type=positive, help="use N of the records that are left, drawn with --seed")
     data.add_argument("--allow-bad", action="store_true",
                       help="go on where more than 5 %% of the records can't be used")
-    data.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1),
+    data.add_argument("--workers", type=positive, default=min(4, os.cpu_count() or 1),
                       help="processes that decode media ahead of the model")
     data.add_argument("--decode-timeout", type=float, default=60,
                       help="seconds after which a medium counts as unreadable")
@@ -138,9 +145,9 @@ def add_vision_args(parser, num_frames=16, max_pixels=128):
     """Add the group 'vision': the budget per video (data set card: 16 frames of 128·28² pixels for
     training)."""
     vision = parser.add_argument_group("vision")
-    vision.add_argument("--num-frames", type=int, default=num_frames,
+    vision.add_argument("--num-frames", type=positive, default=num_frames,
                         help="most frames per video (paper: 16 for training, 32 for evaluation)")
-    vision.add_argument("--max-pixels", type=int, default=max_pixels,
+    vision.add_argument("--max-pixels", type=positive, default=max_pixels,
                         help="most pixels per frame in units of 28x28, one visual token per two frames "
                              "(paper: 128 for training, 256 for evaluation)")
 
@@ -155,10 +162,12 @@ def parse_args(parser, stage_presets, data_key):
     preset = PRESETS.get(name, dict(OFFICIAL, base=name))
     preset = {**preset, "data": preset[data_key], **stage_presets.get(name, {})}
     known = {action.dest for action in parser._actions}
-    parser.set_defaults(**{k: v for k, v in preset.items() if k in known}, base=preset["base"])
+    parser.set_defaults(base=preset["base"],
+                        **{k: v for k, v in preset.items() if k in known - {"data"}})
     args = parser.parse_args()
-    args.run_dir, args.default_data = Path("runs") / Path(name).name, preset["data"]
-    if args.data == args.default_data and name == "tiny":
+    args.run_dir, args.data_given = Path("runs") / Path(name).name, args.data is not None
+    args.data = args.data or preset["data"]
+    if args.data == preset["data"] and name == "tiny":
         prepare_toy_data()
     return args
 
@@ -575,7 +584,7 @@ def add_judge_args(group, default):
     group.add_argument("--judge-prompt-file", help="a text file with {question}, {answer} and {observation} "
                                                    "in place of our prompt to the judge")
     group.add_argument("--judge-cache", default="runs/judge-cache", help="folder of a remote judge's replies")
-    group.add_argument("--judge-concurrency", type=int, default=8, help="a process's requests in flight")
+    group.add_argument("--judge-concurrency", type=positive, default=8, help="a process's requests in flight")
     group.add_argument("--judge-max-calls", type=int, help="a process stops after this many requests")
     group.add_argument("--scoring", default="paper", choices=["paper", "lenient"],
                        help="how answers are compared")
@@ -606,7 +615,8 @@ def get_args():
     algorithm = parser.add_argument_group("algorithm")
     algorithm.add_argument("--teacher", help="the model of step 1, asked in place of --traces: "
                                              "anthropic:MODEL, or openai:MODEL@BASE_URL")
-    algorithm.add_argument("--teacher-concurrency", type=int, default=64, help="questions in flight at most")
+    algorithm.add_argument("--teacher-concurrency", type=positive, default=64,
+                           help="questions in flight at most")
     algorithm.add_argument("--teacher-max-calls", type=int, help="the run stops after this many requests")
     algorithm.add_argument("--teacher-extra", type=json.loads,
                            help="more fields of a request, as JSON (default: {\"temperature\": 0} for a "

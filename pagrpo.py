@@ -46,13 +46,13 @@ Our choices where the paper is silent (cited by number in the code):
     of both rewards on all tokens. `--without length`: no length bonus.
 """
 import argparse
-import itertools
+import copy
 import json
 import os
 import random
 import time
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +66,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from gen_cot import (add_data_args, add_judge_args, add_vision_args, judge_from, load_template, parse_args,
-                     print_stats, read_ahead, select_records)
+                     positive, print_stats, read_ahead, select_records)
 from rewards import UserError, accuracy_reward, format_rewards, length_reward, parse_trace
 from sft import (Prompt, add_model_args, add_training_args, core, cosine_lr, embed_prompts, encode_batch,
                  encode_text, hush, is_first, limit_memory, load_model, log_line, logprobs_from_hidden,
@@ -192,12 +192,12 @@ def segment_masks(completion_ids, tokenizer):
     """
     perception = torch.zeros_like(completion_ids, dtype=torch.bool)
     reasoning = torch.zeros_like(perception)
+    text_of = {i: tokenizer.decode([i], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+               for i in completion_ids.unique().tolist()}
     for g, row in enumerate(completion_ids.tolist()):
         length = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
-        while length and row[length - 1] == tokenizer.pad_token_id:
-            length -= 1
-        ends = np.cumsum([len(piece) for piece in map(token_text(tokenizer), row[:length])])
-        text = "".join(map(token_text(tokenizer), row[:length]))
+        pieces = [text_of[i] for i in row[:length]]
+        ends, text = np.cumsum([len(piece) for piece in pieces]), "".join(pieces)
         closed, think = text.find("</observation>"), text.find("<think>")
         if "<observation>" not in text:
             split = 0
@@ -210,19 +210,6 @@ def segment_masks(completion_ids, tokenizer):
         perception[g, :split] = True
         reasoning[g, split:length] = True
     return perception, reasoning
-
-
-def token_text(tokenizer):
-    """A function from a token id to its text, remembered per tokenizer."""
-    if not hasattr(tokenizer, "_pieces"):
-        tokenizer._pieces = {}
-
-    def text(i):
-        if i not in tokenizer._pieces:
-            tokenizer._pieces[i] = tokenizer.decode([i], skip_special_tokens=False,
-                                                    clean_up_tokenization_spaces=False)
-        return tokenizer._pieces[i]
-    return text
 
 
 # --- rewards and advantages ---------------------------------------------------------------------------------
@@ -238,7 +225,8 @@ def score(record, completion, lengths, verdict, args):
     acc_r = accuracy_reward(record["problem_type"], completion, record["solution"], args.scoring,
                             record.get("options"))
     bonus = 0.0 if args.without == "length" else args.length_bonus
-    len_p = length_reward(lengths[0], acc_p, form_p, *args.perception_length, bonus=bonus)
+    len_p = acc_p if verdict is None else length_reward(
+        lengths[0], acc_p, form_p, *args.perception_length, bonus=bonus)
     len_r = length_reward(lengths[1], acc_r, form_r, *args.reasoning_length, bonus=bonus)
     return dict(perception_accuracy=acc_p, perception_format=form_p, perception_length=len_p,
                 reasoning_accuracy=acc_r, reasoning_format=form_r, reasoning_length=len_r,
@@ -343,36 +331,20 @@ def pa_grpo_loss(logprobs, old_logprobs, ref_logprobs, perception_mask, reasonin
         means over all tokens.
     """
     ratio = torch.exp(logprobs - old_logprobs)  # ρ, (G, T)
+    advantages = torch.where(perception_mask, perception_advantages[:, None], reasoning_advantages[:, None])
+    surrogate, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages  # (G, T)
+    kl = torch.zeros_like(logprobs)
     if beta:
         x = (ref_logprobs - logprobs).clamp(-10, 10)
         kl = torch.exp(x) - x - 1  # choice 4
-    else:
-        kl = torch.zeros_like(logprobs)
-
-    def objective(advantages):  # (G, T): what a token of the process with these advantages is worth
-        surrogate = torch.min(ratio * advantages[:, None],
-                              ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages[:, None])
-        return surrogate - beta * kl
-
-    perception = torch.where(perception_mask, objective(perception_advantages), 0)
-    reasoning = torch.where(reasoning_mask, objective(reasoning_advantages), 0)
-    p_tokens, r_tokens = perception_mask.sum(1), reasoning_mask.sum(1)  # (G,)
-    if loss_average == "segment":
-        per_completion = (perception.sum(1) / p_tokens.clamp(min=1)  # Σ_k
-                          + reasoning.sum(1) / r_tokens.clamp(min=1))
-    else:
-        per_completion = (perception + reasoning).sum(1) / (p_tokens + r_tokens).clamp(min=1)
-    loss = -per_completion.mean()  # 1/G Σ_i
-
-    with torch.no_grad():
-        advantages = (perception_mask * perception_advantages[:, None]
-                      + reasoning_mask * reasoning_advantages[:, None])
-        clipped = ((ratio > 1 + clip_eps) & (advantages > 0)) | ((ratio < 1 - clip_eps) & (advantages < 0))
-        tokens = (p_tokens + r_tokens).sum().clamp(min=1)
-        mask = perception_mask | reasoning_mask
-        metrics = {"kl": float((kl * mask).sum() / tokens),
-                   "clip_frac": float((clipped & mask).sum() / tokens)}
-    return loss, metrics
+    objective = torch.min(surrogate, clipped) - beta * kl
+    both = perception_mask | reasoning_mask
+    means = [torch.where(mask, objective, 0).sum(1) / mask.sum(1).clamp(min=1)  # (G,) each
+             for mask in ([perception_mask, reasoning_mask] if loss_average == "segment" else [both])]
+    loss = -sum(means).mean()  # Σ_k, then 1/G Σ_i
+    tokens = both.sum().clamp(min=1)
+    return loss, {"kl": float((kl.detach() * both).sum() / tokens),
+                  "clip_frac": float(((clipped < surrogate) & both).sum() / tokens)}
 
 
 # --- the loop -----------------------------------------------------------------------------------------------
@@ -454,7 +426,8 @@ def update_policy(model, reference, optimizer, groups, lr, args):
     the sum of the pieces' losses by their shares.
     """
     pieces = [piece for group in groups for piece in group.split(args.completions_per_pass)]
-    total = sum(gather_object([sum(len(piece.completion_ids) for piece in pieces)]))
+    sizes = [(len(piece.completion_ids), int(piece.completion_mask.sum())) for piece in pieces]
+    completions, tokens = map(sum, zip(*gather_object(sizes)))
     with torch.no_grad():
         for piece in pieces:
             if args.beta:
@@ -473,10 +446,11 @@ def update_policy(model, reference, optimizer, groups, lr, args):
                 logprobs, old_logprobs, piece.ref_logprobs, piece.perception_mask, piece.reasoning_mask,
                 piece.perception_advantages, piece.reasoning_advantages, args.clip_eps, args.beta,
                 args.loss_average)
-            share = len(logprobs) / total
+            share = len(logprobs) / completions
             (share * loss).backward()
-            for key, value in {"loss": loss.item(), **metrics}.items():
-                totals[key] += share * value
+            totals["loss"] += share * loss.item()
+            for key, value in metrics.items():  # means over tokens
+                totals[key] += int(piece.completion_mask.sum()) / tokens * value
         grad_norm = optimiser_step(model, optimizer, lr, args.max_grad_norm)
     model.eval()
     shares = gather_object([totals])
@@ -506,15 +480,16 @@ def nan_mean(values):
     return sum(known) / len(known) if known else None
 
 
-def show(group):
+def show(group, tokenizer):
     """A group on screen, a line per completion: rewards and advantages of both processes, then perception in
     cyan and reasoning in yellow."""
     record = group.record
     lines = [f"\n{record['problem']} {' '.join(record['options'])}  gold {record['solution']}",
              "perception       reasoning        reward, advantage"]
-    for text, s, a_p, a_r in zip(group.texts, group.scores, group.perception_advantages,
-                                 group.reasoning_advantages):
-        split = text.find("</observation>") + len("</observation>") if "</observation>" in text else 0
+    for ids, text, s, a_p, a_r in zip(
+            [ids[mask] for ids, mask in zip(group.completion_ids, group.perception_mask)], group.texts,
+            group.scores, group.perception_advantages, group.reasoning_advantages):
+        split = len(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
         lines.append(f"{s['perception']:5.2f}, {a_p:+5.2f}     {s['reasoning']:5.2f}, {a_r:+5.2f}     "
                      f"\033[36m{text[:split]}\033[33m{text[split:]}\033[0m")
     tqdm.write("\n".join(lines))
@@ -549,11 +524,11 @@ def train(model, reference, tokenizer, records, args):
             seconds = dict(zip(("sec/rollout", "sec/judge", "sec/update"), np.diff(clock).tolist()))
             scores = gather_object([group.scores for group in groups])
             metrics = dict(reward_metrics(scores), **losses, lr=lr, **seconds, peak_gib=peak_gib())
-            log_line(file, dict(step=step, **metrics))
+            log_line(file, dict(step=step, scoring=args.scoring, **metrics))
             bar.set_postfix({"reward": metrics["reward"], "P": metrics["rewards/perception_accuracy"],
                              "R": metrics["rewards/reasoning_accuracy"], "kl": metrics["kl"]})
             if step % args.show_every == 0 and groups:
-                show(groups[0])
+                show(groups[0], tokenizer)
     lost = len(gather_object(skipped))
     if lost == args.updates * args.prompts_per_update:
         raise UserError("None of the media can be read, so nothing was learnt: see the list above.")
@@ -567,7 +542,7 @@ def train(model, reference, tokenizer, records, args):
 
 def endless(records, seed):
     """The records in random order, over and over, each pass in a new order; `turn` counts them."""
-    rng, turn = random.Random(seed), itertools.count()
+    rng, turn = random.Random(seed), count()
     while True:
         for record in rng.sample(records, len(records)):
             yield dict(record, turn=next(turn))
@@ -591,23 +566,12 @@ def rollout_rows(args):
     return args.num_generations * (args.prompts_per_rollout or args.prompts_per_update)
 
 
-class Endless:
-    """A tokenizer without an end of sequence, so that every completion runs to the limit."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.eos_token_id = tokenizer, -1
-
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
-
-    def __call__(self, *args, **kwargs):
-        return self.tokenizer(*args, **kwargs)
-
-
 def probe(model, reference, tokenizer, args):
     """An update on long prompts with every completion at the limit, with all in memory that one in the middle
     of a run has there; returns {phase: (seconds, peak GiB)}."""
-    rows, optimizer, endless_tokenizer = {}, prepare_for_training(model, args), Endless(tokenizer)
+    rows, optimizer = {}, prepare_for_training(model, args)
+    endless_tokenizer = copy.deepcopy(tokenizer)
+    endless_tokenizer.eos_token = None  # so that every completion runs to the limit
     optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # changes nothing, and AdamW has its means
     record, prompt = worst_prompt(tokenizer, core(model).config, args)
     encoded = [(dict(record, turn=turn), replace(prompt))
@@ -617,7 +581,7 @@ def probe(model, reference, tokenizer, args):
     with measured("rollout", "pass --prompts-per-rollout 1, then fewer --num-generations", rows):
         groups = sample_groups(model, encoded, endless_tokenizer, args)
     if args.judge == "self":
-        observation = "the " * args.perception_length[1]
+        observation = "the " * args.max_completion_tokens
         judge = judge_from(
             args, lambda prompts: self_judge(model, endless_tokenizer, prompts, rollout_rows(args)))
         with measured("judge", "lower --prompts-per-rollout or name another --judge", rows):
@@ -678,22 +642,22 @@ def get_args():
                            help="grpo: choice 7")
     algorithm.add_argument("--without", choices=["perception", "reasoning", "length", "separation"],
                            help="leave one part of the reward out (Table 2, choice 7)")
-    algorithm.add_argument("--num-generations", type=int, default=8,
+    algorithm.add_argument("--num-generations", type=positive, default=8,
                            help="completions per prompt, G (paper: 8)")
-    algorithm.add_argument("--prompts-per-update", type=int, default=7,
+    algorithm.add_argument("--prompts-per-update", type=positive, default=7,
                            help="prompts per optimiser step (paper: 7)")
-    algorithm.add_argument("--num-iterations", type=int, default=1, help="gradient steps per rollout, μ")
-    algorithm.add_argument("--prompts-per-rollout", type=int,
+    algorithm.add_argument("--num-iterations", type=positive, default=1, help="gradient steps per rollout, μ")
+    algorithm.add_argument("--prompts-per-rollout", type=positive,
                            help="prompts sampled in one loop (default: all; fewer, less memory)")
-    algorithm.add_argument("--completions-per-pass", type=int,
+    algorithm.add_argument("--completions-per-pass", type=positive,
                            help="completions of a group per training pass (default: all; fewer, less memory)")
-    algorithm.add_argument("--max-completion-tokens", type=int, default=768,
+    algorithm.add_argument("--max-completion-tokens", type=positive, default=768,
                            help="completions are cut here (paper: 768)")
     algorithm.add_argument("--clip-eps", type=float, default=0.2, help="ε of Eq. 7")
     algorithm.add_argument("--beta", type=float, default=0.04,
                            help="β of Eq. 7 (paper: 0.04); 0 skips the reference pass")
     algorithm.add_argument("--loss-average", choices=["segment", "completion"],
-                           help="choice 2 (default: segment; completion for grpo)")
+                           help="choice 2 (default: segment; completion where one process alone is rewarded)")
     algorithm.add_argument("--perception-length", type=int, nargs=2, default=(128, 320),
                            metavar=("LOW", "HIGH"),
                            help="tokens of an observation that earn the length bonus (paper: 128 320)")
@@ -704,11 +668,11 @@ def get_args():
     add_judge_args(algorithm, default="self")
     optimisation = add_training_args(
         parser, lr=1e-5, lr_help="peak learning rate (paper: 1e-6 on all weights; LoRA wants more)")
-    optimisation.add_argument("--updates", type=int, default=1000,
+    optimisation.add_argument("--updates", type=positive, default=1000,
                               help="optimiser steps at μ = 1 (paper: 1000)")
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="seed of the order and of the sampling")
-    run.add_argument("--show-every", type=int, default=25, help="updates between two groups on screen")
+    run.add_argument("--show-every", type=positive, default=25, help="updates between two groups on screen")
     run.add_argument("--output", type=Path,
                      help="folder for adapter, metrics and curves (default: runs/<model>/pagrpo)")
     with team().main_process_first():  # it prepares the toy data
@@ -717,7 +681,8 @@ def get_args():
         if args.without not in (None, "perception"):
             raise UserError(f"--algorithm grpo is --without perception: leave out --without {args.without}.")
         args.without = "perception"
-    args.loss_average = args.loss_average or ("completion" if args.without == "perception" else "segment")
+    one_process = args.without in ("perception", "reasoning")
+    args.loss_average = args.loss_average or ("completion" if one_process else "segment")
     args.output = args.output or args.run_dir / "pagrpo"
     return args
 
@@ -737,10 +702,10 @@ def main(args):
         if adapter is not None:
             reference = "ref"  # the same adapter once more, frozen: without one π_ref would be the base
             model.load_adapter(str(adapter), reference, is_trainable=False)
-            rank = model.peft_config["policy"].r
-            if rank != args.lora_rank:
-                raise UserError(f"The adapter in {adapter} has rank {rank}, --lora-rank is {args.lora_rank}: "
-                                f"pass --lora-rank {rank}, or train another with sft.py.")
+            rank, alpha = model.peft_config["policy"].r, model.peft_config["policy"].lora_alpha
+            if rank != args.lora_rank or args.lora_alpha not in (None, alpha):
+                raise UserError(f"The adapter in {adapter} has rank {rank} and alpha {alpha}: pass "
+                                f"--lora-rank {rank} and no --lora-alpha, or train another with sft.py.")
         elif args.probe and args.adapter is None:
             reference = "ref"  # as it will be once sft.py has run
             model.add_adapter(reference, model.peft_config["policy"])

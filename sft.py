@@ -40,15 +40,16 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict,
+                  load_peft_weights)
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from gen_cot import (FACTOR, MediaError, add_data_args, add_vision_args, build_prompt, load_template,
-                     parse_args, read_ahead, select_records)
+from gen_cot import (FACTOR, IMAGE_PIXELS, MediaError, add_data_args, add_vision_args, build_prompt,
+                     load_template, parse_args, positive, read_ahead, select_records)
 from rewards import UserError, parse_trace
 
 PATCH, MERGE, TEMPORAL = 14, 2, 2  # pixels a patch side; patches a token side; frames a temporal patch
@@ -79,7 +80,8 @@ def pick_device():
 def load_base(base, four_bit=True):
     """The frozen base and its tokenizer; 4-bit linear layers in the language model only.
 
-    Raises UserError where `base` is no such model, or where the vision tower or the head came out in 4 bits.
+    Raises UserError where `base` is no such model or lacks weights, or where the vision tower or the head
+    came out in 4 bits.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -90,11 +92,14 @@ def load_base(base, four_bit=True):
         bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["model.visual", "lm_head"]) if four_bit else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             base, dtype=dtype, quantization_config=quantization, attn_implementation="sdpa",
-            device_map={"": device})
-    except (OSError, ValueError) as error:
+            device_map={"": device}, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"The model {base} can't be loaded: {str(error).splitlines()[0]}") from None
+    if info["missing_keys"]:  # the library would go on with random ones
+        raise UserError(f"{base} lacks {len(info['missing_keys'])} of Qwen2.5-VL's weights, for example "
+                        f"{min(info['missing_keys'])}: download it again, or name another model.")
     model.requires_grad_(False)
     linears = [(name, "4bit" in type(m).__name__)
                for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
@@ -135,15 +140,18 @@ def load_model(base, adapter=None, four_bit=True, lora_rank=64, lora_alpha=None,
         try:
             model = PeftModel.from_pretrained(model, str(adapter), adapter_name="policy",
                                               is_trainable=trainable)
-        except (RuntimeError, ValueError, OSError, SafetensorError) as error:  # other shapes, a damaged file
+        except (RuntimeError, ValueError, LookupError, TypeError, OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"The adapter in {adapter} does not fit {base}: {reason}") from None
-        check_adapter_acts(model, adapter)
+        check_adapter_fits(model, adapter)
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         if ".policy." in name:
             parameter.requires_grad_(trainable)
             parameter.data = parameter.data.float()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # an adapter from elsewhere can bring some; ρ wants the same policy twice
     print_parameters(model)
     return model.eval(), tokenizer
 
@@ -154,8 +162,14 @@ def check_adapter(adapter):
         raise UserError(f"No adapter in {adapter}: train one with sft.py, or name none for the base.")
 
 
-def check_adapter_acts(model, adapter):
-    """Raises UserError where a layer's adapter changes nothing: its module names did not match the base's."""
+def check_adapter_fits(model, adapter):
+    """Raises UserError where the saved weights are not all of the adapter's and no others, or where a layer's
+    change nothing: they are of another model or version, which peft would pass over."""
+    saved = set(load_peft_weights(str(adapter), device="cpu"))
+    strays = saved ^ set(get_peft_model_state_dict(model, adapter_name="policy"))
+    if strays:
+        raise UserError(f"The adapter in {adapter} does not fit this base: {len(strays)} weights are missing "
+                        f"or have no place, for example {min(strays)}.")
     if any(p.abs().max() == 0 for n, p in model.named_parameters() if "lora_B" in n):
         raise UserError(f"The adapter in {adapter} has no effect on this base: "
                         "it was trained for another model or version.")
@@ -442,8 +456,8 @@ def optimiser_step(model, optimizer, lr, clip):
 def add_training_args(parser, lr, lr_help):
     """The group 'optimisation', shared with pagrpo.py."""
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--lora-rank", type=int, default=64, help="rank of the LoRA adapters")
-    group.add_argument("--lora-alpha", type=int, help="their scale (default: twice the rank)")
+    group.add_argument("--lora-rank", type=positive, default=64, help="rank of the LoRA adapters")
+    group.add_argument("--lora-alpha", type=positive, help="their scale (default: twice the rank)")
     group.add_argument("--lr", type=float, default=lr, help=lr_help)
     group.add_argument("--warmup", type=float, default=0.03, help="share of the steps with linear warm-up")
     group.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW (paper: 0.01)")
@@ -477,7 +491,7 @@ def encode_batch(batch, template, tokenizer, config, skipped):
     for record, media in batch:
         if isinstance(media, MediaError):
             if str(media) not in skipped:
-                tqdm.write(f"skipped: {media}")
+                tqdm.write(f"skipped: {media}", file=sys.stderr)  # which all processes have
             skipped.append(str(media))
         else:
             encoded.append((record, encode_prompt(build_prompt(record, template), *media, tokenizer, config)))
@@ -523,13 +537,17 @@ def measured(phase, mend, rows=None):
 
 
 def worst_prompt(tokenizer, config, args, words=300):
-    """(record, Prompt) of as many visual tokens as these settings allow a clip, and a long question."""
-    rows = math.gcd(args.max_pixels, 8)
-    height, width = rows * FACTOR, args.max_pixels // rows * FACTOR
-    frames = np.random.default_rng(0).integers(0, 256, (args.num_frames, height, width, 3)).astype(np.uint8)
+    """(record, Prompt) of as many visual tokens as these settings allow a clip or a picture, and a long
+    question."""
+    blocks, count, fps = args.max_pixels, args.num_frames, 2.0
+    if blocks * FACTOR**2 * (count // TEMPORAL) < IMAGE_PIXELS[1]:  # a picture has a budget of its own
+        blocks, count, fps = IMAGE_PIXELS[1] // FACTOR**2, 1, None
+    rows = math.gcd(blocks, 8)
+    shape = count, rows * FACTOR, blocks // rows * FACTOR, 3
+    frames = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     record = dict(problem="the " * words, problem_type="free-form", solution="<answer>the</answer>")
     text = build_prompt(record, load_template(args.prompt_file))
-    return record, encode_prompt(text, frames, 2.0, tokenizer, config)
+    return record, encode_prompt(text, frames, fps, tokenizer, config)
 
 
 def log_line(file, row):
@@ -540,7 +558,8 @@ def log_line(file, row):
 
 @torch.no_grad()
 def held_out_loss(model, tokenizer, records, template, args):
-    """Mean loss per completion token over records that are not trained on; unreadable media don't count."""
+    """Mean loss per completion token over records that are not trained on; unreadable media don't count, and
+    None is what is left where all are."""
     loss, tokens = 0.0, 0
     for pair in read_ahead(mine(records, len(records)), args):
         for record, prompt in encode_batch([pair], template, tokenizer, core(model).config, []):
@@ -548,7 +567,8 @@ def held_out_loss(model, tokenizer, records, template, args):
             target = target_ids(record, tokenizer, args.process_agnostic)
             loss += float(sft_loss(model, [prompt], [target]))
             tokens += len(target)
-    return sum(gather_object([loss])) / max(1, sum(gather_object([tokens])))
+    loss, tokens = sum(gather_object([loss])), sum(gather_object([tokens]))
+    return loss / tokens if tokens else None
 
 
 def train(model, tokenizer, records, args):
@@ -589,14 +609,15 @@ def train(model, tokenizer, records, args):
             if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
                 row["held_out_loss"] = held_out_loss(model, tokenizer, held_out, template, args)
             log_line(metrics, row)
-            bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k.endswith("loss")})
+            bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k.endswith("loss") and v is not None})
     lost = len(gather_object(skipped))
     if lost == len(order):
         raise UserError(f"None of the {len(records)} media can be read: see the list above.")
     if is_first():
         save_adapter(model, args.output)
     print(f"SFT on {len(records) - lost // args.epochs} traces, {lost // args.epochs} skipped; last "
-          + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in row.items() if k.endswith("loss"))
+          + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in row.items()
+                      if k.endswith("loss") and v is not None)
           + f"; adapter in {args.output}")
 
 
@@ -633,14 +654,14 @@ def get_args():
                            help="no observation block in the target (Table 2)")
     optimisation = add_training_args(
         parser, lr=1e-4, lr_help="peak learning rate (paper: 1e-6 on all weights; LoRA wants more)")
-    optimisation.add_argument("--batch-size", type=int, default=16,
+    optimisation.add_argument("--batch-size", type=positive, default=16,
                               help="traces per optimiser step (paper: 8 x 2)")
-    optimisation.add_argument("--micro-batch", type=int, default=1,
+    optimisation.add_argument("--micro-batch", type=positive, default=1,
                               help="traces per forward pass, as many as fit")
-    optimisation.add_argument("--epochs", type=int, default=1, help="passes over the data (paper: 1)")
+    optimisation.add_argument("--epochs", type=positive, default=1, help="passes over the data (paper: 1)")
     optimisation.add_argument("--held-out", type=int, default=64,
                               help="traces not trained on, to measure the loss on (at most a tenth of them)")
-    optimisation.add_argument("--eval-every", type=int, default=500,
+    optimisation.add_argument("--eval-every", type=positive, default=500,
                               help="steps between two measurements; the last is after the last step")
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="seed of the order and of the fresh adapter")
@@ -656,13 +677,16 @@ def main(args):
     seed_everything(args.seed)
     limit_memory(args.memory_limit)
     verified = args.run_dir / "gen_cot" / "cot.jsonl"
-    if args.data == args.default_data and (verified.exists() or args.model == "tiny"):
+    if not args.data_given and (verified.exists() or args.model == "tiny"):
         args.data = verified
     records = [] if args.probe else select_records(args)
     for record in records:
         if not record.get("output") and not (record.get("observation") and record.get("process")):
             raise UserError(f"{args.data}: the question {record['problem'][:60]!r} has no trace to learn "
                             "(output, or observation and process): run gen_cot.py first.")
+        if args.process_agnostic and None in parse_trace(target_text(record))[1:]:
+            raise UserError(f"{args.data}: the trace of {record['problem'][:60]!r} lacks its think or its "
+                            "answer block: leave the record out.")
     with measured("load", "take a smaller model"):
         model, tokenizer = load_model(args.base, None, not args.no_4bit, args.lora_rank, args.lora_alpha)
     return probe(model, tokenizer, args) if args.probe else train(model, tokenizer, records, args)

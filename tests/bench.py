@@ -16,6 +16,7 @@ are the best of several runs in turn.
 import argparse
 import asyncio
 import contextlib
+import copy
 import ctypes
 import json
 import multiprocessing
@@ -58,6 +59,13 @@ def embedded(model, prompt):
     with torch.no_grad():
         sft.embed_prompts(model, [prompt])
     return prompt
+
+
+def endless(tokenizer):
+    """It knows no end of sequence, so that every completion runs to the limit."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = None
+    return tokenizer
 
 
 def in_turn(functions, repeats):
@@ -255,7 +263,7 @@ def bench_rollout(model, tokenizer):
     print(f"rollout: {G} completions, P = {len(prompt.input_ids)}")
     for T in (64, 256):
         def ours():
-            return pagrpo.rollout(model, [embedded(model, prompt)], pagrpo.Endless(tokenizer), G, T,
+            return pagrpo.rollout(model, [embedded(model, prompt)], endless(tokenizer), G, T,
                                   pagrpo.roll_dice(0, 0, G, T))
 
         def theirs():
@@ -293,7 +301,7 @@ def bench_update(model, tokenizer):
         def ours():
             prompt = make_prompt(model, tokenizer)
             encoded = [(dict(record, turn=0), prompt)]
-            groups = pagrpo.sample_groups(model, encoded, pagrpo.Endless(tokenizer), args)
+            groups = pagrpo.sample_groups(model, encoded, endless(tokenizer), args)
             pagrpo.score_groups(groups, tokenizer, lambda records, observations: [
                 bool(i % 2) for i in range(len(records))], args)
             for group in groups:

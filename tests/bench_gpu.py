@@ -166,7 +166,7 @@ def prompt_lengths(config, args):
     tokenizer, asked = AutoTokenizer.from_pretrained(TOY), []
     record, prompt = sft.worst_prompt(tokenizer, config, args)
     judge = make_judge("self", args.judge_prompt_file, lambda prompts: asked.extend(prompts) or [""])
-    judge([record], ["the " * args.perception_length[1]])
+    judge([record], ["the " * args.max_completion_tokens])
     return len(prompt.input_ids), len(sft.encode_text(asked[0], tokenizer).input_ids)
 
 

@@ -425,18 +425,19 @@ def test_smaller_passes_give_the_same_step(started, group, toy_records):
     prompts, ids, mask, _ = group
     adv = torch.tensor([1.5, -0.5, -0.7, -0.3])
     split = torch.arange(ids.shape[1]) < 5
+    mask = mask[:4] & (torch.arange(ids.shape[1]) < torch.tensor([2, 9, 3, 7])[:, None])  # unequal lengths
     saved = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     results = []
     for size in (None, 2, 3):
-        made = pagrpo.Group(toy_records[0], prompts[0], ids[:4], mask[:4], mask[:4] & split, mask[:4] & ~split,
+        made = pagrpo.Group(toy_records[0], prompts[0], ids[:4], mask, mask & split, mask & ~split,
                             perception_advantages=adv, reasoning_advantages=-adv)
         args = make_args(completions_per_pass=size, num_iterations=2, lr=1e-3, weight_decay=0.0,
                          no_checkpointing=True)
         metrics = pagrpo.update_policy(model, None, sft.prepare_for_training(model, args), [made], args.lr, args)
-        results.append([metrics[key] for key in ("loss", "grad_norm")])
+        results.append([metrics[key] for key in ("loss", "grad_norm", "kl", "clip_frac")])
         for p, value in saved:
             p.data.copy_(value)
-    assert results[0][1] > 0
+    assert results[0][1] > 0 and results[0][2] > 0
     assert results[1] == pytest.approx(results[0], rel=1e-3) and results[2] == pytest.approx(results[0], rel=1e-3)
 
 
@@ -449,6 +450,9 @@ def test_unknown_verdicts_are_left_out_and_scores_add_up():
     assert (short["perception"], short["reasoning"]) == (2.0, 2.2)
     unsure = pagrpo.score(record, text, (10, 10), None, make_args())
     assert math.isnan(unsure["perception"]) and unsure["reasoning"] == 2.2
+    means = pagrpo.reward_metrics([[dict(s, perception_tokens=1, reasoning_tokens=1, truncated=False)
+                                    for s in (good, unsure)]])
+    assert (means["rewards/perception_accuracy"], means["rewards/perception_length"]) == (1.0, 0.2)
     assert pagrpo.score(record, text, (10, 10), True, make_args(without="length"))["perception"] == 2.0
     wrong = pagrpo.score(record, text.replace(">2<", ">3<"), (10, 10), False, make_args())
     assert (wrong["perception"], wrong["reasoning"]) == (1.0, 1.0)  # format alone: no bonus without accuracy

@@ -91,11 +91,10 @@ def test_two_processes_learn_what_one_learns(clone, monkeypatch):
     commands = ["sft.py --model tiny --limit 88 --batch-size 8 --micro-batch 2 --output runs/NAME/sft",
                 "pagrpo.py --model tiny --updates 10 --prompts-per-update 3 --num-generations 4 "
                 "--max-completion-tokens 32 --output runs/NAME/pagrpo"]
-    (clone / "both.py").write_text("import sys, sft, pagrpo\n" + "".join(
+    (clone / "both.py").write_text("import sys, sft, pagrpo\nassert sft.team().num_processes == 2\n" + "".join(
         f"sys.argv = {command.replace('NAME', 'two').split()}\n"
         f"{command.split('.py')[0]}.main({command.split('.py')[0]}.get_args())\n" for command in commands))
-    run(clone, "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
-               f"--dynamo_backend no --main_process_port {free_port()} both.py")
+    run(clone, f"-m torch.distributed.run --nproc_per_node 2 --master_port {free_port()} both.py")
     for command in commands:
         run_here(clone, monkeypatch, command.replace("NAME", "one"))
     for stage in ("sft", "pagrpo"):
@@ -153,7 +152,10 @@ def test_the_processes_share_every_batch(monkeypatch, processes, batch_size):
     ("pagrpo.py --model qwen2.5-vl-7b", "No data file data/VideoP2R-263k_rl.part*.json.gz"),
     ("evaluate.py --model tiny --adapters runs/nowhere", "No adapter in runs/nowhere"),
     ("pagrpo.py --model tiny --adapter runs/nowhere", "No adapter in runs/nowhere"),
-    ("pagrpo.py --model tiny --lora-rank 8", "has rank 32, --lora-rank is 8: pass --lora-rank 32"),
+    ("pagrpo.py --model tiny --lora-rank 8", "has rank 32 and alpha 64: pass --lora-rank 32"),
+    ("pagrpo.py --model tiny --lora-alpha 1", "has rank 32 and alpha 64"),
+    ("sft.py --model tiny --data data/toy/absent.jsonl", "No data file data/toy/absent.jsonl"),
+    ("sft.py --model tiny --data data/toy/cot.jsonl --media-root data/toy", "run gen_cot.py first"),
     ("pagrpo.py --model tiny --media-root nowhere", "has its medium below nowhere"),
     ("pagrpo.py --model tiny --judge mystery", "mystery"),
     ("pagrpo.py --model tiny --algorithm grpo --without length", "leave out --without length"),
@@ -190,5 +192,6 @@ def test_adapters_whose_folders_share_a_name_keep_a_row_each():
 
 
 def test_a_mistake_on_the_command_line_shows_no_traceback(clone):
+    assert "--limit: 0 is too few" in run(clone, "pagrpo.py --model tiny --limit 0", code=2)
     text = run(clone, "sft.py --model qwen-7b", code=1)
     assert text.startswith("Unknown model 'qwen-7b'") and len(text.splitlines()) == 1

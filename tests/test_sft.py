@@ -357,7 +357,8 @@ def test_a_saved_adapter_works_in_plain_peft_and_transformers(saved, toy_records
     lambda name, weight: (name.replace("layers.0", "block.0"), weight),
     lambda name, weight: (name, weight * ("lora_A" in name)),
     lambda name, weight: (name, torch.cat([weight, weight])),
-], ids=["all renamed", "one layer renamed", "no-op", "another size"])
+    lambda name, weight: (name.replace("0.self_attn.q_proj.lora_A", "40.self_attn.q_proj.lora_A"), weight),
+], ids=["all renamed", "one layer renamed", "no-op", "another size", "one A gone, one too many"])
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 def test_an_adapter_that_does_not_fit_is_an_error(saved, tmp_path, spoil):
     """peft warns at most, and the run goes on from the bare base."""
@@ -369,6 +370,25 @@ def test_an_adapter_that_does_not_fit_is_an_error(saved, tmp_path, spoil):
     assert "\n" not in str(error.value)
 
 
+def test_a_base_that_lacks_weights_is_an_error(tmp_path):
+    """The library would go on with random ones in their places."""
+    shutil.copytree(BASE, tmp_path / "base")
+    (file,) = (tmp_path / "base").glob("*.safetensors")
+    save_file({name: w for name, w in load_file(file).items() if "visual" not in name}, file,
+              metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks 30 of Qwen2.5-VL's weights, for example model.visual"):
+        sft.load_base(tmp_path / "base")
+
+
+def test_an_adapters_dropout_is_off(saved, tmp_path):
+    shutil.copytree(saved[2], tmp_path / "sft")
+    config = json.loads((tmp_path / "sft/adapter_config.json").read_text())
+    (tmp_path / "sft/adapter_config.json").write_text(json.dumps(dict(config, lora_dropout=0.1)))
+    model, _ = sft.load_model(BASE, tmp_path / "sft")
+    rates = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert rates and set(rates) == {0.0}
+
+
 def test_a_missing_or_damaged_adapter_is_an_error(saved, tmp_path):
     with pytest.raises(UserError, match="No adapter in .*nowhere: train one with sft.py"):
         sft.load_model(BASE, tmp_path / "nowhere")
@@ -378,6 +398,9 @@ def test_a_missing_or_damaged_adapter_is_an_error(saved, tmp_path):
     with pytest.raises(UserError, match="cut"):
         sft.load_model(BASE, tmp_path / "cut")
     (tmp_path / "cut/adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="cut"):
+        sft.load_model(BASE, tmp_path / "cut")
+    (tmp_path / "cut/adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="cut"):
         sft.load_model(BASE, tmp_path / "cut")
 
@@ -507,6 +530,8 @@ def test_the_loss_on_held_out_traces(toy_records, tmp_path, monkeypatch):
         pairs = [encode(record, (model, tokenizer)) for record in held_out]
         losses = [float(sft.sft_loss(model, [prompt], [completion])) for prompt, completion in pairs]
     assert rows[-1]["held_out_loss"] == pytest.approx(sum(losses) / sum(len(c) for _, c in pairs), rel=1e-4)
+    lost = [dict(record, media="nowhere.mp4", data_type="video") for record in held_out]
+    assert sft.held_out_loss(model, tokenizer, lost, gen_cot.PROMPT, settings(tmp_path)) is None  # and not 0
 
 
 def test_checkpointing_does_not_change_a_run(toy_records, tmp_path):
@@ -631,7 +656,7 @@ def test_the_script_trains_and_skips_what_it_cannot_read(small_set):
         cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     spoilt = json.loads((small_set / "cot.jsonl").read_text().split("\n")[1])["path"].removeprefix("./")
-    assert re.findall(r"skipped: \S+", done.stdout) == [f"skipped: {small_set / spoilt}"]
+    assert re.findall(r"skipped: \S+", done.stderr) == [f"skipped: {small_set / spoilt}"]
     assert "SFT on 3 traces, 1 skipped" in done.stdout  # skipped, and not replaced by another
     folder = small_set / "runs" / "sft"
     assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors", "metrics.jsonl"]
