@@ -160,14 +160,13 @@ def parse_args(parser, stage_presets, data_key):
         raise UserError(f"Unknown model {name!r}: pass one of {', '.join(PRESETS)}, a local folder "
                         "or a hub id (org/name).")
     preset = PRESETS.get(name, dict(OFFICIAL, base=name))
-    preset = {**preset, "data": preset[data_key], **stage_presets.get(name, {})}
+    preset = {**preset, **stage_presets.get(name, {})}
     known = {action.dest for action in parser._actions}
-    parser.set_defaults(base=preset["base"],
-                        **{k: v for k, v in preset.items() if k in known - {"data"}})
+    parser.set_defaults(**{k: v for k, v in preset.items() if k in known}, base=preset["base"])
     args = parser.parse_args()
     args.run_dir, args.data_given = Path("runs") / Path(name).name, args.data is not None
-    args.data = args.data or preset["data"]
-    if args.data == preset["data"] and name == "tiny":
+    args.data = args.data or preset[data_key]
+    if args.data == preset[data_key] and name == "tiny":
         prepare_toy_data()
     return args
 

@@ -260,10 +260,11 @@ def bench_rollout(model, tokenizer):
                  video_grid_thw=prompt.grid_thw.repeat(G, 1),
                  second_per_grid_ts=[1.0] * G)
     types = (prompt.input_ids == sft.core(model).config.video_token_id) * 2
+    unending = endless(tokenizer)
     print(f"rollout: {G} completions, P = {len(prompt.input_ids)}")
     for T in (64, 256):
         def ours():
-            return pagrpo.rollout(model, [embedded(model, prompt)], endless(tokenizer), G, T,
+            return pagrpo.rollout(model, [embedded(model, prompt)], unending, G, T,
                                   pagrpo.roll_dice(0, 0, G, T))
 
         def theirs():
@@ -293,7 +294,7 @@ def bench_update(model, tokenizer):
         completions_per_pass=None, clip_eps=0.2, seed=0,
         loss_average="completion", lr=1e-5, weight_decay=0.0, max_grad_norm=1.0, no_checkpointing=True)
     record = dict(problem="?", problem_type="numerical", solution="<answer>1</answer>", options=[])
-    optimizer = sft.prepare_for_training(model, args)
+    optimizer, unending = sft.prepare_for_training(model, args), endless(tokenizer)
     print(f"update: one prompt of 512 visual tokens, {G} completions: rollout, rewards, reference, one step")
     for T in (64, 256):
         args.max_completion_tokens = T
@@ -301,7 +302,7 @@ def bench_update(model, tokenizer):
         def ours():
             prompt = make_prompt(model, tokenizer)
             encoded = [(dict(record, turn=0), prompt)]
-            groups = pagrpo.sample_groups(model, encoded, endless(tokenizer), args)
+            groups = pagrpo.sample_groups(model, encoded, unending, args)
             pagrpo.score_groups(groups, tokenizer, lambda records, observations: [
                 bool(i % 2) for i in range(len(records))], args)
             for group in groups:
