@@ -846,14 +846,15 @@ def print_yield(records, reasons, kept, path):
     columns = ["questions"] + REASONS + ["kept"]
     table = {}
     print("".join(f"{c:>{len(c) + 3}}" for c in ["problem type          "] + columns))
-    for kind, medium in [*itertools.product(PROBLEM_TYPES, ("image", "video")), ("all", "all")]:
-        mine = [reason for record, reason in zip(records, reasons)
-                if kind in (record["problem_type"], "all") and medium in (record["data_type"], "all")]
-        counts = [len(mine)] + [mine.count(reason) for reason in REASONS] + [mine.count(None)]
-        name = "all" if kind == "all" else f"{kind}, {medium}"
-        table[name] = dict(zip(columns, counts))
-        if mine:
-            print(f"   {name:<22}" + "".join(f"{n:>{len(c) + 3}}" for n, c in zip(counts, columns)))
+    tally = collections.Counter()
+    for record, reason in zip(records, reasons):
+        for name in (f"{record['problem_type']}, {record['data_type']}", "all"):
+            tally[name, "questions"] += 1
+            tally[name, reason or "kept"] += 1
+    for name in [*map(", ".join, itertools.product(PROBLEM_TYPES, ("image", "video"))), "all"]:
+        table[name] = {column: tally[name, column] for column in columns}
+        if tally[name, "questions"]:
+            print(f"   {name:<22}" + "".join(f"{n:>{len(c) + 3}}" for c, n in table[name].items()))
     traces = [parse_trace(row["output"]) for row in kept]
     words = {name: round(sum(len(getattr(trace, name).split()) for trace in traces) / len(traces), 1)
              for name in ("observation", "think", "answer")}

@@ -48,7 +48,6 @@ Our choices where the paper is silent (cited by number in the code):
 import argparse
 import copy
 import json
-import os
 import random
 import time
 from dataclasses import dataclass, replace
@@ -69,9 +68,10 @@ from gen_cot import (add_data_args, add_judge_args, add_vision_args, judge_from,
                      positive, print_stats, read_ahead, select_records)
 from rewards import UserError, accuracy_reward, format_rewards, length_reward, parse_trace
 from sft import (Prompt, add_model_args, add_training_args, core, cosine_lr, embed_prompts, encode_batch,
-                 encode_text, hush, is_first, limit_memory, load_model, log_line, logprobs_from_hidden,
-                 measured, mine, optimiser_step, peak_gib, prepare_for_training, save_adapter,
-                 seed_everything, share_of, team, use_adapter, worst_prompt)
+                 encode_text, hush, is_first, limit_memory, load_checkpoint, load_model, log_line,
+                 logprobs_from_hidden, measured, mine, open_log, optimiser_step, peak_gib,
+                 prepare_for_training, save_adapter, save_checkpoint, seed_everything, settings_of, share_of,
+                 team, use_adapter, worst_prompt)
 
 STAGE_PRESETS = {"tiny": dict(
     lr=8e-4, lora_rank=32, updates=100, prompts_per_update=8, max_completion_tokens=112,
@@ -497,14 +497,20 @@ def show(group, tokenizer):
 
 def train(model, reference, tokenizer, records, args):
     """The RL loop: sample, score, update, log. Writes metrics.jsonl, curves.png and the adapter."""
-    template, skipped = load_template(args.prompt_file), []
+    template = load_template(args.prompt_file)
     judge = judge_from(args, lambda prompts: self_judge(model, tokenizer, prompts, rollout_rows(args)))
     optimizer, batch_size = prepare_for_training(model, args), share_of(args.prompts_per_update)
-    media = read_ahead(mine(endless(records, args.seed), args.prompts_per_update), args)
+    settings = settings_of(model, records, args)
+    start, skipped = load_checkpoint(model, optimizer, settings, args)
+    stream = islice(endless(records, args.seed), start * args.prompts_per_update, None)
+    media = read_ahead(mine(stream, args.prompts_per_update), args)
     args.output.mkdir(parents=True, exist_ok=True)
-    with (open(args.output / "metrics.jsonl" if is_first() else os.devnull, "w") as file,
-          tqdm(range(args.updates), desc="PA-GRPO", disable=not is_first()) as bar):
+    with (open_log(args.output, start) as file,
+          tqdm(range(start, args.updates), "PA-GRPO", args.updates, initial=start,
+               disable=not is_first()) as bar):
         for step in bar:
+            if step > start and step % args.save_every == 0:
+                save_checkpoint(step, model, optimizer, skipped, settings, args.output)
             clock = [time.time()]
             batch = islice(media, batch_size)  # decoded while the last update ran
             encoded = encode_batch(batch, template, tokenizer, core(model).config, skipped)
@@ -534,6 +540,7 @@ def train(model, reference, tokenizer, records, args):
         raise UserError("None of the media can be read, so nothing was learnt: see the list above.")
     if is_first():
         save_adapter(model, args.output)
+        (args.output / "checkpoint.pt").unlink(missing_ok=True)
         plot_curves(args.output)
     print_stats(judge)
     print(f"{args.updates} updates, {lost} records skipped; "

@@ -22,6 +22,7 @@ Our choices where the paper is silent (cited by number in the code):
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -49,7 +50,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditi
 from transformers.utils import logging as transformers_logging
 
 from gen_cot import (FACTOR, IMAGE_PIXELS, MediaError, add_data_args, add_vision_args, build_prompt,
-                     load_template, parse_args, positive, read_ahead, select_records)
+                     load_template, parse_args, positive, read_ahead, select_records, write_atomically)
 from rewards import UserError, parse_trace
 
 PATCH, MERGE, TEMPORAL = 14, 2, 2  # pixels a patch side; patches a token side; frames a temporal patch
@@ -467,6 +468,9 @@ def add_training_args(parser, lr, lr_help):
                        help="keep all activations: faster, more memory (the default for tiny)")
     group.add_argument("--memory-limit", type=float, metavar="GIB",
                        help="let PyTorch have so much of the GPU; the CUDA context comes on top")
+    group.add_argument("--save-every", type=positive, default=100, help="steps between two checkpoints")
+    group.add_argument("--resume", action="store_true",
+                       help="go on from the last checkpoint of a run that was stopped, where there is one")
     group.add_argument("--probe", action="store_true",
                        help="only measure the worst case of these settings: seconds and peak memory")
     return group
@@ -550,6 +554,71 @@ def worst_prompt(tokenizer, config, args, words=300):
     return record, encode_prompt(text, frames, fps, tokenizer, config)
 
 
+# What a run may be continued with otherwise: where things lie, and what only time and memory depend on.
+FREE = {"resume", "save_every", "show_every", "output", "run_dir", "data_given", "workers", "decode_timeout",
+        "memory_limit", "no_checkpointing", "micro_batch", "prompts_per_rollout", "completions_per_pass",
+        "judge_cache", "judge_concurrency", "judge_max_calls"}
+
+
+def settings_of(model, records, args):
+    """All else that a run depends on, as its checkpoint names it: dict of JSON values."""
+    digest = hashlib.sha256(json.dumps(records).encode())
+    for parameter in trainable_parameters(model):
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    settings["records and first weights"] = digest.hexdigest()[:16]
+    return json.loads(json.dumps(settings, default=str))
+
+
+def save_checkpoint(step, model, optimizer, skipped, settings, folder):
+    """Write checkpoint.pt, all that a run needs to go on with this step, whole or not at all. The order of
+    the data and the dice of the sampling follow from seed and step."""
+    skipped = gather_object(skipped)
+    if is_first():
+        weights = [p.detach().cpu() for p in trainable_parameters(model)]
+        torch.save(dict(step=step, weights=weights, optimizer=optimizer.state_dict(), skipped=skipped,
+                        settings=settings), folder / "checkpoint.partial")
+        os.replace(folder / "checkpoint.partial", folder / "checkpoint.pt")
+
+
+def load_checkpoint(model, optimizer, settings, args):
+    """(step, skipped) to go on with, weights and AdamW's means being put back; (0, []) for a run that begins.
+    Raises UserError for a checkpoint that can't be read or is of other settings."""
+    path = args.output / "checkpoint.pt"
+    if not args.resume:
+        return 0, []
+    if not path.exists():
+        print(f"No {path}: starting from the beginning.")
+        return 0, []
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail anywhere in the library
+        raise UserError(f"{path} can't be read ({type(error).__name__}): start again without "
+                        "--resume.") from None
+    for name, value in settings.items():
+        before = state["settings"].get(name)
+        if before != value:
+            raise UserError(f"{path} is of a run with {name.replace('_', ' ')} {before}, not {value}: go on "
+                            "with the same, or start again without --resume.")
+    with torch.no_grad():
+        for parameter, weight in zip(trainable_parameters(model), state["weights"], strict=True):
+            parameter.copy_(weight)
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"Going on from step {state['step']}.")
+    return state["step"], state["skipped"] if is_first() else []
+
+
+def open_log(folder, step):
+    """metrics.jsonl for the rows from this step on: what a killed run wrote of them goes, the rest stays."""
+    if not is_first():
+        return open(os.devnull, "w")
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if step else []
+    write_atomically(path, "".join(line for line in lines
+                                   if line.endswith("\n") and json.loads(line)["step"] < step))
+    return open(path, "a")
+
+
 def log_line(file, row):
     """Append one row to an open JSON Lines file, rounded for reading."""
     file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
@@ -576,17 +645,21 @@ def train(model, tokenizer, records, args):
     grad_norm, lr, sec per step, and now and then held_out_loss) and the adapter."""
     template, config = load_template(args.prompt_file), core(model).config
     optimizer, batch_size = prepare_for_training(model, args), share_of(args.batch_size)
+    settings = settings_of(model, records, args)
+    start, skipped = load_checkpoint(model, optimizer, settings, args)
     records = random.Random(args.seed).sample(records, len(records))
     held_out = [records.pop() for _ in range(min(args.held_out, len(records) // 10))]
     order = [record for epoch in range(args.epochs)
              for record in random.Random(args.seed + epoch).sample(records, len(records))]
-    steps, media = math.ceil(len(order) / args.batch_size), read_ahead(mine(order, args.batch_size), args)
+    steps = math.ceil(len(order) / args.batch_size)
+    media = read_ahead(mine(order[start * args.batch_size:], args.batch_size), args)
     args.output.mkdir(parents=True, exist_ok=True)
-    skipped = []
-    with (open(args.output / "metrics.jsonl" if is_first() else os.devnull, "w") as metrics,
-          tqdm(range(steps), desc="SFT", disable=not is_first()) as bar):
+    with (open_log(args.output, start) as metrics,
+          tqdm(range(start, steps), "SFT", steps, initial=start, disable=not is_first()) as bar):
         for step in bar:
-            start = time.time()
+            if step > start and step % args.save_every == 0:
+                save_checkpoint(step, model, optimizer, skipped, settings, args.output)
+            begin = time.time()
             encoded = encode_batch(islice(media, batch_size), template, tokenizer, config, skipped)
             encoded.sort(key=lambda pair: len(pair[1].input_ids))  # like lengths together pad less
             targets = [target_ids(record, tokenizer, args.process_agnostic) for record, _ in encoded]
@@ -604,7 +677,7 @@ def train(model, tokenizer, records, args):
             lr = cosine_lr(step, steps, args.lr, args.warmup)
             norm = optimiser_step(model, optimizer, lr, args.max_grad_norm)
             row = dict(step=step, loss=sum(gather_object([loss])), grad_norm=norm, lr=lr,
-                       sec=time.time() - start)
+                       sec=time.time() - begin)
             model.eval()
             if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
                 row["held_out_loss"] = held_out_loss(model, tokenizer, held_out, template, args)
@@ -615,6 +688,7 @@ def train(model, tokenizer, records, args):
         raise UserError(f"None of the {len(records)} media can be read: see the list above.")
     if is_first():
         save_adapter(model, args.output)
+        (args.output / "checkpoint.pt").unlink(missing_ok=True)
     print(f"SFT on {len(records) - lost // args.epochs} traces, {lost // args.epochs} skipped; last "
           + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in row.items()
                       if k.endswith("loss") and v is not None)

@@ -107,6 +107,51 @@ def test_two_processes_learn_what_one_learns(clone, monkeypatch):
                 [row[name] for name in names if name in row], abs=1e-4)
 
 
+@pytest.mark.parametrize("stage, command", [
+    ("sft", "sft.py --batch-size 2 --epochs 1 --held-out 0"),
+    ("pagrpo", "pagrpo.py --updates 6 --prompts-per-update 2 --num-generations 4 --max-completion-tokens 24 --lr 1e-2"),
+])
+def test_a_run_that_was_killed_goes_on_to_the_same_end(clone, monkeypatch, capsys, stage, command):
+    """Killed in its sixth step, two steps behind its last checkpoint; a medium was unreadable before that."""
+    source = clone / ("runs/tiny/gen_cot/cot.jsonl" if stage == "sft" else "data/toy/rl.jsonl")
+    rows = [json.loads(line) for line in open(source)][:12]
+    rows[3]["path"] = "damaged.mp4"
+    (clone / "data/toy/damaged.mp4").write_bytes(b"no video")
+    (clone / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command += " --model tiny --data some.jsonl --media-root data/toy --save-every 2"
+
+    run_here(clone, monkeypatch, f"{command} --output runs/whole/{stage}")
+    whole = capsys.readouterr().out
+    calls, step = itertools.count(1), sft.optimiser_step
+
+    def killed(*args):
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(importlib.import_module(stage), "optimiser_step", killed)
+        run_here(clone, patch, f"{command} --output runs/killed/{stage}")
+    folder = clone / "runs/killed" / stage
+    assert {file.name for file in folder.iterdir()} == {"metrics.jsonl", "checkpoint.pt"}
+    with pytest.raises(UserError, match="is of a run with seed 0, not 1: go on with the same"):
+        run_here(clone, monkeypatch, f"{command} --output runs/killed/{stage} --resume --seed 1")
+
+    capsys.readouterr()
+    run_here(clone, monkeypatch, f"{command} --output runs/killed/{stage} --resume --workers 1")
+    text = capsys.readouterr().out
+    assert "Going on from step 4." in text and "1 skipped" in whole.replace("1 records", "1")
+    assert text.splitlines()[-1] == whole.splitlines()[-1].replace("whole", "killed")
+    assert not (folder / "checkpoint.pt").exists()
+    for file in ("metrics.jsonl", "adapter_model.safetensors"):
+        one, two = ((clone / "runs" / name / stage / file).read_bytes() for name in ("whole", "killed"))
+        if file == "metrics.jsonl":
+            one, two = ([{k: v for k, v in json.loads(line).items() if "sec" not in k and k != "peak_gib"}
+                         for line in text.splitlines()] for text in (one, two))
+            assert len(one) == 6 and one[0]["loss"] != one[5]["loss"]
+        assert one == two
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
