@@ -69,7 +69,7 @@ from gen_cot import (add_data_args, add_judge_args, add_vision_args, judge_from,
 from rewards import UserError, accuracy_reward, format_rewards, length_reward, parse_trace
 from sft import (Prompt, add_model_args, add_training_args, core, cosine_lr, embed_prompts, encode_batch,
                  encode_text, hush, is_first, limit_memory, load_checkpoint, load_model, log_line,
-                 logprobs_from_hidden, measured, mine, open_log, optimiser_step, peak_gib,
+                 logprobs_from_hidden, measured, merged, mine, open_log, optimiser_step, peak_gib,
                  prepare_for_training, save_adapter, save_checkpoint, seed_everything, settings_of, share_of,
                  team, use_adapter, worst_prompt)
 
@@ -80,12 +80,11 @@ STAGE_PRESETS = {"tiny": dict(
 
 # --- rollout ------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
 def rollout(model, prompts, tokenizer, num_generations, max_tokens, dice=None):
     """Sample `num_generations` completions for each prompt (choice 5).
 
     Each prompt is prefilled once, into the key-value cache of all its group; all groups decode in one loop,
-    every step with our own positions.
+    every step with our own positions, in float32 through weights that the adapter is merged into.
 
     Args:
         prompts: B of Prompt with embeds. max_tokens: T, the completions' limit.
@@ -101,40 +100,41 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, dice=None):
     pads = torch.tensor([width - len(p.input_ids) for p in prompts], device=device)  # on the left
     cache, hidden = GroupCache(prompts[0].embeds, qwen.config.text_config, len(prompts) * G,
                                width + max_tokens), []
-    for b, prompt in enumerate(prompts):
-        cache.rows, cache.columns = slice(b * G, (b + 1) * G), slice(int(pads[b]), width)
-        hidden.append(qwen.language_model(  # (1, P, D)
-            inputs_embeds=prompt.embeds[None], position_ids=prompt.positions[:, None].to(device),
-            attention_mask={"full_attention": None}, past_key_values=cache).last_hidden_state[:, -1])
-    hidden = torch.cat(hidden).repeat_interleave(G, dim=0)  # (B·G, D)
-    attend = (torch.arange(width + max_tokens, device=device) >= pads.repeat_interleave(G)[:, None]
-              if pads.any() else None)  # (B·G, P + T)
-    position = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(G)
-    cache.rows = slice(None)
+    with torch.no_grad(), merged(model):
+        for b, prompt in enumerate(prompts):
+            cache.rows, cache.columns = slice(b * G, (b + 1) * G), slice(int(pads[b]), width)
+            hidden.append(qwen.language_model(  # (1, P, D)
+                inputs_embeds=prompt.embeds[None], position_ids=prompt.positions[:, None].to(device),
+                attention_mask={"full_attention": None}, past_key_values=cache).last_hidden_state[:, -1])
+        hidden = torch.cat(hidden).repeat_interleave(G, dim=0)  # (B·G, D)
+        attend = (torch.arange(width + max_tokens, device=device) >= pads.repeat_interleave(G)[:, None]
+                  if pads.any() else None)  # (B·G, P + T)
+        position = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(G)
+        cache.rows = slice(None)
 
-    banned = torch.tensor(banned_ids(tokenizer), device=device)
-    dice = None if dice is None else dice.to(device)
-    running = torch.ones(len(hidden), dtype=torch.bool, device=device)
-    ids, masks, logprobs = [], [], []
-    for t in range(max_tokens):
-        logits = head(hidden).float()
-        allowed = logits.index_fill(-1, banned, -torch.inf)
-        token = allowed.argmax(-1) if dice is None else draw(allowed, dice[:, t])
-        token = torch.where(running, token, tokenizer.pad_token_id)
-        logprobs.append(-F.cross_entropy(logits, token, reduction="none") * running)
-        ids.append(token)
-        masks.append(running)
-        running = running & (token != tokenizer.eos_token_id)
-        if not running.any():
-            break
-        end = width + t + 1  # with the token that is fed now
-        cache.columns = slice(end)
-        hidden = qwen.language_model(
-            inputs_embeds=qwen.language_model.embed_tokens(token)[:, None],
-            position_ids=position.expand(3, -1)[..., None],
-            attention_mask={"full_attention": None if attend is None else attend[:, None, None, :end]},
-            past_key_values=cache).last_hidden_state[:, 0]
-        position = position + 1
+        banned = torch.tensor(banned_ids(tokenizer), device=device)
+        dice = None if dice is None else dice.to(device)
+        running = torch.ones(len(hidden), dtype=torch.bool, device=device)
+        ids, masks, logprobs = [], [], []
+        for t in range(max_tokens):
+            logits = head(hidden).float()
+            allowed = logits.index_fill(-1, banned, -torch.inf)
+            token = allowed.argmax(-1) if dice is None else draw(allowed, dice[:, t])
+            token = torch.where(running, token, tokenizer.pad_token_id)
+            logprobs.append(-F.cross_entropy(logits, token, reduction="none") * running)
+            ids.append(token)
+            masks.append(running)
+            running = running & (token != tokenizer.eos_token_id)
+            if not running.any():
+                break
+            end = width + t + 1  # with the token that is fed now
+            cache.columns = slice(end)
+            hidden = qwen.language_model(
+                inputs_embeds=qwen.language_model.embed_tokens(token)[:, None],
+                position_ids=position.expand(3, -1)[..., None],
+                attention_mask={"full_attention": None if attend is None else attend[:, None, None, :end]},
+                past_key_values=cache).last_hidden_state[:, 0]
+            position = position + 1
     return torch.stack(ids, 1), torch.stack(masks, 1), torch.stack(logprobs, 1)
 
 

@@ -22,6 +22,7 @@ Our choices where the paper is silent (cited by number in the code):
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -43,6 +44,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from peft import (LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict,
                   load_peft_weights)
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -194,6 +197,25 @@ def use_adapter(model, name):
             yield
         finally:
             model.set_adapter("policy")
+
+
+@contextlib.contextmanager
+def merged(model):
+    """Within the block each adapted layer is one dense matrix, its weight plus the change of the adapter that
+    acts now: decoding is bound by the number of calls, and this makes one of four. The layers themselves stay
+    as they are. Exact up to rounding in float32; 16 bits would round away what is small in the change, and
+    nothing is merged there."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)] if model.dtype == torch.float32 else []
+    for layer in layers:
+        weight = dequantize_module_weight(layer.base_layer).float()
+        if not layer.disable_adapters:
+            weight = weight + sum(map(layer.get_delta_weight, layer.active_adapters))
+        layer.forward = functools.partial(F.linear, weight=weight, bias=layer.base_layer.bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class has its own
 
 
 def save_adapter(model, folder):

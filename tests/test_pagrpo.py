@@ -304,6 +304,9 @@ def test_sampled_and_recomputed_logprobs_agree(group, monkeypatch, four_bit, dty
     positions; what differs is rounding, by so much at most."""
     monkeypatch.setattr(sft, "pick_device", lambda: (torch.device("cpu"), dtype))
     model, tokenizer = sft.load_model(BASE, four_bit=four_bit, lora_rank=8)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.05)
     prompts = [replace(prompt) for prompt in group[0]]
     with torch.no_grad():
         sft.embed_prompts(model, prompts)
@@ -313,6 +316,30 @@ def test_sampled_and_recomputed_logprobs_agree(group, monkeypatch, four_bit, dty
     assert again.dtype == torch.float32
     gaps = (again - sampled).abs()[mask]
     assert gaps.mean() < mean and gaps.max() < most
+
+
+@pytest.mark.parametrize("adapter", ["policy", "ref", None])
+def test_merged_weights_say_what_the_acting_adapter_says_and_are_gone_afterwards(started, group, adapter):
+    model, _ = started
+    prompts, ids, mask, _ = group
+    for name, weight in model.named_parameters():
+        if "lora_B.policy" in name:
+            weight.data.mul_(-1)  # apart from ref
+
+    def logprobs():
+        return pagrpo.token_logprobs(model, prompts[0], ids[:4], mask[:4])
+
+    with torch.no_grad():
+        policy = logprobs()
+        with sft.use_adapter(model, adapter):
+            plain = logprobs()
+            with pytest.raises(KeyboardInterrupt), sft.merged(model):
+                assert sum("forward" in vars(m) for m in model.modules()) == 28
+                dense = logprobs()
+                raise KeyboardInterrupt
+        assert (dense - plain).abs().max() < 1e-4 and torch.equal(logprobs(), policy)
+        assert adapter == "policy" or (dense - policy).abs().max() > 0.1
+    assert not any("forward" in vars(m) for m in model.modules())
 
 
 def hugging_face_logprobs(model, prompt, ids, mask):

@@ -115,7 +115,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(clone, monkeypatch, capsy
     """Killed in its sixth step, two steps behind its last checkpoint; a medium was unreadable before that."""
     source = clone / ("runs/tiny/gen_cot/cot.jsonl" if stage == "sft" else "data/toy/rl.jsonl")
     rows = [json.loads(line) for line in open(source)][:12]
-    rows[3]["path"] = "damaged.mp4"
+    rows[7]["path"] = "damaged.mp4"
     (clone / "data/toy/damaged.mp4").write_bytes(b"no video")
     (clone / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command += " --model tiny --data some.jsonl --media-root data/toy --save-every 2"
