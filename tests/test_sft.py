@@ -494,7 +494,7 @@ def settings(output, **changes):
     defaults = dict(prompt_file=None, no_checkpointing=True, lr=1e-3, weight_decay=0.0, max_grad_norm=5.0,
                     warmup=0.03, epochs=1, batch_size=4, micro_batch=4, seed=0, output=output,
                     process_agnostic=False, num_frames=16, max_pixels=4, workers=1, decode_timeout=60,
-                    held_out=0, eval_every=500)
+                    held_out=0, eval_every=500, resume=False, save_every=100)
     return SimpleNamespace(**(defaults | changes))
 
 
