@@ -277,7 +277,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, **kwargs)
     G, T = slots.shape
 
     shared, own = zip(*(x.split([P, x.shape[2] - P], dim=2) for x in (query, key, value)))
-    own = [x[0][:, slots].transpose(0, 1) for x in own]  # (G, heads, T, d)
+    own = [x[0].transpose(0, 1)[slots].transpose(1, 2) for x in own]  # (G, heads, T, d)
     keys, values = (torch.cat([s.expand(G, -1, -1, -1), o], dim=2) for s, o in zip(shared[1:], own[1:]))
     visible = torch.ones(T, P + T, dtype=torch.bool, device=slots.device).tril(P)  # all of P, then causal
     prompt, _ = sdpa_attention_forward(module, *shared, None, **kwargs)

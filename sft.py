@@ -344,8 +344,8 @@ def logprobs_from_hidden(model, hidden, targets, chunk=None):
     """Log-probability of each target under the head, float32 (M,), from hidden states (M, D)
     and targets (M,).
 
-    In chunks of `chunk` tokens (default: logits of 256 MiB) under checkpointing, so that no (tokens × V)
-    tensor outlives its chunk.
+    In chunks of `chunk` tokens (default: logits of 256 MiB), under checkpointing where there are several, so
+    that no two of them have their (tokens × V) tensors at once.
     """
     head = core(model).lm_head
     chunk = chunk or max(1, 2**26 // head.out_features)
@@ -353,10 +353,10 @@ def logprobs_from_hidden(model, hidden, targets, chunk=None):
     def one_chunk(h, t):
         return -F.cross_entropy(head(h).float(), t, reduction="none")
 
-    if not torch.is_grad_enabled():
-        return torch.cat([one_chunk(h, t) for h, t in zip(hidden.split(chunk), targets.split(chunk))])
-    return torch.cat([checkpoint(one_chunk, h, t, use_reentrant=False)
-                      for h, t in zip(hidden.split(chunk), targets.split(chunk))])
+    parts = list(zip(hidden.split(chunk), targets.split(chunk)))
+    if len(parts) == 1 or not torch.is_grad_enabled():
+        return torch.cat([one_chunk(h, t) for h, t in parts])
+    return torch.cat([checkpoint(one_chunk, h, t, use_reentrant=False) for h, t in parts])
 
 
 # --- SFT ----------------------------------------------------------------------------------------------------

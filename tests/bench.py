@@ -238,7 +238,7 @@ def bench_training(model, tokenizer):
         def naive():
             return gradient(naive_logprobs(model, prompt, ids))
 
-        s_ours, s_naive = in_turn([ours, naive], 5)
+        s_ours, s_naive = in_turn([ours, naive], 25)
         m_naive, m_ours = peak_mib(naive), peak_mib(ours)
         ratio = G * (P + T) / (P + G * T)
         print(f"   G = {G}, T = {T:<4} {s_ours:.2f} s against {s_naive:.2f} s: {s_naive / s_ours:.2f}x, "
@@ -248,7 +248,7 @@ def bench_training(model, tokenizer):
     for G in (2, 4, 8, 16):
         ids = torch.randint(0, 600, (G, 64))
         mask = torch.ones_like(ids, dtype=torch.bool)
-        s, = in_turn([lambda: gradient(pagrpo.token_logprobs(model, prompt, ids, mask))], 5)
+        s, = in_turn([lambda: gradient(pagrpo.token_logprobs(model, prompt, ids, mask))], 25)
         print(f"   G = {G:<3} {s:.2f} s, {1e3 * s / ids.numel():.2f} ms a token")
 
 
