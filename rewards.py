@@ -225,13 +225,16 @@ OPTION = re.compile(r"\s*\(?([A-J])[).:]\s*(.*)", re.DOTALL | re.IGNORECASE)  # 
 
 def option_key(answer, options):
     """What a multiple-choice answer picks: an option's letter, else its own words, else "" (choice 4)."""
-    answer = answer[:MAX_CHARS].replace("*", "")
-    words = normalise(answer)
-    if len(words) == 1:
+    answer = answer[:MAX_CHARS].replace("*", "").strip()
+    words, label = normalise(answer), OPTION.fullmatch(answer)
+    if re.fullmatch("[a-j]", words):
         return words.upper()
-    labelled, label = filter(None, map(OPTION.fullmatch, options or [])), OPTION.fullmatch(answer)
-    letters = {normalise(option[2]): option[1].upper() for option in labelled}
-    return letters.get(words) or (label[1].upper() if label else words)
+    labelled = list(filter(None, map(OPTION.fullmatch, options or [])))
+    for form in (str.lower, normalise):  # as written first: a sign can be all that differs
+        letters = [o[1].upper() for o in labelled if form(o[2].strip()) == form(answer) != ""]
+        if letters:
+            return letters[0] if len(letters) == 1 else words
+    return label[1].upper() if label else words
 
 
 def normalise(text):
@@ -452,6 +455,9 @@ class ChatClient:
         if not (self.key.isascii() and self.key.isprintable()):
             raise UserError(f"The key in {self.variable} holds characters that no key has: set it again.")
         base = (base or f"https://api.{self.api}.com").rstrip("/")
+        if "@" in urlsplit(base).netloc:  # it would not be sent, but written wherever the judge is named
+            raise UserError(f"The URL of {self.model} holds a name or password: leave it out, and set "
+                            f"{self.variable} in the environment.")
         if self.api == "anthropic" or not urlsplit(base).path:
             base = base.removesuffix("/v1") + "/v1"  # their clients leave it out, those of the others don't
         self.url = base + ("/messages" if self.api == "anthropic" else "/chat/completions")
@@ -487,7 +493,7 @@ class ChatClient:
     def report(self, replies):
         """Says on the screen how many of the replies are missing, and why the last one is."""
         if None in replies:
-            host = urlsplit(self.url).netloc.rpartition("@")[2]  # without a password
+            host = urlsplit(self.url).netloc
             print(f"{self.model} at {host}: {replies.count(None)} of {len(replies)} replies missing after all"
                   f" retries; the last trouble was {self.trouble}", file=sys.stderr)
 

@@ -540,6 +540,13 @@ def test_bad_specs_are_told_in_one_sentence(text, monkeypatch):
     assert "anthropic:MODEL" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_password_in_a_url_is_refused_and_not_repeated(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(UserError, match="OPENAI_API_KEY") as caught:
+        make_judge("openai:m@http://bob:hunter2@127.0.0.1:8000/v1")
+    assert "hunter2" not in str(caught.value)
+
+
 def test_prompt_files(tmp_path, server):
     file = tmp_path / "prompt.txt"
     file.write_text("Braces {x} {} stay. Q {question} A {answer} O {observation} 100 %s {0}")

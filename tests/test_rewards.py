@@ -198,6 +198,17 @@ def test_lenient_multiple_choice(answer, gold, expected):
     assert score("multiple choice", answer, gold, "lenient", OPTIONS) == expected
 
 
+@pytest.mark.parametrize("options, gold, right, wrong", [
+    (["A. 3", "B. 5"], "B", "5", "3"), (["A. 3", "B. 5"], "5", "B", "A"),
+    (["A. 12", "B. -12"], "A", "12", "-12"), (["A. 12", "B. -12"], "B", "-12", "12"),
+    (["A. <", "B. >", "C. ="], "C", "=", "<"), (["A. <", "B. >", "C. ="], "C", "=", "!!!"),
+    (["A. x", "B. y"], "A", "x", "y"),
+])
+def test_an_option_is_named_by_its_text_however_short(options, gold, right, wrong):
+    assert score("multiple choice", right, gold, "lenient", options) == 1
+    assert score("multiple choice", wrong, gold, "lenient", options) == 0
+
+
 @pytest.mark.parametrize("answer, gold, expected", [
     ("1,000", "1000", 1), ("1000", "1,234", 0), ("1,234,567.5", "1234567.5", 1), ("50%", "50", 1),
     ("50", "50 %", 1),
