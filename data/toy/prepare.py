@@ -303,6 +303,7 @@ def prepare(seed, processes=2):
     """Write the media, the three splits and the traces; prints the counts."""
     start = time.time()
     rng = random.Random(seed)
+    (HERE / "test.jsonl").unlink(missing_ok=True)  # its presence says that all is there
     (HERE / "media").mkdir(exist_ok=True)
     scenes, splits, traces = [], {}, []
     for split, size in SPLITS.items():
@@ -323,7 +324,7 @@ def prepare(seed, processes=2):
     with ProcessPoolExecutor(processes) as pool:
         list(pool.map(write_medium, *zip(*scenes), chunksize=50))
     write_jsonl(HERE / "traces.jsonl", traces)
-    for split, records in splits.items():  # the test split last: its presence says that all is there
+    for split, records in splits.items():  # the test split last
         write_jsonl(HERE / f"{split}.jsonl", records)
     clips = sum(scene["kind"] == "clip" for scene, _ in scenes)
     print(f"data/toy: {clips} clips and {len(scenes) - clips} pictures; questions: "
