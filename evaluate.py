@@ -28,7 +28,7 @@ from gen_cot import (add_data_args, add_judge_args, add_vision_args, judge_from,
                      positive, print_stats, read_ahead, select_records, write_atomically, write_jsonl)
 from pagrpo import rollout
 from rewards import PROBLEM_TYPES, accuracy_reward, format_rewards, parse_trace
-from sft import add_model_args, core, embed_prompts, encode_batch, load_model
+from sft import add_model_args, check_adapter, core, embed_prompts, encode_batch, load_model
 
 STAGE_PRESETS = {"tiny": dict(batch_size=50, max_completion_tokens=112, max_pixels=4)}
 
@@ -52,11 +52,12 @@ def complete(model, tokenizer, records, args):
 
 
 def score_completions(records, texts, judge, scoring):
-    """One result per record: dict of problem_id, problem_type, completion, answer score,
-    perception verdict, template."""
+    """One result per record: dict of problem_id, path, problem_type, solution, completion, answer score and
+    how it was scored, perception verdict, template."""
     verdicts = judge(records, [parse_trace(text or "").observation for text in texts])
-    return [dict(problem_id=record.get("problem_id"), problem_type=record["problem_type"], completion=text,
-                 answer=answer_score(record, text or "", scoring),
+    return [dict(problem_id=record.get("problem_id"), path=record["path"],
+                 problem_type=record["problem_type"], solution=record["solution"], completion=text,
+                 answer=answer_score(record, text or "", scoring), scoring=scoring,
                  perception=None if verdict is None else float(verdict),
                  template=min(format_rewards(text or "")))
             for record, text, verdict in zip(records, texts, verdicts)]
@@ -156,19 +157,27 @@ def row_names(adapters):
 def main(args):
     records = select_records(args)
     judge = judge_from(args)
+    for adapter in args.adapters:
+        if adapter != "none":
+            check_adapter(adapter)
     rows = {"constant": summarise(constant_answers(records, args.scoring))}
     for adapter, name in row_names(args.adapters).items():
         model, tokenizer = load_model(args.base, None if adapter == "none" else adapter, not args.no_4bit,
                                       trainable=False)
-        results = score_completions(records, complete(model, tokenizer, records, args), judge, args.scoring)
+        texts = complete(model, tokenizer, records, args)
         del model  # before the next one is loaded
         gc.collect()
         file = Path(adapter).name if name != adapter else adapter.strip("/").replace("/", "-")
-        write_jsonl(args.output / f"completions-{file}.jsonl", results)
+        file = args.output / f"completions-{file}.jsonl"
+        write_jsonl(file, [dict(problem_id=record.get("problem_id"), path=record["path"], completion=text)
+                           for record, text in zip(records, texts)])  # in case that the judge refuses
+        results = score_completions(records, texts, judge, args.scoring)
+        write_jsonl(file, results)
         rows[name] = summarise(results)
     print_table(rows, records)
     print_stats(judge)
     settings = {key: str(value) for key, value in vars(args).items()}
+    rows = json.loads(json.dumps(rows), parse_constant=lambda nan: None)  # a type without questions: null
     write_atomically(args.output / "results.json",
                      json.dumps(dict(rows=rows, questions=len(records), settings=settings), indent=1))
     print(f"\nresults.json and every completion in {args.output}")
