@@ -26,8 +26,8 @@ Our choices where the paper is silent (cited by number in the code):
     kept.
  3. The options stand once in the prompt: they are appended unless the question already holds them.
  4. The teacher gets each sampled frame as a JPEG after its time stamp, then the prompt of all stages. A
-    question that it refuses or does not answer is "no trace", and is asked again by the next run; ten
-    refusals in a row stop the run.
+    question that it refuses or does not answer is "no trace", one on which the judge refuses is "judge
+    unknown", and the next run asks again; ten refusals in a row stop the run.
 """
 import argparse
 import ast
@@ -115,6 +115,21 @@ def positive(text):
     return int(text)
 
 
+def seconds(text):
+    """The type of a flag that is a time."""
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is no time")
+    return float(text)
+
+
+def json_object(text):
+    """The type of a flag that is a JSON object."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text} is no object such as {{\"temperature\": 0}}")
+    return value
+
+
 def add_data_args(parser, data_help):
     """Add the groups 'model' and 'data' as every stage has them; returns the two groups."""
     model = parser.add_argument_group("model")
@@ -134,7 +149,7 @@ def add_data_args(parser, data_help):
                       help="go on where more than 5 %% of the records can't be used")
     data.add_argument("--workers", type=positive, default=min(4, os.cpu_count() or 1),
                       help="processes that decode media ahead of the model")
-    data.add_argument("--decode-timeout", type=float, default=60,
+    data.add_argument("--decode-timeout", type=seconds, default=60,
                       help="seconds after which a medium counts as unreadable")
     data.add_argument("--prompt-file",
                       help="a text file with {question} and {answer_form} in place of our prompt")
@@ -267,7 +282,7 @@ def parse_options(options, where):
         except ValueError:
             try:
                 options = ast.literal_eval(options)  # parses literals only, evaluates nothing
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
                 raise UserError(f"{where}: the options can't be parsed as a list: "
                                 f"{options[:80]!r}.") from None
     options = options or []
@@ -301,7 +316,7 @@ def keep_with_media(records, media_root):
               f"their media are not below {media_root}.")
     manifest = Path(media_root) / MANIFEST
     if manifest.exists():
-        unreadable = {row["media"] for row in read_json(manifest) if row["status"] == "unreadable"}
+        unreadable = {row["media"] for row in read_json(manifest) if row.get("status") == "unreadable"}
         usable = [record for record in present
                   if os.path.relpath(record["media"], media_root) not in unreadable]
         if len(usable) < len(present):
@@ -584,7 +599,7 @@ def add_judge_args(group, default):
                                                    "in place of our prompt to the judge")
     group.add_argument("--judge-cache", default="runs/judge-cache", help="folder of a remote judge's replies")
     group.add_argument("--judge-concurrency", type=positive, default=8, help="a process's requests in flight")
-    group.add_argument("--judge-max-calls", type=int, help="a process stops after this many requests")
+    group.add_argument("--judge-max-calls", type=positive, help="a process stops after this many requests")
     group.add_argument("--scoring", default="paper", choices=["paper", "lenient"],
                        help="how answers are compared")
 
@@ -616,8 +631,9 @@ def get_args():
                                              "anthropic:MODEL, or openai:MODEL@BASE_URL")
     algorithm.add_argument("--teacher-concurrency", type=positive, default=64,
                            help="questions in flight at most")
-    algorithm.add_argument("--teacher-max-calls", type=int, help="the run stops after this many requests")
-    algorithm.add_argument("--teacher-extra", type=json.loads,
+    algorithm.add_argument("--teacher-max-calls", type=positive,
+                           help="the run stops after this many requests")
+    algorithm.add_argument("--teacher-extra", type=json_object,
                            help="more fields of a request, as JSON (default: {\"temperature\": 0} for a "
                                 "server named by its URL, none for the others, whose newer models refuse it)")
     algorithm.add_argument("--threshold", type=float, default=0.6,
@@ -629,6 +645,8 @@ def get_args():
                      help="file for the kept records (default: runs/<model>/gen_cot/cot.jsonl)")
     args = parse_args(parser, {}, data_key="cot_data")
     args.output = args.output or args.run_dir / "gen_cot" / "cot.jsonl"
+    if args.output.is_dir():
+        raise UserError(f"--output {args.output} is a folder: name the file in it.")
     return args
 
 
@@ -693,7 +711,7 @@ def write_atomically(path, text):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a pair: \ud83d, as in JSON
     os.replace(partial, path)
 
 
@@ -710,13 +728,17 @@ class Journal:
         with open(path, "ab+") as file:
             file.seek(0)
             whole = 0
-            for line in file:
+            for i, line in enumerate(file):
                 if not line.endswith(b"\n"):  # killed while writing it
                     file.truncate(whole)
                     break
                 whole += len(line)
-                self.remember(json.loads(line))
-        self.file = open(path, "a", encoding="utf-8")
+                try:
+                    self.remember(json.loads(line))
+                except (ValueError, LookupError, TypeError):
+                    raise UserError(f"{path}, line {i + 1} is no row of a journal: delete the line, or move "
+                                    "the file away to ask everything anew.") from None
+        self.file = open(path, "a", encoding="utf-8", errors="backslashreplace")
 
     def remember(self, row):
         if "output" in row:
@@ -744,8 +766,9 @@ def teacher_content(record, num_frames, max_pixels):
     return parts
 
 
-def trace_question(record, content, key, template, teacher, judge, journal, args):
+def trace_question(record, content, template, teacher, judge, journal, args):
     """(score, reason) of one question after steps 1 to 3; the teacher is not asked where content is None."""
+    key, settings = record["check"]
     if content is not None:
         prompt = dict(type="text", text=build_prompt(record, template))
         output = teacher.ask_here([*content, prompt])
@@ -754,13 +777,15 @@ def trace_question(record, content, key, template, teacher, judge, journal, args
         journal.write(question=key, problem_id=record.get("problem_id"), output=output)
     (reason,), (score,) = verify([record], [journal.outputs[key]], judge, args.threshold, args.scoring)
     if reason != "judge unknown":
-        journal.write(question=key, settings=settings_of(args), score=score, reason=reason)
+        journal.write(question=key, settings=settings, score=score, reason=reason)
     return score, reason
 
 
-def settings_of(args):
-    """What a verdict of steps 2 and 3 depends on, as the journal names it."""
-    return f"{args.judge} {args.judge_prompt_file or ''} {args.threshold} {args.scoring}"
+def settings_of(args, record):
+    """What a verdict of steps 2 and 3 depends on beside the trace, as the journal names it."""
+    gold = json.dumps([record["solution"], record["options"], record.get("evidence")])
+    return (f"{args.judge} {args.judge_prompt_file or ''} {args.threshold} {args.scoring} "
+            + hashlib.sha256(gold.encode()).hexdigest()[:12])
 
 
 @contextlib.contextmanager
@@ -784,63 +809,76 @@ def generate(records, teacher, judge, journal, args):
     """All three steps for each record, `--teacher-concurrency` at a time, through the journal.
 
     Returns (outputs, reasons, scores), lists in the order of the records. Raises UserError where the teacher
-    or the judge refuses, or has had its calls, once the questions in flight are through.
+    or the judge refuses ten times in a row or has had its calls, or where the journal can't be written, once
+    the questions in flight are through.
     """
     template, results, refusals = load_template(args.prompt_file), {}, 0
-    keys = [hashlib.sha256(json.dumps([args.teacher, build_prompt(record, template), record["path"],
-                                       args.num_frames, args.max_pixels]).encode()).hexdigest()[:24]
-            for record in records]
-    todo = {key: record for key, record in zip(keys, records)
-            if (key, settings_of(args)) not in journal.checks}
-    unasked = [dict(record, key=key) for key, record in todo.items() if key not in journal.outputs]
-    answered = [dict(record, key=key) for key, record in todo.items() if key in journal.outputs]
+    keys = [hashlib.sha256(json.dumps([args.teacher, args.teacher_extra, build_prompt(record, template),
+                                       record["path"], args.num_frames, args.max_pixels]).encode()
+                           ).hexdigest()[:24] for record in records]
+    checks = [(key, settings_of(args, record)) for key, record in zip(keys, records)]
+    todo = {check[0]: dict(record, check=check) for check, record in zip(checks, records)
+            if check not in journal.checks}
+    unasked = [record for key, record in todo.items() if key not in journal.outputs]
+    answered = [record for key, record in todo.items() if key in journal.outputs]
     jobs = itertools.chain(((record, None) for record in answered),
                            read_ahead(unasked, args, teacher_content))
-    tally = collections.Counter("rejected" if journal.checks[key, settings_of(args)][1] else "kept"
-                                for key in set(keys) - set(todo))
+    tally = collections.Counter("rejected" if journal.checks[check][1] else "kept"
+                                for check in set(checks) if check in journal.checks)
 
-    def settle(key, record, future):
+    def settle(record, future):
         nonlocal refusals
+        check = record["check"]
         try:
-            results[key], refusals = future.result(), 0
-        except UserError as error:
-            results[key], refusals = (0.0, "no trace"), refusals + 1
+            results[check], refusals = future.result(), 0
+        except UserError as error:  # the judge's, where there is a trace
+            results[check] = 0.0, "judge unknown" if check[0] in journal.outputs else "no trace"
+            refusals += 1
             tqdm.write(f"problem_id {record.get('problem_id')}: {error}")
-            if refusals == 10 or isinstance(error, CallLimit) or key in journal.outputs:
+            if refusals == 10 or isinstance(error, CallLimit):
                 raise
-        tally["kept" if results[key][1] is None else "rejected"] += 1
+        tally["kept" if results[check][1] is None else "rejected"] += 1
         if bar.n % 50 == 0 or bar.n + 1 == bar.total:  # writing the line costs more than settling a question
             bar.set_postfix(**tally, refresh=False, tokens_in=teacher.stats["tokens_in"],
                             tokens_out=teacher.stats["tokens_out"])
         bar.update()
 
     with one_core(), ThreadPoolExecutor(args.teacher_concurrency) as pool, tqdm(
-            total=len(set(keys)), initial=tally.total(), desc="questions", smoothing=0.02) as bar:
+            total=len(set(checks)), initial=tally.total(), desc="questions", smoothing=0.02) as bar:
         waiting = collections.deque()
         try:
             for record, content in jobs:
-                key = record.pop("key")
                 if isinstance(content, MediaError):
                     tqdm.write(f"skipped: {content}")
-                    results[key] = 0.0, "unreadable medium"
+                    results[record["check"]] = 0.0, "unreadable medium"
                     bar.update()
                     continue
-                waiting.append((key, record, pool.submit(
-                    trace_question, record, content, key, template, teacher, judge, journal, args)))
+                waiting.append((record, pool.submit(
+                    trace_question, record, content, template, teacher, judge, journal, args)))
                 if len(waiting) == 8 * args.teacher_concurrency:  # decoded and not yet answered, in memory
                     settle(*waiting.popleft())
             while waiting:
                 settle(*waiting.popleft())
-        except UserError as error:
+            for check, record in zip(checks, records):  # a question asked above, with another gold answer
+                if check not in results and check not in journal.checks:
+                    if check[0] in journal.outputs:
+                        record = dict(record, check=check)
+                        settle(record, pool.submit(
+                            trace_question, record, None, template, teacher, judge, journal, args))
+                    else:
+                        results[check] = results[todo[check[0]]["check"]]
+        except BaseException as error:  # Ctrl-C too: ask nothing more, journal what is on its way
             pool.shutdown(cancel_futures=True)
-            raise UserError(f"Stopped: {error} The journal keeps {len(journal.outputs)} replies: run the "
-                            "same command to go on.") from None
-    checks = [results.get(key) or journal.checks[key, settings_of(args)] for key in keys]
-    return ([journal.outputs.get(key) for key in keys], [reason for _, reason in checks],
-            [score for score, _ in checks])
+            if not isinstance(error, (UserError, OSError)):
+                raise
+            raise UserError(f"Stopped: {str(error).removesuffix('.')}. The journal keeps "
+                            f"{len(journal.outputs)} replies: run the same command to go on.") from None
+    final = [results.get(check) or journal.checks[check] for check in checks]
+    return ([journal.outputs.get(key) for key in keys], [reason for _, reason in final],
+            [score for score, _ in final])
 
 
-def print_yield(records, reasons, kept, path):
+def print_yield(records, reasons, kept, scoring, path):
     """The paper's Table 3 for this run: questions, rejections by reason and what was kept, by problem and
     data type, and the words per segment (Fig. 10); on screen, and as JSON in `path`."""
     columns = ["questions"] + REASONS + ["kept"]
@@ -859,7 +897,7 @@ def print_yield(records, reasons, kept, path):
     words = {name: round(sum(len(getattr(trace, name).split()) for trace in traces) / len(traces), 1)
              for name in ("observation", "think", "answer")}
     print("   words per kept trace: " + ", ".join(f"{name} {n}" for name, n in words.items()))
-    write_atomically(path, json.dumps(dict(table=table, words=words), indent=1))
+    write_atomically(path, json.dumps(dict(scoring=scoring, table=table, words=words), indent=1))
 
 
 def main(args):
@@ -887,7 +925,7 @@ def main(args):
     if not kept:
         raise UserError(f"None of the {len(records)} traces was kept, so nothing was written: "
                         + ", ".join(f"{reasons.count(r)} {r}" for r in REASONS if r in reasons) + ".")
-    print_yield(records, reasons, kept, args.output.with_name("yield.json"))
+    print_yield(records, reasons, kept, args.scoring, args.output.with_name("yield.json"))
     print_stats(judge)
     write_jsonl(args.output, kept)
     print(f"{len(kept)} verified traces in {args.output}")

@@ -233,6 +233,104 @@ def test_limits_refusals_and_lost_media_end_in_one_sentence_and_lose_nothing(wor
     server.shutdown()
 
 
+def make_run(world, tmp_path, count, **changes):
+    """What `generate` takes for the first `count` good questions: records, a teacher that counts what it is asked,
+    a judge that agrees, the journal and the arguments."""
+    _, records, replies, planted = world
+    texts = {gen_cot.build_prompt(record): text for record, text in zip(records, replies.values())}
+    asked = []
+
+    def ask_here(content):
+        asked.append(content[-1]["text"])
+        return texts[content[-1]["text"]]
+
+    args = SimpleNamespace(**dict(
+        teacher="t", teacher_extra=None, teacher_concurrency=2, prompt_file=None, num_frames=4, max_pixels=4, workers=1,
+        decode_timeout=60, threshold=0.6, scoring="paper", judge="j", judge_prompt_file=None) | changes)
+    teacher = SimpleNamespace(ask_here=ask_here, stats=dict(tokens_in=0, tokens_out=0), asked=asked)
+    good = [record for record in records if planted[record["problem_id"]] is None][:count]
+    return good, teacher, lambda records, observations: [True] * len(records), gen_cot.Journal(
+        tmp_path / "journal.jsonl"), args
+
+
+def test_a_verdict_holds_for_its_own_gold_answer_alone(world, tmp_path):
+    """The same question twice, with two gold answers: one call, two verdicts, whichever comes first; and a gold
+    answer that is mended between two runs is scored again without a call."""
+    (right, other), teacher, judge, journal, args = make_run(world, tmp_path, 2)
+    wrong = dict(right, solution="<answer>something else entirely</answer>")
+    for pair, expected in (((right, wrong), [None, "wrong answer"]), ((wrong, right), ["wrong answer", None])):
+        folder = tmp_path / str(expected[0])
+        journal = gen_cot.Journal(folder / "journal.jsonl")
+        teacher.asked.clear()
+        outputs, reasons, scores = gen_cot.generate([*pair, other], teacher, judge, journal, args)
+        assert reasons == [*expected, None] and len(teacher.asked) == 2 and outputs[0] == outputs[1]
+    journal = gen_cot.Journal(tmp_path / "mended" / "journal.jsonl")
+    assert gen_cot.generate([wrong], teacher, judge, journal, args)[1] == ["wrong answer"]
+    calls = len(teacher.asked)
+    assert gen_cot.generate([right], teacher, judge, journal, args)[1:] == ([None], [1.0])
+    assert len(teacher.asked) == calls
+    args.teacher_extra = dict(temperature=1)  # another request
+    gen_cot.generate([right], teacher, judge, journal, args)
+    assert len(teacher.asked) == calls + 1
+
+
+def test_a_judge_that_refuses_costs_one_verdict_and_ten_in_a_row_stop_the_run(world, tmp_path):
+    records, teacher, agree, journal, args = make_run(world, tmp_path, 14)
+
+    ids, refused = [record["problem_id"] for record in records], set()
+
+    def judge(asked, observations):
+        if asked[0]["problem_id"] in refused:
+            raise UserError("the judge says no.")
+        return agree(asked, observations)
+
+    unsure = gen_cot.generate(records, teacher, lambda records, observations: [None] * len(records), journal, args)
+    assert unsure[1] == ["judge unknown"] * 14 and not journal.checks
+    refused |= set(ids[3:5])
+    reasons = gen_cot.generate(records, teacher, judge, journal, args)[1]
+    assert [i for i, reason in enumerate(reasons) if reason] == [3, 4] and reasons[3] == "judge unknown"
+    assert len(teacher.asked) == 14
+    reasons = gen_cot.generate(records, teacher, agree, gen_cot.Journal(tmp_path / "journal.jsonl"), args)[1]
+    assert reasons == [None] * 14 and len(teacher.asked) == 14  # the two verdicts were not journalled
+
+    again = gen_cot.Journal(tmp_path / "again" / "journal.jsonl")
+    refused |= set(ids) - {ids[9]}  # nine in a row, and four
+    assert gen_cot.generate(records, teacher, judge, again, args)[1].count("judge unknown") == 13
+    refused |= {ids[9]}
+    again = gen_cot.Journal(tmp_path / "refused" / "journal.jsonl")
+    with pytest.raises(UserError, match=r"Stopped: the judge says no\. The journal keeps 1\d replies"):
+        gen_cot.generate(records, teacher, judge, again, args)
+
+
+@pytest.mark.parametrize("trouble", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_full_disk_or_ctrl_c_asks_nothing_more(world, tmp_path, trouble):
+    records, teacher, judge, journal, args = make_run(world, tmp_path, 60, teacher_concurrency=1)
+    write, ask = journal.write, teacher.ask_here
+    teacher.ask_here = lambda content: time.sleep(0.05) or ask(content)  # decoding is quicker: the queue is full
+
+    def fails_at_last(**row):
+        if len(journal.outputs) == 5 and "output" in row:
+            raise trouble
+        write(**row)
+
+    journal.write = fails_at_last
+    with pytest.raises(UserError if isinstance(trouble, OSError) else KeyboardInterrupt) as error:
+        gen_cot.generate(records, teacher, judge, journal, args)
+    assert 6 <= len(teacher.asked) <= 8  # not the eight in the queue as well
+    if isinstance(trouble, OSError):
+        assert "No space left on device. The journal keeps 5 replies" in str(error.value)
+
+
+def test_half_a_surrogate_pair_is_written_as_json_escapes_it(world, tmp_path):
+    (record,), teacher, judge, journal, args = make_run(world, tmp_path, 1)
+    text, = {teacher.ask_here([dict(text=gen_cot.build_prompt(record))])}
+    teacher.ask_here = lambda content: text.replace("<think>", "<think>\ud83d ")
+    (output,), reasons, scores = gen_cot.generate([record], teacher, judge, journal, args)
+    assert reasons == [None] and gen_cot.Journal(tmp_path / "journal.jsonl").outputs == journal.outputs
+    gen_cot.write_jsonl(tmp_path / "cot.jsonl", [gen_cot.kept_record(record, output, 1.0)])
+    assert "<think>\ud83d " in load_records(tmp_path / "cot.jsonl")[0]["output"]
+
+
 def test_a_journal_with_a_torn_last_line(tmp_path):
     path = tmp_path / "journal.jsonl"
     path.write_bytes(b'{"question": "a", "problem_id": 1, "output": "x"}\n{"question": "b", "prob')
@@ -241,6 +339,10 @@ def test_a_journal_with_a_torn_last_line(tmp_path):
     journal.write(question="c", problem_id=3, output="y")
     again = gen_cot.Journal(path)
     assert again.outputs == {"a": "x", "c": "y"}
+    for line in ("nonsense", "3", '{"output": "x"}'):
+        path.write_text('{"question": "a", "problem_id": 1, "output": "x"}\n' + line + "\n")
+        with pytest.raises(UserError, match="journal.jsonl, line 2 is no row of a journal: delete the line"):
+            gen_cot.Journal(path)
 
 
 def test_no_teacher_and_no_traces_is_one_sentence(tmp_path, monkeypatch):
