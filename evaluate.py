@@ -91,7 +91,7 @@ def mean(values):
 
 def summarise(results):
     """The table's row as a dict of percentages: answers overall and per type, perception, template,
-    media unread."""
+    media unread, observations without a verdict."""
     readable = [r for r in results if r["completion"] is not None]
     row = {"answer": mean([r["answer"] for r in results]),
            "perception": mean([r["perception"] for r in results if r["perception"] is not None]),
@@ -100,7 +100,8 @@ def summarise(results):
     for kind in PROBLEM_TYPES:
         row[kind] = mean([r["answer"] for r in results if r["problem_type"] == kind])
     return ({key: tuple(round(100 * v, 2) for v in pair) for key, pair in row.items()}
-            | {"unread": len(results) - len(readable)})
+            | {"unread": len(results) - len(readable),
+               "judge unknown": sum(r["perception"] is None for r in results)})
 
 
 def print_table(rows, records):
@@ -118,6 +119,8 @@ def print_table(rows, records):
         if row["unread"]:
             print(f"  {row['unread']} media could not be read and count as wrong; without them "
                   f"the answers are {row['answer, readable media only'][0]:.1f}")
+        if row["judge unknown"]:
+            print(f"  {row['judge unknown']} observations got no verdict and count in no perception")
 
 
 def get_args():

@@ -195,7 +195,7 @@ def test_the_processes_share_every_batch(monkeypatch, processes, batch_size):
 @pytest.mark.parametrize("command, says", [
     ("sft.py --model qwen-7b", "Unknown model 'qwen-7b': pass one of tiny, qwen2.5-vl-7b, qwen2.5-vl-3b"),
     ("pagrpo.py --model qwen2.5-vl-7b", "No data file data/VideoP2R-263k_rl.part*.json.gz"),
-    ("evaluate.py --model tiny --adapters runs/nowhere", "No adapter in runs/nowhere"),
+    ("evaluate.py --model tiny --adapters none runs/nowhere", "No adapter in runs/nowhere"),
     ("pagrpo.py --model tiny --adapter runs/nowhere", "No adapter in runs/nowhere"),
     ("pagrpo.py --model tiny --lora-rank 8", "has rank 32 and alpha 64: pass --lora-rank 32"),
     ("pagrpo.py --model tiny --lora-alpha 1", "has rank 32 and alpha 64"),
@@ -227,6 +227,20 @@ def test_every_stage_takes_an_options_text_for_its_letter_where_scoring_is_lenie
     assert evaluate.score_completions([record], [text], judge, scoring)[0]["answer"] == score
     rival = dict(record, solution="<answer>dark blue</answer>")  # as good a guess for both, where it counts as B
     assert [r["answer"] for r in evaluate.constant_answers([record, rival], scoring)].count(1.0) == 1 + score
+
+
+def test_what_has_no_verdict_or_no_media_stands_below_its_row(capsys):
+    records = [dict(problem_id=i, path=f"{i}.png", problem_type="numerical", problem="How many?", options=[],
+                    solution="<answer>1</answer>") for i in range(4)]
+    texts = ["<observation>o</observation> <think>t</think><answer>1</answer>"] * 3 + [None]
+    results = evaluate.score_completions(
+        records, texts, lambda records, observations: [True, None, None, False], "paper")
+    row = evaluate.summarise(results)
+    assert row["answer"][0] == 75 and row["answer, readable media only"][0] == 100 and row["unread"] == 1
+    assert row["perception"][0] == 50 and row["judge unknown"] == 2
+    evaluate.print_table({"mine": row}, records)
+    text = capsys.readouterr().out
+    assert "1 media could not be read" in text and "2 observations got no verdict" in text
 
 
 def test_adapters_whose_folders_share_a_name_keep_a_row_each():
