@@ -217,7 +217,7 @@ def test_mistakes_get_one_sentence_and_leave_nothing(clone, command, says, monke
 
 @pytest.mark.parametrize("scoring, score", [("paper", 0.0), ("lenient", 1.0)])
 def test_every_stage_takes_an_options_text_for_its_letter_where_scoring_is_lenient(scoring, score):
-    record = dict(problem_type="multiple choice", problem="Which?", options=["A. red", "B. dark blue"],
+    record = dict(path="1.png", problem_type="multiple choice", problem="Which?", options=["A. red", "B. dark blue"],
                   solution="<answer>B</answer>", evidence=["blue"])
     text = "<observation>blue.</observation> <think>so blue</think><answer>dark blue</answer>"
     judge = make_judge("rule")
