@@ -436,7 +436,7 @@ class ChatClient:
     timeout: float = 60.0  # seconds of a request, from connecting to the reply's end
     retries: int = 8  # after time-out, lost connection, 408, 409, 429, 5xx or a reply that isn't accepted
     backoff: float = 0.5  # seconds before the first retry; doubles, with jitter; Retry-After can lengthen it
-    cache_dir: str | None = None  # accepted replies, one file each, keyed by all that is sent
+    cache_dir: str | None = None  # accepted replies, one file each, keyed by URL and all that is sent
     max_calls: int | None = None  # requests after which `ask` raises CallLimit
     max_tokens: int = 1024  # of a reply; the Messages API demands a limit, chat-completions gets none
     extra: dict | None = None  # more body fields, such as {"temperature": 0} where the server takes it
@@ -473,7 +473,7 @@ class ChatClient:
         """
         start, stop = time.monotonic(), threading.Event()
         bodies = [self.request_body(content) for content in contents]
-        keys = [hashlib.sha256(json.dumps(body).encode()).hexdigest() for body in bodies]
+        keys = [self.cache_key(body) for body in bodies]
         jobs = {key: self.pool.submit(self.reply, key, body, accept, stop)
                 for key, body in dict(zip(keys, bodies)).items()}
         try:
@@ -490,6 +490,10 @@ class ChatClient:
         self.report(replies)
         return replies
 
+    def cache_key(self, body):
+        """Another server is another judge, whatever the name under which it serves its model."""
+        return hashlib.sha256(json.dumps([self.url, body]).encode()).hexdigest()
+
     def report(self, replies):
         """Says on the screen how many of the replies are missing, and why the last one is."""
         if None in replies:
@@ -500,7 +504,7 @@ class ChatClient:
     def ask_here(self, content, accept=bool):
         """The reply to one content, asked in the caller's own thread; None and UserError as in `ask`."""
         start, body = time.monotonic(), self.request_body(content)
-        key = hashlib.sha256(json.dumps(body).encode()).hexdigest() if self.cache_dir else None
+        key = self.cache_key(body) if self.cache_dir else None
         reply = self.reply(key, body, accept, threading.Event())
         self.count(unknown=reply is None, seconds=time.monotonic() - start)
         self.report([reply])

@@ -356,7 +356,9 @@ def test_cache_is_keyed_by_all_that_is_sent(server, tmp_path):
     judge_at(server, "anthropic", cache_dir=tmp_path / "cache")([record()], ["seen"])
     make_judge(f"openai:other@{server.url}", cache_dir=tmp_path / "cache")([record()], ["seen"])
     judge_at(server, cache_dir=tmp_path / "cache")([record(solution="A")], ["seen"])
-    assert len(server.seen) == 6
+    elsewhere = spec(server).replace("127.0.0.1", "localhost")  # what serves there may be another model
+    make_judge(elsewhere, cache_dir=tmp_path / "cache")([record()], ["seen"])
+    assert len(server.seen) == 7
 
 
 def test_broken_or_useless_cache_files_are_asked_again(server, tmp_path):
