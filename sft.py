@@ -25,6 +25,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import random
@@ -42,6 +43,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advertises a package as it is imported
 from peft import (LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict,
                   load_peft_weights)
 from peft.tuners.lora import LoraLayer
@@ -105,6 +108,9 @@ def load_base(base, four_bit=True):
         raise UserError(f"{base} lacks {len(info['missing_keys'])} of Qwen2.5-VL's weights, for example "
                         f"{min(info['missing_keys'])}: download it again, or name another model.")
     model.requires_grad_(False)
+    for module in model.modules():  # on a CPU with bf16 instructions a pass without gradients would repack the
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # weights, for arithmetic that has no gradient and
+            module.support_avx512bf16_for_cpu = False  # other log-probs
     linears = [(name, "4bit" in type(m).__name__)
                for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     quantised = [name for name, is_4bit in linears if is_4bit]

@@ -298,6 +298,20 @@ def test_what_is_in_four_bits_and_what_trains(capsys):
     assert not any("4bit" in type(m).__name__ for m in model.modules())
 
 
+def test_a_pass_without_gradients_leaves_the_4_bit_weights_as_they_are(monkeypatch):
+    """On a CPU with bf16 instructions bitsandbytes would repack them, and nothing could be learnt any more."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    model, tokenizer = sft.load_model(BASE, lora_rank=4)
+    layer = sft.core(model).model.language_model.layers[0].mlp.down_proj.base_layer
+    before, x = layer.weight.data.clone(), torch.ones(3, layer.in_features)
+    with torch.no_grad():
+        plain = layer(x)
+    assert torch.equal(layer.weight.data, before)
+    learnt = layer(x.requires_grad_())
+    learnt.sum().backward()
+    assert x.grad.abs().max() > 0 and torch.allclose(learnt, plain, atol=1e-5)
+
+
 def test_no_such_base():
     with pytest.raises(UserError, match="nowhere/base can't be loaded"):
         sft.load_model("nowhere/base")
@@ -329,8 +343,9 @@ def test_a_saved_adapter_comes_back_equal(saved, toy_records):
         assert torch.equal(logprobs((loaded, tokenizer), frames, fps, record)[1], expected)
 
 
-def test_a_saved_adapter_works_in_plain_peft_and_transformers(saved, toy_records):
+def test_a_saved_adapter_works_in_plain_peft_and_transformers(saved, toy_records, monkeypatch):
     """Whoever takes the adapter away needs none of our code: same logits, same greedy text."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)  # there it computes in bf16
     model, tokenizer, folder = saved
     bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=torch.float32,
