@@ -264,6 +264,50 @@ def rouge_scorer():
     return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
 
 
+# --- both processes' rewards of a completion ----------------------------------------------------------------
+
+def process_rewards(record, completion, verdict, num_tokens, length_ranges, bonus=0.2, scoring="paper"):
+    """All rewards of one completion (Eq. 3-5), a dict: `reward`, the sum of `perception` and `reasoning`; of
+    each of the two its parts, `perception_accuracy`, `_format` and `_length`, and `perception_tokens`.
+
+    verdict: the judge's on the observation, True, False or None (unknown, choice 6: NaN). num_tokens: the two
+    segments' lengths, perception's first; length_ranges: their (low, high) that earn the bonus.
+    """
+    accuracies = (math.nan if verdict is None else float(verdict),
+                  accuracy_reward(record["problem_type"], completion, record["solution"], scoring,
+                                  record.get("options")))
+    rewards = {}
+    for process, accuracy, form, tokens, (low, high) in zip(
+            ("perception", "reasoning"), accuracies, format_rewards(completion), num_tokens, length_ranges):
+        length = accuracy if math.isnan(accuracy) else length_reward(tokens, accuracy, form, low, high, bonus)
+        rewards |= {process: accuracy + form + length, f"{process}_accuracy": accuracy,
+                    f"{process}_format": form, f"{process}_length": length, f"{process}_tokens": tokens}
+    return dict(rewards, reward=rewards["perception"] + rewards["reasoning"])
+
+
+def reward_metrics(groups):
+    """What an update's completions earned, as logged (names in the README); unknown verdicts count in no
+    mean. groups: for each prompt a list of its completions' `process_rewards`, with `truncated` (bool)."""
+    scores = [s for group in groups for s in group]
+    metrics = {"reward": nan_mean([s["reward"] for s in scores]),
+               "truncated_frac": nan_mean([s["truncated"] for s in scores]),
+               "judge_unknown": sum(math.isnan(s["perception"]) for s in scores)}
+    for process in ("perception", "reasoning"):
+        for part in ("accuracy", "format", "length"):
+            metrics[f"rewards/{process}_{part}"] = nan_mean([s[f"{process}_{part}"] for s in scores])
+        metrics[f"length/{process}"] = nan_mean([s[f"{process}_tokens"] for s in scores])
+    for name, key in (("perception", "perception"), ("reasoning", "reasoning"), ("sum", "reward")):  # Fig. 6c
+        equal = [len({s[key] for s in group if not math.isnan(s[key])}) <= 1 for group in groups]
+        metrics[f"frac_reward_zero_std/{name}"] = sum(equal) / len(equal)
+    return metrics
+
+
+def nan_mean(values):
+    """Mean of the values that are known, i.e. not NaN; None where none is."""
+    known = [v for v in values if not math.isnan(v)]
+    return sum(known) / len(known) if known else None
+
+
 # --- prompts that hold what others wrote --------------------------------------------------------------------
 
 TAG_LIKE = re.compile(r"[<＜﹤‹〈⟨〈❮«《˂]\s?(/?)\s?([\w-]{1,40})\s?/?\s?[>＞﹥›〉⟩〉❯»》˃]")  # in whatever brackets
@@ -588,8 +632,8 @@ class ChatClient:
             self.connections = adapter.get_connection_with_tls_context(
                 request, settings["verify"], settings["proxies"], settings["cert"])
         except (requests.RequestException, HTTPError) as error:
-            raise UserError(f"{self.model} can't be reached, its URL or the environment's proxy is malformed: "
-                            f"{type(error).__name__}.") from None
+            raise UserError(f"{self.model} can't be reached, its URL or the environment's proxy is malformed:"
+                            f" {type(error).__name__}.") from None
         self.path, self.headers = adapter.request_url(request, settings["proxies"]), request.headers
         del self.headers["Content-Length"]
 

@@ -57,7 +57,7 @@ from transformers.utils import logging as transformers_logging
 
 from gen_cot import (FACTOR, IMAGE_PIXELS, MediaError, add_data_args, add_vision_args, build_prompt,
                      load_template, parse_args, positive, read_ahead, select_records, write_atomically)
-from rewards import UserError, parse_trace
+from rewards import UserError, nan_mean, parse_trace
 
 PATCH, MERGE, TEMPORAL = 14, 2, 2  # pixels a patch side; patches a token side; frames a temporal patch
 PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
@@ -68,6 +68,7 @@ CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|
         "<|vision_start|>{medium}<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n")
 
 STAGE_PRESETS = {"tiny": dict(lr=2e-3, lora_rank=32, micro_batch=16, max_pixels=4, no_checkpointing=True)}
+CURVES = {"loss": ["loss", "held_out_loss"], "gradient norm": ["grad_norm"], "learning rate": ["lr"]}
 
 
 # --- the model ----------------------------------------------------------------------------------------------
@@ -166,6 +167,23 @@ def load_model(base, adapter=None, four_bit=True, lora_rank=64, lora_alpha=None,
     return model.eval(), tokenizer
 
 
+def add_reference(model, adapter, args):
+    """π_ref as the frozen adapter `ref`, the SFT adapter once more; returns its name, or None where there is
+    no adapter, i.e. where π_ref is the base. UserError where rank or scale are not those of the arguments."""
+    if adapter is None and not (args.probe and args.adapter is None):
+        return None
+    if adapter is None:  # the probe has one as there will be once sft.py has run
+        model.add_adapter("ref", model.peft_config["policy"])
+    else:
+        model.load_adapter(str(adapter), "ref", is_trainable=False)
+        rank, alpha = model.peft_config["policy"].r, model.peft_config["policy"].lora_alpha
+        if rank != args.lora_rank or args.lora_alpha not in (None, alpha):
+            raise UserError(f"The adapter in {adapter} has rank {rank} and alpha {alpha}: pass --lora-rank "
+                            f"{rank} and no --lora-alpha, or train another with sft.py.")
+    model.set_adapter("policy")
+    return "ref"
+
+
 def check_adapter(adapter):
     """Raises UserError where the folder holds no saved adapter."""
     if not (Path(adapter) / "adapter_config.json").exists():
@@ -222,6 +240,31 @@ def merged(model):
     finally:
         for layer in layers:
             del layer.forward  # the class has its own
+
+
+class GroupCache:
+    """Keys and values of a decode loop, written in place: growing the tensors would copy all of them at every
+    token. `rows` are those that are fed now (a prompt's G, all) and `columns` what they have seen, the new
+    tokens at the end."""
+
+    def __init__(self, like, config, rows, length):
+        shape = rows, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads
+        self.layers = [[like.new_zeros(shape), like.new_zeros(shape)]
+                       for _ in range(config.num_hidden_layers)]
+        self.rows = self.columns = slice(None)
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        """Called by the library's attention with (n, heads, tokens, d) of the new tokens, n = 1 for a prompt;
+        returns n rows of all so far."""
+        for room, new in zip(self.layers[layer], (keys, values)):
+            room[self.rows, :, self.columns.stop - new.shape[2]:self.columns.stop] = new
+        return [room[self.rows, :, self.columns][:len(keys)] for room in self.layers[layer]]
+
+
+def banned_ids(tokenizer):
+    """Ids that a completion can't contain: every special token but the end-of-sequence one."""
+    return [i for i, token in tokenizer.added_tokens_decoder.items()
+            if i != tokenizer.eos_token_id and token.content.startswith("<|")]
 
 
 def save_adapter(model, folder):
@@ -421,6 +464,14 @@ def sft_loss(model, prompts, completions):
 
 # --- training -----------------------------------------------------------------------------------------------
 
+def begin(args):
+    """What a training process does first. Raises UserError where its memory can't be limited."""
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # one voice is enough
+    seed_everything(args.seed)
+    limit_memory(args.memory_limit)
+
+
 def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed)
@@ -447,12 +498,6 @@ def mine(items, batch_size):
     """This process's share of a stream, batch by batch."""
     return (item for i, item in enumerate(items)
             if i % batch_size % team().num_processes == team().process_index)
-
-
-def hush():
-    """Silence on the screen from all processes but the first."""
-    if not is_first():
-        sys.stdout = open(os.devnull, "w")
 
 
 def trainable_parameters(model):
@@ -482,26 +527,40 @@ def optimiser_step(model, optimizer, lr, clip):
     return float(norm)
 
 
-def add_training_args(parser, lr, lr_help):
-    """The group 'optimisation', shared with pagrpo.py."""
+def add_training_args(parser, stage, lr):
+    """The groups 'optimisation' and 'run', the same for sft.py and pagrpo.py; returns the two."""
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lora-rank", type=positive, default=64, help="rank of the LoRA adapters")
     group.add_argument("--lora-alpha", type=positive, help="their scale (default: twice the rank)")
-    group.add_argument("--lr", type=float, default=lr, help=lr_help)
+    group.add_argument("--lr", type=float, default=lr,
+                       help="peak learning rate (paper: 1e-6 on all weights; LoRA wants more)")
     group.add_argument("--warmup", type=float, default=0.03, help="share of the steps with linear warm-up")
     group.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW (paper: 0.01)")
     group.add_argument("--max-grad-norm", type=float, default=5.0,
                        help="gradients are clipped to this norm (paper: 5)")
     group.add_argument("--no-checkpointing", action="store_true",
                        help="keep all activations: faster, more memory (the default for tiny)")
-    group.add_argument("--memory-limit", type=float, metavar="GIB",
-                       help="let PyTorch have so much of the GPU; the CUDA context comes on top")
-    group.add_argument("--save-every", type=positive, default=100, help="steps between two checkpoints")
-    group.add_argument("--resume", action="store_true",
-                       help="go on from the last checkpoint of a run that was stopped, where there is one")
-    group.add_argument("--probe", action="store_true",
-                       help="only measure the worst case of these settings: seconds and peak memory")
-    return group
+    run = parser.add_argument_group("run")
+    run.add_argument("--seed", type=int, default=0,
+                     help="seed of the order of the data, of a fresh adapter and of the sampling")
+    run.add_argument("--output", type=Path,
+                     help=f"folder for adapter, metrics and curves (default: runs/<model>/{stage})")
+    run.add_argument("--memory-limit", type=float, metavar="GIB",
+                     help="let PyTorch have so much of the GPU; the CUDA context comes on top")
+    run.add_argument("--save-every", type=positive, default=100, help="steps between two checkpoints")
+    run.add_argument("--resume", action="store_true",
+                     help="go on from the last checkpoint of a run that was stopped, where there is one")
+    run.add_argument("--probe", action="store_true",
+                     help="only measure the worst case of these settings: seconds and peak memory")
+    return group, run
+
+
+def parse_training_args(parser, stage_presets, stage, data_key):
+    """`parse_args`, by one process after the other, since the first one prepares the toy data."""
+    with team().main_process_first():
+        args = parse_args(parser, stage_presets, data_key)
+    args.output = args.output or args.run_dir / stage
+    return args
 
 
 def prepare_for_training(model, args):
@@ -550,8 +609,8 @@ def limit_memory(gib):
 
 @contextlib.contextmanager
 def measured(phase, mend, rows=None):
-    """Print the seconds and peak GiB of what runs within, and put them into rows[phase].
-    Out of memory is a UserError that says how to mend it."""
+    """Put the seconds and peak GiB of what runs within into rows[phase], or print them. Out of memory is a
+    UserError that says how to mend it."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -562,10 +621,15 @@ def measured(phase, mend, rows=None):
         raise UserError(f"The phase '{phase}' does not fit into the memory: {mend}.") from None
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    seconds, gib = time.time() - start, peak_gib()
-    if rows is not None:
-        rows[phase] = seconds, gib
-    print(f"{phase:<10}{seconds:>10.2f} s{gib:>10.2f} GiB at most", flush=True)
+    if rows is None:
+        print_phases({phase: (time.time() - start, peak_gib())})
+    else:
+        rows[phase] = time.time() - start, peak_gib()
+
+
+def print_phases(rows):
+    for phase, (seconds, gib) in rows.items():
+        print(f"{phase:<10}{seconds:>10.2f} s{gib:>10.2f} GiB at most", flush=True)
 
 
 def worst_prompt(tokenizer, config, args, words=300):
@@ -653,6 +717,35 @@ def log_line(file, row):
     file.flush()
 
 
+def finish(model, curves, folder):
+    """What a run leaves beside its metrics.jsonl: the adapter and curves.png, but no checkpoint."""
+    if is_first():
+        save_adapter(model, folder)
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        plot_curves(folder, curves)
+
+
+def plot_curves(folder, curves, window=15):
+    """Draw `curves.png` from `metrics.jsonl`, running means; curves: {title: its keys in the log}."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    shape = math.ceil(len(curves) / 3), 3
+    figure, axes = pyplot.subplots(*shape, figsize=(12, 3 * shape[0]), layout="constrained")
+    for axis, (title, keys) in zip(axes.flat, curves.items()):
+        for key in keys:
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            means = [nan_mean([v for _, v in points[max(0, i - window + 1):i + 1]])
+                     for i in range(len(points))]
+            axis.plot([step for step, _ in points], means, label=key.split("/")[-1].removesuffix("_" + title))
+        axis.set(title=title, xlabel="step")
+        if len(keys) > 1:
+            axis.legend()
+    figure.savefig(folder / "curves.png", dpi=100)
+    pyplot.close(figure)
+
+
 @torch.no_grad()
 def held_out_loss(model, tokenizer, records, template, args):
     """Mean loss per completion token over records that are not trained on; unreadable media don't count, and
@@ -714,13 +807,11 @@ def train(model, tokenizer, records, args):
     lost = len(gather_object(skipped))
     if lost == len(order):
         raise UserError(f"None of the {len(records)} media can be read: see the list above.")
-    if is_first():
-        save_adapter(model, args.output)
-        (args.output / "checkpoint.pt").unlink(missing_ok=True)
+    finish(model, CURVES, args.output)
     print(f"SFT on {len(records) - lost // args.epochs} traces, {lost // args.epochs} skipped; last "
           + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in row.items()
                       if k.endswith("loss") and v is not None)
-          + f"; adapter in {args.output}")
+          + f"; adapter, metrics.jsonl, curves.png in {args.output}")
 
 
 def probe(model, tokenizer, args, tokens=1024):
@@ -739,6 +830,7 @@ def probe(model, tokenizer, args, tokens=1024):
             (sft_loss(model, prompts, targets) / tokens).backward()
     with measured("step", "lower --lora-rank", rows):
         optimiser_step(model, optimizer, args.lr, args.max_grad_norm)
+    print_phases(rows)
     seconds = rows["passes"][0] / (2 * args.micro_batch) + rows["step"][0] / args.batch_size
     print(f"1,000 such traces take {1000 * seconds / 60:.1f} min in one process.")
     return rows
@@ -754,8 +846,7 @@ def get_args():
     algorithm = parser.add_argument_group("algorithm")
     algorithm.add_argument("--process-agnostic", action="store_true",
                            help="no observation block in the target (Table 2)")
-    optimisation = add_training_args(
-        parser, lr=1e-4, lr_help="peak learning rate (paper: 1e-6 on all weights; LoRA wants more)")
+    optimisation, _ = add_training_args(parser, "sft", lr=1e-4)
     optimisation.add_argument("--batch-size", type=positive, default=16,
                               help="traces per optimiser step (paper: 8 x 2)")
     optimisation.add_argument("--micro-batch", type=positive, default=1,
@@ -765,19 +856,11 @@ def get_args():
                               help="traces not trained on, to measure the loss on (at most a tenth of them)")
     optimisation.add_argument("--eval-every", type=positive, default=500,
                               help="steps between two measurements; the last is after the last step")
-    run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, default=0, help="seed of the order and of the fresh adapter")
-    run.add_argument("--output", type=Path, help="folder for adapter and metrics (default: runs/<model>/sft)")
-    with team().main_process_first():  # it prepares the toy data
-        args = parse_args(parser, STAGE_PRESETS, data_key="cot_data")
-    args.output = args.output or args.run_dir / "sft"
-    return args
+    return parse_training_args(parser, STAGE_PRESETS, "sft", data_key="cot_data")
 
 
 def main(args):
-    hush()
-    seed_everything(args.seed)
-    limit_memory(args.memory_limit)
+    begin(args)
     verified = args.run_dir / "gen_cot" / "cot.jsonl"
     if not args.data_given and (verified.exists() or args.model == "tiny"):
         args.data = verified

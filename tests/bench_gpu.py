@@ -148,7 +148,7 @@ def memory(config, args, P, J):
     with torch.device("meta"):
         total = sum(p.numel() for p in Qwen2_5_VLForConditionalGeneration(config).parameters())
     r = args.lora_rank * L * (2 * (D + D) + 2 * (D + kv) + 3 * (D + I))
-    rows, always = pagrpo.rollout_rows(args), 0.52 * N + 2 * (total - N) + 20 * r
+    rows, always = G * args.prompts_per_rollout, 0.52 * N + 2 * (total - N) + 20 * r
 
     def decode(tokens, new):
         return always + rows * ((tokens + new) * 4 * L * kv + 24 * V) + 8 * I * tokens

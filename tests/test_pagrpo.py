@@ -11,6 +11,7 @@ import pagrpo
 import sft
 from conftest import ROOT
 from gen_cot import PRESETS
+from rewards import process_rewards, reward_metrics
 
 BASE = ROOT / PRESETS["tiny"]["base"]
 
@@ -378,8 +379,8 @@ def test_packed_logprobs_and_gradients_equal_hugging_face(tiny, group):
 def make_args(**changes):
     defaults = dict(beta=0.04, num_iterations=1, completions_per_pass=None, clip_eps=0.2,
                     loss_average="segment", max_grad_norm=5.0,
-                    without=None, scoring="paper", length_bonus=0.2, perception_length=(4, 64),
-                    reasoning_length=(4, 64))
+                    without=None, scoring="paper", perception_length=(4, 64), reasoning_length=(4, 64),
+                    num_generations=4, prompts_per_rollout=2)
     return type("Args", (), defaults | changes)
 
 
@@ -468,32 +469,59 @@ def test_smaller_passes_give_the_same_step(started, group, toy_records):
     assert results[1] == pytest.approx(results[0], rel=1e-3) and results[2] == pytest.approx(results[0], rel=1e-3)
 
 
-def test_unknown_verdicts_are_left_out_and_scores_add_up():
+def test_unknown_verdicts_are_left_out_and_scores_add_up(toy_records):
     record = dict(problem_type="numerical", solution="<answer>2</answer>")
     text = "<observation>first red.</observation> <think>one and one</think><answer>2</answer>"
-    good = pagrpo.score(record, text, (10, 10), True, make_args())
-    assert (good["perception"], good["reasoning"]) == (2.2, 2.2)
-    short = pagrpo.score(record, text, (3, 10), True, make_args())
+
+    def rewards(completion, verdict, lengths=(10, 10), **changes):
+        return process_rewards(record, completion, verdict, lengths, ((4, 64), (4, 64)), **changes)
+
+    good = rewards(text, True)
+    assert (good["perception"], good["reasoning"], good["reward"]) == (2.2, 2.2, 4.4)
+    short = rewards(text, True, (3, 10))
     assert (short["perception"], short["reasoning"]) == (2.0, 2.2)
-    unsure = pagrpo.score(record, text, (10, 10), None, make_args())
+    unsure = rewards(text, None)
     assert math.isnan(unsure["perception"]) and unsure["reasoning"] == 2.2
-    means = pagrpo.reward_metrics([[dict(s, perception_tokens=1, reasoning_tokens=1, truncated=False)
-                                    for s in (good, unsure)]])
+    means = reward_metrics([[dict(s, truncated=False) for s in (good, unsure)]])
     assert (means["rewards/perception_accuracy"], means["rewards/perception_length"]) == (1.0, 0.2)
-    assert pagrpo.score(record, text, (10, 10), True, make_args(without="length"))["perception"] == 2.0
-    wrong = pagrpo.score(record, text.replace(">2<", ">3<"), (10, 10), False, make_args())
+    assert (means["reward"], means["length/reasoning"], means["judge_unknown"]) == (4.4, 10, 1)
+    assert rewards(text, True, bonus=0.0)["perception"] == 2.0
+    wrong = rewards(text.replace(">2<", ">3<"), False)
     assert (wrong["perception"], wrong["reasoning"]) == (1.0, 1.0)  # format alone: no bonus without accuracy
+
+
+@pytest.mark.parametrize("without, total", [(None, 4.4), ("length", 4.0)])
+def test_completions_are_scored_as_the_policy_wrote_them(tiny, group, toy_records, without, total):
+    """Text and segment lengths come from the sampled ids; the judge sees each observation with its record."""
+    _, tokenizer = tiny
+    record = next(r for r in toy_records if r["problem_type"] == "numerical")
+    texts = ["<observation>first red.</observation> <think>one and one</think>" + record["solution"], "red"]
+    rows = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (max(map(len, rows)) - len(row)) for row in rows])
+    masks = pagrpo.segment_masks(ids, tokenizer)
+    made, seen = pagrpo.Group(record, group[0][0], ids, masks[0] | masks[1], *masks), []
+
+    def judge(records, observations):
+        seen.extend(zip(records, observations))
+        return [observation is not None for observation in observations]
+
+    pagrpo.score_groups([made], tokenizer, judge, make_args(without=without))
+    assert made.texts == texts and seen == [(record, "first red."), (record, None)]
+    assert [s["reward"] for s in made.scores] == [total, 0.0]
+    assert [s["perception_tokens"] + s["reasoning_tokens"] for s in made.scores] == [len(row) for row in rows]
+    assert made.perception_advantages[0] > 0 > made.perception_advantages[1]
 
 
 def test_the_self_judge_is_the_base_whatever_the_policy_has_learnt(started, toy_records):
     """The policy must not be able to talk its own judge round: adapters are off while it judges."""
     model, tokenizer = started
     prompts = ["Which option is red?\nOptions:\nA. blue\nB. red", "List the colours in order."]
-    judged = pagrpo.self_judge(model, tokenizer, prompts, 8, max_tokens=24)
+    judged = pagrpo.self_judge(model, tokenizer, prompts, make_args(), max_tokens=24)
     for name, p in model.named_parameters():
         if ".policy." in name and "lora_B" in name:
             p.data.mul_(-20)
-    assert pagrpo.self_judge(model, tokenizer, prompts, 1, max_tokens=24) == judged and all(judged)
+    one_by_one = make_args(num_generations=1, prompts_per_rollout=1)
+    assert pagrpo.self_judge(model, tokenizer, prompts, one_by_one, max_tokens=24) == judged and all(judged)
     encoded = [sft.encode_text(text, tokenizer) for text in prompts]
     with torch.no_grad():
         sft.embed_prompts(model, encoded)

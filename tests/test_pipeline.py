@@ -17,7 +17,7 @@ import gen_cot
 import pagrpo
 import sft
 from conftest import ROOT
-from rewards import UserError, make_judge
+from rewards import UserError, make_judge, process_rewards
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_two_processes_learn_what_one_learns(clone, monkeypatch):
     for stage in ("sft", "pagrpo"):
         one, two = ([json.loads(line) for line in open(clone / f"runs/{name}/{stage}/metrics.jsonl")]
                     for name in ("one", "two"))
-        names = [name for name in one[-1] if "sec" not in name and name != "peak_gib"]
+        names = [name for name in one[-1] if "sec" not in name and "gib" not in name]
         assert len(one) == len(two) == 10 and "loss" in names and one[0]["loss"] != one[9]["loss"]
         for row, other in zip(one, two):
             assert [other[name] for name in names if name in row] == pytest.approx(
@@ -146,7 +146,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(clone, monkeypatch, capsy
     for file in ("metrics.jsonl", "adapter_model.safetensors"):
         one, two = ((clone / "runs" / name / stage / file).read_bytes() for name in ("whole", "killed"))
         if file == "metrics.jsonl":
-            one, two = ([{k: v for k, v in json.loads(line).items() if "sec" not in k and k != "peak_gib"}
+            one, two = ([{k: v for k, v in json.loads(line).items() if "sec" not in k and "gib" not in k}
                          for line in text.splitlines()] for text in (one, two))
             assert len(one) == 6 and one[0]["loss"] != one[5]["loss"]
         assert one == two
@@ -222,8 +222,8 @@ def test_every_stage_takes_an_options_text_for_its_letter_where_scoring_is_lenie
     text = "<observation>blue.</observation> <think>so blue</think><answer>dark blue</answer>"
     judge = make_judge("rule")
     assert gen_cot.verify([record], [text], judge, scoring=scoring)[1] == [score]
-    args = SimpleNamespace(scoring=scoring, without=None, length_bonus=0.2, perception_length=(1, 2), reasoning_length=(1, 2))
-    assert pagrpo.score(record, text, (9, 9), True, args)["reasoning_accuracy"] == score
+    rewards = process_rewards(record, text, True, (9, 9), ((1, 2), (1, 2)), scoring=scoring)
+    assert rewards["reasoning_accuracy"] == score
     assert evaluate.score_completions([record], [text], judge, scoring)[0]["answer"] == score
     rival = dict(record, solution="<answer>dark blue</answer>")  # as good a guess for both, where it counts as B
     assert [r["answer"] for r in evaluate.constant_answers([record, rival], scoring)].count(1.0) == 1 + score

@@ -674,7 +674,8 @@ def test_the_script_trains_and_skips_what_it_cannot_read(small_set):
     assert re.findall(r"skipped: \S+", done.stderr) == [f"skipped: {small_set / spoilt}"]
     assert "SFT on 3 traces, 1 skipped" in done.stdout  # skipped, and not replaced by another
     folder = small_set / "runs" / "sft"
-    assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors", "metrics.jsonl"]
+    assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors", "curves.png",
+                                          "metrics.jsonl"]
     rows = metrics(folder)
     assert len(rows) == 6 and all(0 < row["loss"] < 20 for row in rows)  # two passes; without data no loss
     assert all(row["grad_norm"] > 0 and row["sec"] > 0 for row in rows)
