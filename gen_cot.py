@@ -781,11 +781,16 @@ def trace_question(record, content, template, teacher, judge, journal, args):
     return score, reason
 
 
-def settings_of(args, record):
-    """What a verdict of steps 2 and 3 depends on beside the trace, as the journal names it."""
-    gold = json.dumps([record["solution"], record["options"], record.get("evidence")])
-    return (f"{args.judge} {args.judge_prompt_file or ''} {args.threshold} {args.scoring} "
-            + hashlib.sha256(gold.encode()).hexdigest()[:12])
+def settings_of(args, records):
+    """For each record, what a verdict of steps 2 and 3 depends on beside the trace, as the journal names it."""
+    prompt = Path(args.judge_prompt_file).read_text(encoding="utf-8") if args.judge_prompt_file else None
+    run = f"{args.judge} {digest(prompt)[:12] if prompt else ''} {args.threshold} {args.scoring}"
+    return [f"{run} {digest([record['solution'], record['options'], record.get('evidence')])[:12]}"
+            for record in records]
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -813,10 +818,9 @@ def generate(records, teacher, judge, journal, args):
     the questions in flight are through.
     """
     template, results, refusals = load_template(args.prompt_file), {}, 0
-    keys = [hashlib.sha256(json.dumps([args.teacher, args.teacher_extra, build_prompt(record, template),
-                                       record["path"], args.num_frames, args.max_pixels]).encode()
-                           ).hexdigest()[:24] for record in records]
-    checks = [(key, settings_of(args, record)) for key, record in zip(keys, records)]
+    keys = [digest([args.teacher, args.teacher_extra, build_prompt(record, template), record["path"],
+                    args.num_frames, args.max_pixels])[:24] for record in records]
+    checks = list(zip(keys, settings_of(args, records)))
     todo = {check[0]: dict(record, check=check) for check, record in zip(checks, records)
             if check not in journal.checks}
     unasked = [record for key, record in todo.items() if key not in journal.outputs]

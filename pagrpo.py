@@ -417,14 +417,15 @@ def show(group, tokenizer):
     """A group on screen, a line per completion: rewards and advantages of both processes, then perception in
     cyan and reasoning in yellow."""
     record = group.record
-    tqdm.write(f"\n{record['problem']} {' '.join(record['options'])}  gold {record['solution']}\n"
-               "perception       reasoning        reward, advantage")
+    lines = [f"\n{record['problem']} {' '.join(record['options'])}  gold {record['solution']}",
+             "perception       reasoning        reward, advantage"]
     for i, (text, s) in enumerate(zip(group.texts, group.scores)):
         split = len(tokenizer.decode(group.completion_ids[i][group.perception_mask[i]],
                                      clean_up_tokenization_spaces=False))
-        tqdm.write(f"{s['perception']:5.2f}, {group.perception_advantages[i]:+5.2f}     "
-                   f"{s['reasoning']:5.2f}, {group.reasoning_advantages[i]:+5.2f}     "
-                   f"\033[36m{text[:split]}\033[33m{text[split:]}\033[0m")
+        lines.append(f"{s['perception']:5.2f}, {group.perception_advantages[i]:+5.2f}     "
+                     f"{s['reasoning']:5.2f}, {group.reasoning_advantages[i]:+5.2f}     "
+                     f"\033[36m{text[:split]}\033[33m{text[split:]}\033[0m")
+    tqdm.write("\n".join(lines))
 
 
 # --- the loop -----------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|
         "<|vision_start|>{medium}<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n")
 
 STAGE_PRESETS = {"tiny": dict(lr=2e-3, lora_rank=32, micro_batch=16, max_pixels=4, no_checkpointing=True)}
-CURVES = {"loss": ["loss", "held_out_loss"], "gradient norm": ["grad_norm"], "learning rate": ["lr"]}
+CURVES = {"loss": ["loss", "held_out_loss"], "gradient norm": ["grad_norm"]}
 
 
 # --- the model ----------------------------------------------------------------------------------------------
@@ -731,14 +731,15 @@ def plot_curves(folder, curves, window=15):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    shape = math.ceil(len(curves) / 3), 3
-    figure, axes = pyplot.subplots(*shape, figsize=(12, 3 * shape[0]), layout="constrained")
+    lines, columns = math.ceil(len(curves) / 3), min(len(curves), 3)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(4 * columns, 3 * lines), layout="constrained")
     for axis, (title, keys) in zip(axes.flat, curves.items()):
         for key in keys:
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             means = [nan_mean([v for _, v in points[max(0, i - window + 1):i + 1]])
                      for i in range(len(points))]
-            axis.plot([step for step, _ in points], means, label=key.split("/")[-1].removesuffix("_" + title))
+            axis.plot([step for step, _ in points], means, marker="." if len(points) < window else None,
+                      label=key.split("/")[-1].removesuffix("_" + title))
         axis.set(title=title, xlabel="step")
         if len(keys) > 1:
             axis.legend()

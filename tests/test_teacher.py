@@ -38,6 +38,10 @@ class Server(ThreadingHTTPServer):
         self.cutting = False  # as servers with a reasoning parser do
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
+    def api(self, name):
+        """The server as a teacher, over the one API or the other."""
+        return self.spec if name == "openai" else f"anthropic:scripted@http://127.0.0.1:{self.server_port}"
+
     @property
     def spec(self):
         return f"openai:scripted@http://127.0.0.1:{self.server_port}/v1"
@@ -75,8 +79,11 @@ class Handler(BaseHTTPRequestHandler):
         message = dict(content=text)
         if server.cutting and "</think>" in text:
             message = dict(content=text.split("</think>")[1], reasoning_content=text.split("<think>")[-1])
-        data = json.dumps(dict(choices=[dict(message=message)],
-                               usage=dict(prompt_tokens=7, completion_tokens=3))).encode()
+        reply = dict(choices=[dict(message=message)], usage=dict(prompt_tokens=7, completion_tokens=3))
+        if self.path.endswith("/messages"):
+            reply = dict(content=[dict(type="thinking", thinking="so"), dict(type="text", text=text)],
+                         usage=dict(input_tokens=7, output_tokens=3))
+        data = json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -85,7 +92,15 @@ class Handler(BaseHTTPRequestHandler):
 
 def request_key(body):
     *media, prompt = body["messages"][0]["content"]
-    return hashlib.sha256((media[-1]["image_url"]["url"] + prompt["text"]).encode()).hexdigest()
+    return hashlib.sha256((image_url(media[-1]) + prompt["text"]).encode()).hexdigest()
+
+
+def image_url(part):
+    """An image part's data URL, in the form of either API."""
+    if part["type"] == "image_url":
+        return part["image_url"]["url"]
+    assert part["type"] == "image" and part["source"]["type"] == "base64"
+    return f"data:{part['source']['media_type']};base64,{part['source']['data']}"
 
 
 def key_of(record, args):
@@ -125,13 +140,14 @@ def make_world(folder, questions, scenes):
     return records, replies, planted
 
 
-def command(folder, server, *flags):
+def command(folder, server, *flags, api="openai"):
     return [sys.executable, "gen_cot.py", "--model", "tiny", "--data", folder / "questions.jsonl", "--media-root",
-            folder, "--teacher", server.spec, "--num-frames", "4", "--max-pixels", "4", *map(str, flags)]
+            folder, "--teacher", server.api(api), "--num-frames", "4", "--max-pixels", "4", *map(str, flags)]
 
 
-def run(folder, server, *flags):
-    return subprocess.run(command(folder, server, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300)
+def run(folder, server, *flags, api="openai"):
+    return subprocess.run(command(folder, server, *flags, api=api), cwd=ROOT, capture_output=True, text=True,
+                          timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -192,18 +208,25 @@ def test_killed_at_any_moment_it_pays_for_nothing_twice(world, tmp_path):
     server.shutdown()
 
 
-def test_what_the_teacher_is_sent(world, tmp_path):
+@pytest.mark.parametrize("api, fields", [
+    ("openai", {"temperature": 0}), ("anthropic", {"max_tokens": 2048})])  # newer models refuse a temperature
+def test_what_the_teacher_is_sent(world, tmp_path, api, fields):
     """Frames in time order after their time stamps, then the prompt of all stages; never the gold answer."""
-    folder, records, replies, _ = world
+    folder, records, replies, planted = world
     server = Server(replies)
-    assert run(folder, server, "--limit", 12, "--output", tmp_path / "cot.jsonl").returncode == 0
+    done = run(folder, server, "--limit", 12, "--output", tmp_path / "cot.jsonl", api=api)
+    assert done.returncode == 0 and "84 tokens in, 36 tokens out" in done.stdout
+    asked = {row["problem_id"] for row in map(json.loads, open(tmp_path / "journal.jsonl")) if "output" in row}
+    assert [r["problem_id"] for r in load_records(tmp_path / "cot.jsonl")] == sorted(
+        i for i in asked if planted[i] is None)
     prompts = {gen_cot.build_prompt(r): r for r in records}
+    assert len(server.bodies) == 12
     for body in server.bodies:
-        assert set(body) == {"model", "messages", "temperature"} and body["temperature"] == 0
+        assert {name: value for name, value in body.items() if name != "messages"} == fields | {"model": "scripted"}
         *media, prompt = body["messages"][0]["content"]
         record = prompts[prompt["text"]]
         frames, _ = gen_cot.read_media(record, 4, 4)
-        jpegs = [part["image_url"]["url"] for part in media if part["type"] == "image_url"]
+        jpegs = [image_url(part) for part in media if part["type"] != "text"]
         sent = [np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))) for url in jpegs]
         assert len(sent) == len(frames) and all(np.abs(a.astype(int) - b).mean() < 20 for a, b in zip(sent, frames))
         stamps = [float(part["text"].removesuffix(" s:")) for part in media if part["type"] == "text"]
@@ -268,6 +291,13 @@ def test_a_verdict_holds_for_its_own_gold_answer_alone(world, tmp_path):
     assert gen_cot.generate([wrong], teacher, judge, journal, args)[1] == ["wrong answer"]
     calls = len(teacher.asked)
     assert gen_cot.generate([right], teacher, judge, journal, args)[1:] == ([None], [1.0])
+    assert len(teacher.asked) == calls
+    args.judge_prompt_file = tmp_path / "prompt.txt"
+    for prompt, verdict in (("strict", False), ("mild", True), ("strict", False)):  # the last is in the journal
+        args.judge_prompt_file.write_text(prompt)
+        judges = [] if len(journal.checks) == 4 else [verdict]
+        reason, = gen_cot.generate([right], teacher, lambda records, observations: [judges.pop()], journal, args)[1]
+        assert reason == (None if verdict else "insufficient observation") and not judges
     assert len(teacher.asked) == calls
     args.teacher_extra = dict(temperature=1)  # another request
     gen_cot.generate([right], teacher, judge, journal, args)
