@@ -47,6 +47,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
@@ -827,11 +828,12 @@ def generate(records, teacher, judge, journal, args):
     answered = [record for key, record in todo.items() if key in journal.outputs]
     jobs = itertools.chain(((record, None) for record in answered),
                            read_ahead(unasked, args, teacher_content))
-    tally = collections.Counter("rejected" if journal.checks[check][1] else "kept"
+    tally = collections.Counter(journal.checks[check][1] or "kept"
                                 for check in set(checks) if check in journal.checks)
+    shown = 0.0
 
     def settle(record, future):
-        nonlocal refusals
+        nonlocal refusals, shown
         check = record["check"]
         try:
             results[check], refusals = future.result(), 0
@@ -841,10 +843,11 @@ def generate(records, teacher, judge, journal, args):
             tqdm.write(f"problem_id {record.get('problem_id')}: {error}")
             if refusals == 10 or isinstance(error, CallLimit):
                 raise
-        tally["kept" if results[check][1] is None else "rejected"] += 1
-        if bar.n % 50 == 0 or bar.n + 1 == bar.total:  # writing the line costs more than settling a question
-            bar.set_postfix(**tally, refresh=False, tokens_in=teacher.stats["tokens_in"],
-                            tokens_out=teacher.stats["tokens_out"])
+        tally[results[check][1] or "kept"] += 1
+        if time.monotonic() - shown > 1 or bar.n + 1 == bar.total:  # more often costs more than the settling
+            shown = time.monotonic()
+            tokens = {f"tokens {way}": teacher.stats[f"tokens_{way}"] for way in ("in", "out")}
+            bar.set_postfix(dict(sorted(tally.items())) | tokens, refresh=False)
         bar.update()
 
     with one_core(), ThreadPoolExecutor(args.teacher_concurrency) as pool, tqdm(
@@ -855,6 +858,7 @@ def generate(records, teacher, judge, journal, args):
                 if isinstance(content, MediaError):
                     tqdm.write(f"skipped: {content}")
                     results[record["check"]] = 0.0, "unreadable medium"
+                    tally["unreadable medium"] += 1
                     bar.update()
                     continue
                 waiting.append((record, pool.submit(

@@ -162,6 +162,8 @@ def test_two_thousand_questions_through_a_server_that_fails_one_call_in_five(wor
     server = Server(replies, failing=0.2)
     done = run(folder, server, "--output", tmp_path / "cot.jsonl")
     assert done.returncode == 0, done.stderr
+    line = done.stderr.rstrip().splitlines()[-1]  # the live line's last state
+    assert "2000/2000" in line and "kept=500" in line and all(f"{flaw}=500" in line for flaw in FLAWS[1:])
     kept = load_records(tmp_path / "cot.jsonl")
     assert [r["problem_id"] for r in kept] == [i for i, flaw in planted.items() if flaw is None]
     assert sorted(server.answered) == sorted(replies)  # each once
