@@ -783,7 +783,7 @@ def trace_question(record, content, template, teacher, judge, journal, args):
 
 
 def settings_of(args, records):
-    """For each record, what a verdict of steps 2 and 3 depends on beside the trace, as the journal names it."""
+    """For each record, what a verdict of steps 2 and 3 depends on beside the trace, as the journal has it."""
     prompt = Path(args.judge_prompt_file).read_text(encoding="utf-8") if args.judge_prompt_file else None
     run = f"{args.judge} {digest(prompt)[:12] if prompt else ''} {args.threshold} {args.scoring}"
     return [f"{run} {digest([record['solution'], record['options'], record.get('evidence')])[:12]}"

@@ -43,11 +43,9 @@ Our choices where the paper is silent (cited by number in the code):
 """
 import argparse
 import copy
-import random
 import time
 from dataclasses import dataclass, replace
-from itertools import count, islice
-from pathlib import Path
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -63,10 +61,10 @@ from gen_cot import (add_data_args, add_judge_args, add_vision_args, judge_from,
                      print_stats, read_ahead, select_records)
 from rewards import UserError, parse_trace, process_rewards, reward_metrics
 from sft import (GroupCache, Prompt, add_model_args, add_reference, add_training_args, banned_ids, begin,
-                 core, cosine_lr, embed_prompts, encode_batch, encode_text, finish, is_first, load_checkpoint,
-                 load_model, log_line, logprobs_from_hidden, measured, merged, mine, open_log, optimiser_step,
-                 parse_training_args, prepare_for_training, print_phases, save_adapter, save_checkpoint,
-                 settings_of, share_of, use_adapter, worst_prompt)
+                 core, cosine_lr, embed_prompts, encode_batch, encode_text, endless, finish, is_first,
+                 load_checkpoint, load_model, log_line, logprobs_from_hidden, measured, merged, open_log,
+                 optimiser_step, parse_training_args, prepare_for_training, print_phases, save_adapter,
+                 save_checkpoint, settings_of, share_of, use_adapter, worst_prompt)
 
 STAGE_PRESETS = {"tiny": dict(
     lr=8e-4, lora_rank=32, updates=100, prompts_per_update=8, max_completion_tokens=112,
@@ -444,8 +442,7 @@ def train(model, reference, tokenizer, records, args):
     judge = judge_from(args, lambda prompts: self_judge(model, tokenizer, prompts, args))
     optimizer, settings = prepare_for_training(model, args), settings_of(model, records, args)
     start, skipped = load_checkpoint(model, optimizer, settings, args)
-    stream = islice(endless(records, args.seed), start * args.prompts_per_update, None)
-    media = read_ahead(mine(stream, args.prompts_per_update), args)
+    media = read_ahead(endless(records, args.seed, args.prompts_per_update, start), args)
     args.output.mkdir(parents=True, exist_ok=True)
     with (open_log(args.output, start) as file,
           tqdm(range(start, args.updates), "PA-GRPO", args.updates, initial=start,
@@ -477,14 +474,6 @@ def train(model, reference, tokenizer, records, args):
     print_stats(judge)
     print(f"{args.updates} updates, {lost} records skipped; "
           f"adapter, metrics.jsonl, curves.png in {args.output}")
-
-
-def endless(records, seed):
-    """The records in random order, over and over, each pass in a new order; `turn` counts them."""
-    rng, turn = random.Random(seed), count()
-    while True:
-        for record in rng.sample(records, len(records)):
-            yield dict(record, turn=next(turn))
 
 
 def self_judge(model, tokenizer, prompts, args, max_tokens=256):

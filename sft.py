@@ -35,7 +35,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -109,9 +109,9 @@ def load_base(base, four_bit=True):
         raise UserError(f"{base} lacks {len(info['missing_keys'])} of Qwen2.5-VL's weights, for example "
                         f"{min(info['missing_keys'])}: download it again, or name another model.")
     model.requires_grad_(False)
-    for module in model.modules():  # on a CPU with bf16 instructions a pass without gradients would repack the
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # weights, for arithmetic that has no gradient and
-            module.support_avx512bf16_for_cpu = False  # other log-probs
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # on a CPU with bf16 instructions a pass without
+            module.support_avx512bf16_for_cpu = False  # gradients would repack the weights, and none could follow
     linears = [(name, "4bit" in type(m).__name__)
                for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     quantised = [name for name, is_4bit in linears if is_4bit]
@@ -498,6 +498,18 @@ def mine(items, batch_size):
     """This process's share of a stream, batch by batch."""
     return (item for i, item in enumerate(items)
             if i % batch_size % team().num_processes == team().process_index)
+
+
+def endless(records, seed, batch_size, step=0):
+    """This process's share of the records in random order, over and over, each pass in a new order, from this
+    batch on; `turn` counts them."""
+    def passes():
+        rng, turn = random.Random(seed), count()
+        while True:
+            for record in rng.sample(records, len(records)):
+                yield dict(record, turn=next(turn))
+
+    return mine(islice(passes(), step * batch_size, None), batch_size)
 
 
 def trainable_parameters(model):

@@ -14,7 +14,6 @@ import torch
 
 import evaluate
 import gen_cot
-import pagrpo
 import sft
 from conftest import ROOT
 from rewards import UserError, make_judge, process_rewards
