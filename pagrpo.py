@@ -17,7 +17,7 @@ which goes to the tokens of o_{i,k} alone:
 with ρ the likelihood ratio of the policy to the policy that sampled, per token, and π_ref the frozen model
 after SFT.
 
-    python pagrpo.py --model tiny              # a laptop's CPU
+    python pagrpo.py --model tiny              # a laptop's CPU: 2 to 4 minutes, 1 GiB
     python pagrpo.py --model qwen2.5-vl-7b     # one consumer GPU
 
 Why the loss is about 0: with one gradient step per rollout (μ = 1) ρ is exactly 1, a group's advantages add
@@ -30,16 +30,17 @@ Our choices where the paper is silent (cited by number in the code):
     `</observation>`; R is the rest, end-of-sequence included. Never closed: P runs to the first `<think>`,
     else to the end. Never opened: all is R. Boundaries are found on the sampled ids, never by re-tokenising.
  2. A completion's loss is the mean over each process's tokens, summed over the two: Eq. 7 read literally. An
-    empty segment contributes 0. `--loss-average completion` takes one mean over all tokens, as the peers do.
+    empty segment contributes 0. `--loss-average completion` takes one mean over all tokens, as the peers do
+    and as is right where all of them have one advantage (choice 7).
  3. std is the unbiased estimate plus 1e-4; a group with equal rewards gets exact zeros.
  4. KL per token is exp(x) - x - 1, x = log π_ref - log π clamped to ±10 (k3), in the segment's mean.
- 5. Completions are sampled at temperature 1 from the whole vocabulary but for visual and chat-control tokens;
-    the sampled ids are kept and trained on as they are; those cut at the limit count as truncated.
+ 5. Completions are sampled at temperature 1 from all tokens but the visual and chat-control ones; the sampled
+    ids are kept and trained on as they are; completions cut at the limit count as truncated.
  6. A judge that fails yields "unknown": that completion leaves its group's perception mean and std and gets
     perception advantage 0; it is never scored 0.
  7. Ablations (Table 2). `--algorithm grpo` is `--without perception`: the reasoning reward's advantage on all
-    tokens, averaged by completion. `--without reasoning` is its mirror image. `--without separation`: the sum
-    of both rewards on all tokens. `--without length`: no length bonus.
+    tokens. `--without reasoning` is its mirror image. `--without separation`: the sum of both rewards on all
+    tokens. `--without length`: no length bonus. The judge is asked in any case, for the log.
 """
 import argparse
 import copy
@@ -77,7 +78,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, dice=None):
     """Sample `num_generations` completions for each prompt (choice 5).
 
     Each prompt is prefilled once, into the key-value cache of all its group; all groups decode in one loop,
-    every step with our own positions, in float32 through weights that the adapter is merged into.
+    every step with our own positions, where that is exact through weights with the adapter in them (`merged`).
 
     Args:
         prompts: B of Prompt with embeds. max_tokens: T, the completions' limit.
@@ -91,7 +92,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, dice=None):
     width = max(len(p.input_ids) for p in prompts)
     pads = torch.tensor([width - len(p.input_ids) for p in prompts], device=device)  # on the left
     position = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(G)
-    banned = torch.tensor(banned_ids(tokenizer), device=device)
+    banned = torch.tensor(banned_ids(tokenizer, head.out_features), device=device)
     dice = None if dice is None else dice.to(device)
     cache = GroupCache(prompts[0].embeds, qwen.config.text_config, len(prompts) * G, width + max_tokens)
 
@@ -177,8 +178,8 @@ def segment_masks(completion_ids, tokenizer):
 
 
 def group_advantages(rewards):
-    """Advantages (G,) of one group's rewards (G,), Eq. 6 (choice 3); NaN marks an unknown reward,
-    which gets 0."""
+    """Advantages (G,) of one group's rewards (G,), Eq. 6 (choice 3); NaN marks an unknown reward, which gets 0
+    (choice 6)."""
     advantages = torch.zeros_like(rewards)
     known = ~torch.isnan(rewards)
     values = rewards[known]
@@ -204,8 +205,9 @@ def process_advantages(perception_rewards, reasoning_rewards, without=None):
 class SharedPrefix(NamedTuple):
     """Where the tokens of a pack [prompt, completion 1, …, G] stand; in an attention mask's place."""
     prompt: int  # P, the prompt's tokens
-    slots: torch.Tensor  # (G, T) int64, each completion token's place behind the prompt; anything at padding
+    slots: torch.Tensor  # (G, T) int64, each completion token's place behind the prompt, 0 at padding
     kept: torch.Tensor  # (S - P,) int64, the places in the flattened (G, T) that are no padding
+    visible: torch.Tensor  # (T, P + T) bool, what a completion's tokens see: all of P, then causal
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, **kwargs):
@@ -216,7 +218,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, **kwargs)
     """
     if not isinstance(attention_mask, SharedPrefix):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    P, slots, kept = attention_mask
+    P, slots, kept, visible = attention_mask
     (G, T), R = slots.shape, module.num_key_value_groups  # R query heads share a key-value head
 
     def rows(x, index):  # as an embedding, since its gradient, a sum by rows, is quicker than indexing's
@@ -227,7 +229,6 @@ def shared_prefix_attention(module, query, key, value, attention_mask, **kwargs)
     q, k, v = (rows(x[0].transpose(0, 1), slots).transpose(1, 2) for x in own)  # (G, heads, T, d)
     k, v = (torch.cat([x.expand(G, -1, -1, -1), y], dim=2) for x, y in zip(shared[1:], (k, v)))
     q = q.unflatten(1, (-1, R)).flatten(2, 3)  # (G, key-value heads, R·T, d): no key is copied for R heads
-    visible = torch.ones(T, P + T, dtype=torch.bool, device=q.device).tril(P)  # all of P, then causal
     own = F.scaled_dot_product_attention(q, k, v, visible.repeat(R, 1), scale=module.scaling)
     own = own.unflatten(2, (R, T)).flatten(1, 2).transpose(1, 2)  # (G, T, heads, d)
     return torch.cat([prompt, rows(own.flatten(0, 1), kept)[None]], dim=1), None
@@ -253,7 +254,8 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
     steps = completion_mask.nonzero()[:, 1]  # which of its completion's tokens each one is
     order = torch.arange(len(tokens), device=device)
     slots = torch.zeros_like(completion_ids).masked_scatter(completion_mask, order)  # (G, T)
-    pack = SharedPrefix(P, slots, completion_mask.flatten().nonzero()[:, 0])
+    visible = torch.ones(slots.shape[1], P + slots.shape[1], dtype=torch.bool, device=device).tril(P)
+    pack = SharedPrefix(P, slots, completion_mask.flatten().nonzero()[:, 0], visible)
     positions = torch.cat([prompt.positions.to(device), (prompt.next_position + steps).expand(3, -1)],
                           dim=1)  # (3, S)
     embeds = torch.cat([prompt.embeds, language.embed_tokens(tokens)])[None]
@@ -305,6 +307,7 @@ class Group:
     completion_mask: torch.Tensor  # (G, T)
     perception_mask: torch.Tensor  # (G, T)
     reasoning_mask: torch.Tensor  # (G, T)
+    sampled_logprobs: torch.Tensor  # (G, T), the rollout's own
     texts: list = None  # G of str
     scores: list = None  # G of dict, see `process_rewards`
     perception_advantages: torch.Tensor = None  # (G,)
@@ -333,9 +336,12 @@ def sample_groups(model, encoded, tokenizer, args):
         with torch.no_grad():
             embed_prompts(model, prompts)
         dice = torch.cat([roll_dice(args.seed, record["turn"], *shape) for record in records])  # (B·G, T)
-        ids, mask, _ = rollout(model, prompts, tokenizer, *shape, dice)
-        tensors = (t.split(args.num_generations) for t in (ids, mask, *segment_masks(ids, tokenizer)))
-        groups += [Group(*parts) for parts in zip(records, prompts, *tensors)]
+        ids, mask, logprobs = rollout(model, prompts, tokenizer, *shape, dice)
+        tensors = (t.split(args.num_generations)
+                   for t in (ids, mask, *segment_masks(ids, tokenizer), logprobs))
+        for record, prompt, *parts in zip(records, prompts, *tensors):
+            longest = int(parts[1].sum(1).max())  # of this group, which need not wait for the others'
+            groups.append(Group(record, prompt, *(part[:, :longest] for part in parts)))
     return groups
 
 
@@ -362,13 +368,14 @@ def score_groups(groups, tokenizer, judge, args):
 
 def update_policy(model, reference, optimizer, groups, lr, args):
     """μ gradient steps on the groups of one rollout, each over all of them; returns the last one's metrics.
+    `logprob_gap` is how far the rollout's log-probs were from those recomputed before the first step.
 
     `--completions-per-pass` cuts the groups into smaller passes; as every completion counts 1/G, the loss is
     the sum of the pieces' losses by their shares.
     """
     pieces = [piece for group in groups for piece in group.split(args.completions_per_pass)]
     sizes = [(len(piece.completion_ids), int(piece.completion_mask.sum())) for piece in pieces]
-    completions, tokens = map(sum, zip(*gather_object(sizes)))
+    all_completions, all_tokens = map(sum, zip(*gather_object(sizes)))
     with torch.no_grad():
         for piece in pieces:
             if args.beta:
@@ -378,18 +385,19 @@ def update_policy(model, reference, optimizer, groups, lr, args):
                 piece.old_logprobs = token_logprobs(model, *piece.inputs)
     model.train()
     for _ in range(args.num_iterations):
-        totals = {"loss": 0.0, "kl": 0.0, "clip_frac": 0.0}
-        for piece, (rows, length) in zip(pieces, sizes):
+        totals = dict.fromkeys(("loss", "kl", "clip_frac", "logprob_gap"), 0.0)
+        for piece, (completions, tokens) in zip(pieces, sizes):
             logprobs = token_logprobs(model, *piece.inputs)
             old = logprobs.detach() if piece.old_logprobs is None else piece.old_logprobs  # μ = 1: ρ = 1
             loss, metrics = pa_grpo_loss(
                 logprobs, old, piece.ref_logprobs, piece.perception_mask, piece.reasoning_mask,
                 piece.perception_advantages, piece.reasoning_advantages, args.clip_eps, args.beta,
                 args.loss_average)
-            (rows / completions * loss).backward()
-            totals["loss"] += rows / completions * loss.item()
+            (completions / all_completions * loss).backward()
+            totals["loss"] += completions / all_completions * loss.item()
+            metrics["logprob_gap"] = float((old - piece.sampled_logprobs).abs().sum() / tokens)
             for key, value in metrics.items():  # means over tokens
-                totals[key] += length / tokens * value
+                totals[key] += tokens / all_tokens * value
         grad_norm = optimiser_step(model, optimizer, lr, args.max_grad_norm)
     model.eval()
     shares = gather_object([totals])
@@ -398,17 +406,15 @@ def update_policy(model, reference, optimizer, groups, lr, args):
 
 def update(model, reference, tokenizer, optimizer, encoded, judge, lr, args):
     """Sample, score, learn: one update on pairs (record, Prompt). Returns (groups, metrics)."""
-    phases = {}
-    with measured("rollout", "pass --prompts-per-rollout 1, then fewer --num-generations", phases):
+    metrics = {}
+    with measured("rollout", "pass --prompts-per-rollout 1, then fewer --num-generations", metrics):
         groups = sample_groups(model, encoded, tokenizer, args)
-    with measured("judge", "lower --prompts-per-rollout or name another --judge", phases):
+    with measured("judge", "lower --prompts-per-rollout or name another --judge", metrics):
         score_groups(groups, tokenizer, judge, args)
-    with measured("update", "lower --completions-per-pass, then --lora-rank from sft.py on", phases):
+    with measured("update", "lower --completions-per-pass, then --lora-rank from sft.py on", metrics):
         losses = update_policy(model, reference, optimizer, groups, lr, args)
-    metrics = dict(reward_metrics(gather_object([group.scores for group in groups])), **losses, lr=lr)
-    for phase, (seconds, gib) in phases.items():
-        metrics |= {f"sec/{phase}": seconds, f"gib/{phase}": gib}
-    return groups, dict(metrics, peak_gib=max(gib for _, gib in phases.values()))
+    metrics["peak_gib"] = max(metrics[f"gib/{phase}"] for phase in ("rollout", "judge", "update"))
+    return groups, reward_metrics(gather_object([group.scores for group in groups])) | losses | metrics
 
 
 def show(group, tokenizer):
@@ -449,11 +455,11 @@ def train(model, reference, tokenizer, records, args):
                disable=not is_first()) as bar):
         for step in bar:
             if step > start and step % args.save_every == 0:
-                save_checkpoint(step, model, optimizer, skipped, settings, args.output)
-            begin = time.time()
+                save_checkpoint(step, model, optimizer, gather_object(skipped), settings, args.output)
+            since = time.time()
             batch = islice(media, share_of(args.prompts_per_update))  # decoded while the last update ran
             encoded = encode_batch(batch, template, tokenizer, config, skipped)
-            waited = time.time() - begin
+            waited = time.time() - since
             if not any(gather_object([len(encoded)])):
                 continue
             lr = cosine_lr(step, args.updates, args.lr, args.warmup)
@@ -461,12 +467,14 @@ def train(model, reference, tokenizer, records, args):
                 groups, metrics = update(model, reference, tokenizer, optimizer, encoded, judge, lr, args)
             except UserError:  # no memory, or a judge that refuses: stop, and keep what has been learnt
                 save_adapter(model, args.output)  # by whichever process this is: all have the same weights
+                save_checkpoint(step, model, optimizer, skipped, settings, args.output)
                 raise
-            log_line(file, {"step": step, "scoring": args.scoring, **metrics, "sec/media": waited})
+            log_line(file, {"step": step, "scoring": args.scoring, "lr": lr, **metrics, "sec/media": waited})
             bar.set_postfix({"reward": metrics["reward"], "P": metrics["rewards/perception_accuracy"],
                              "R": metrics["rewards/reasoning_accuracy"], "kl": metrics["kl"]})
             if step % args.show_every == 0 and groups:
                 show(groups[0], tokenizer)
+            del groups, encoded  # their embeddings would be in the next update's way
     lost = len(gather_object(skipped))
     if lost == args.updates * args.prompts_per_update:
         raise UserError("None of the media can be read, so nothing was learnt: see the list above.")
@@ -491,13 +499,15 @@ def self_judge(model, tokenizer, prompts, args, max_tokens=256):
 
 def probe(model, reference, tokenizer, args):
     """An update on long prompts with every completion and judgement at the limit, with all in memory that
-    one in the middle of a run has there; returns {phase: (seconds, peak GiB)}."""
+    one in the middle of a run has there; returns the update's metrics."""
     optimizer, endless_tokenizer = prepare_for_training(model, args), copy.deepcopy(tokenizer)
     endless_tokenizer.eos_token = None  # so that every completion runs to the limit
     optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # changes nothing, and AdamW has its means
     record, prompt = worst_prompt(tokenizer, core(model).config, args)
     encoded = [(dict(record, turn=turn), replace(prompt))
                for turn in range(share_of(args.prompts_per_update))]
+    for _, shorter in encoded[1:2]:  # unequal lengths, as usual, are decoded under a mask
+        shorter.input_ids, shorter.positions = shorter.input_ids[1:], shorter.positions[:, 1:]
     print(f"{len(encoded)} prompts of {len(prompt.input_ids)} tokens, {args.num_generations} completions of "
           f"{args.max_completion_tokens} each")
 
@@ -508,12 +518,10 @@ def probe(model, reference, tokenizer, args):
         return own(records, ["the " * args.max_completion_tokens for _ in records])
 
     _, metrics = update(model, reference, endless_tokenizer, optimizer, encoded, judge, args.lr, args)
-    rows = {phase: (metrics[f"sec/{phase}"], metrics[f"gib/{phase}"])
-            for phase in ("rollout", "judge", "update")}
-    print_phases(rows)
-    seconds = sum(s for s, _ in rows.values())
+    print_phases(metrics)
+    seconds = sum(metrics[f"sec/{phase}"] for phase in ("rollout", "judge", "update"))
     print(f"{args.updates} such updates take {args.updates * seconds / 3600:.1f} h.")
-    return rows
+    return metrics
 
 
 def get_args():
@@ -540,7 +548,7 @@ def get_args():
     add("--clip-eps", type=float, default=0.2, help="ε of Eq. 7")
     add("--beta", type=float, default=0.04, help="β of Eq. 7 (paper: 0.04); 0 skips the reference pass")
     add("--loss-average", choices=["segment", "completion"],
-        help="choice 2 (default: segment; completion where one process alone is rewarded)")
+        help="choice 2 (default: segment; completion where all tokens have one advantage)")
     for process, low, high in (("perception", 128, 320), ("reasoning", 320, 512)):
         add(f"--{process}-length", type=int, nargs=2, default=(low, high), metavar=("LOW", "HIGH"),
             help=f"tokens of the {process} segment that earn the length bonus (paper: {low} {high})")
@@ -554,8 +562,10 @@ def get_args():
         if args.without not in (None, "perception"):
             raise UserError(f"--algorithm grpo is --without perception: leave out --without {args.without}.")
         args.without = "perception"
-    one_process = args.without in ("perception", "reasoning")
-    args.loss_average = args.loss_average or ("completion" if one_process else "segment")
+    one_advantage = args.without in ("perception", "reasoning", "separation")
+    args.loss_average = args.loss_average or ("completion" if one_advantage else "segment")
+    if args.num_generations < 2:
+        raise UserError("--num-generations 1 leaves nothing to compare a completion with: pass 2 or more.")
     args.prompts_per_rollout = args.prompts_per_rollout or args.prompts_per_update
     return args
 

@@ -286,8 +286,9 @@ def process_rewards(record, completion, verdict, num_tokens, length_ranges, bonu
 
 
 def reward_metrics(groups):
-    """What an update's completions earned, as logged (names in the README); unknown verdicts count in no
-    mean. groups: for each prompt a list of its completions' `process_rewards`, with `truncated` (bool)."""
+    """What an update's completions earned, as logged (names in the README); an unknown verdict counts neither
+    in the means of what depends on it nor in its group's spread. groups: for each prompt a list of its
+    completions' `process_rewards`, with `truncated` (bool)."""
     scores = [s for group in groups for s in group]
     metrics = {"reward": nan_mean([s["reward"] for s in scores]),
                "truncated_frac": nan_mean([s["truncated"] for s in scores]),
@@ -297,8 +298,8 @@ def reward_metrics(groups):
             metrics[f"rewards/{process}_{part}"] = nan_mean([s[f"{process}_{part}"] for s in scores])
         metrics[f"length/{process}"] = nan_mean([s[f"{process}_tokens"] for s in scores])
     for name, key in (("perception", "perception"), ("reasoning", "reasoning"), ("sum", "reward")):  # Fig. 6c
-        equal = [len({s[key] for s in group if not math.isnan(s[key])}) <= 1 for group in groups]
-        metrics[f"frac_reward_zero_std/{name}"] = sum(equal) / len(equal)
+        known = [[s[key] for s in group if not math.isnan(s[key])] for group in groups]
+        metrics[f"frac_reward_zero_std/{name}"] = nan_mean([min(k) == max(k) for k in known if len(k) > 1])
     return metrics
 
 

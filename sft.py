@@ -6,9 +6,10 @@ frozen and not quantised, and LoRA adapters on the language model are all that t
 cross-entropy on the assistant's completion only.
 
 This file is also where every later stage gets its model and its tensors: `load_model`, `encode_prompt`,
-`rope_positions`, `embed_prompts`, `logprobs_from_hidden`.
+`rope_positions`, `embed_prompts`, `logprobs_from_hidden`; and what the two trainers have in common, from
+arguments and the processes' shares of a batch to checkpoints and curves.
 
-    python sft.py --model tiny                 # a laptop's CPU
+    python sft.py --model tiny                 # a laptop's CPU: under a minute, 1 GiB
     python sft.py --model qwen2.5-vl-7b        # one consumer GPU
 
 Shapes: B samples, S tokens of a sequence, P prompt tokens, T completion tokens, D hidden size,
@@ -44,7 +45,7 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advertises a package as it is imported
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # advertises, as it is imported
 from peft import (LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict,
                   load_peft_weights)
 from peft.tuners.lora import LoraLayer
@@ -261,10 +262,12 @@ class GroupCache:
         return [room[self.rows, :, self.columns][:len(keys)] for room in self.layers[layer]]
 
 
-def banned_ids(tokenizer):
-    """Ids that a completion can't contain: every special token but the end-of-sequence one."""
-    return [i for i, token in tokenizer.added_tokens_decoder.items()
-            if i != tokenizer.eos_token_id and token.content.startswith("<|")]
+def banned_ids(tokenizer, size):
+    """Ids that a completion can't contain: every special token but the end-of-sequence one, and those that
+    stand for nothing, as the released heads have more rows (`size`) than there are tokens."""
+    special = [i for i, token in tokenizer.added_tokens_decoder.items()
+               if i != tokenizer.eos_token_id and token.content.startswith("<|")]
+    return special + list(range(len(tokenizer), size))
 
 
 def save_adapter(model, folder):
@@ -621,8 +624,8 @@ def limit_memory(gib):
 
 @contextlib.contextmanager
 def measured(phase, mend, rows=None):
-    """Put the seconds and peak GiB of what runs within into rows[phase], or print them. Out of memory is a
-    UserError that says how to mend it."""
+    """Put the seconds and peak GiB of what runs within into rows["sec/PHASE"] and rows["gib/PHASE"], or print
+    them. Out of memory is a UserError that says how to mend it."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -633,15 +636,16 @@ def measured(phase, mend, rows=None):
         raise UserError(f"The phase '{phase}' does not fit into the memory: {mend}.") from None
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    figures = {f"sec/{phase}": time.time() - start, f"gib/{phase}": peak_gib()}
     if rows is None:
-        print_phases({phase: (time.time() - start, peak_gib())})
+        print_phases(figures)
     else:
-        rows[phase] = time.time() - start, peak_gib()
+        rows.update(figures)
 
 
 def print_phases(rows):
-    for phase, (seconds, gib) in rows.items():
-        print(f"{phase:<10}{seconds:>10.2f} s{gib:>10.2f} GiB at most", flush=True)
+    for phase in [key.removeprefix("sec/") for key in rows if key.startswith("sec/")]:
+        print(f"{phase:<10}{rows[f'sec/{phase}']:>10.2f} s{rows[f'gib/{phase}']:>10.2f} GiB at most", flush=True)
 
 
 def worst_prompt(tokenizer, config, args, words=300):
@@ -670,14 +674,15 @@ def settings_of(model, records, args):
     for parameter in trainable_parameters(model):
         digest.update(parameter.detach().cpu().numpy().tobytes())
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    for name in {"prompt_file", "judge_prompt_file"} & {name for name, value in settings.items() if value}:
+        settings[name] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()[:16]  # its text counts
     settings["records and first weights"] = digest.hexdigest()[:16]
     return json.loads(json.dumps(settings, default=str))
 
 
 def save_checkpoint(step, model, optimizer, skipped, settings, folder):
     """Write checkpoint.pt, all that a run needs to go on with this step, whole or not at all. The order of
-    the data and the dice of the sampling follow from seed and step."""
-    skipped = gather_object(skipped)
+    the data and the dice of the sampling follow from seed and step. skipped: of all processes."""
     if is_first():
         weights = [p.detach().cpu() for p in trainable_parameters(model)]
         torch.save(dict(step=step, weights=weights, optimizer=optimizer.state_dict(), skipped=skipped,
@@ -724,8 +729,8 @@ def open_log(folder, step):
 
 
 def log_line(file, row):
-    """Append one row to an open JSON Lines file, rounded for reading."""
-    file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+    """Append one row to an open JSON Lines file, floats with six digits."""
+    file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
     file.flush()
 
 
@@ -792,8 +797,8 @@ def train(model, tokenizer, records, args):
           tqdm(range(start, steps), "SFT", steps, initial=start, disable=not is_first()) as bar):
         for step in bar:
             if step > start and step % args.save_every == 0:
-                save_checkpoint(step, model, optimizer, skipped, settings, args.output)
-            begin = time.time()
+                save_checkpoint(step, model, optimizer, gather_object(skipped), settings, args.output)
+            since = time.time()
             encoded = encode_batch(islice(media, batch_size), template, tokenizer, config, skipped)
             encoded.sort(key=lambda pair: len(pair[1].input_ids))  # like lengths together pad less
             targets = [target_ids(record, tokenizer, args.process_agnostic) for record, _ in encoded]
@@ -811,7 +816,7 @@ def train(model, tokenizer, records, args):
             lr = cosine_lr(step, steps, args.lr, args.warmup)
             norm = optimiser_step(model, optimizer, lr, args.max_grad_norm)
             row = dict(step=step, loss=sum(gather_object([loss])), grad_norm=norm, lr=lr,
-                       sec=time.time() - begin)
+                       sec=time.time() - since)
             model.eval()
             if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
                 row["held_out_loss"] = held_out_loss(model, tokenizer, held_out, template, args)
@@ -829,7 +834,7 @@ def train(model, tokenizer, records, args):
 
 def probe(model, tokenizer, args, tokens=1024):
     """Two micro-batches of long prompts with traces of 1024 tokens, and a step, with all that a step in the
-    middle of a run has in memory; returns {phase: (seconds, peak GiB)}."""
+    middle of a run has in memory; returns the figures of `measured`."""
     rows, optimizer = {}, prepare_for_training(model, args)
     optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # changes nothing, and AdamW has its means
     prompts = [worst_prompt(tokenizer, core(model).config, args)[1] for _ in range(args.micro_batch)]
@@ -844,7 +849,7 @@ def probe(model, tokenizer, args, tokens=1024):
     with measured("step", "lower --lora-rank", rows):
         optimiser_step(model, optimizer, args.lr, args.max_grad_norm)
     print_phases(rows)
-    seconds = rows["passes"][0] / (2 * args.micro_batch) + rows["step"][0] / args.batch_size
+    seconds = rows["sec/passes"] / (2 * args.micro_batch) + rows["sec/step"] / args.batch_size
     print(f"1,000 such traces take {1000 * seconds / 60:.1f} min in one process.")
     return rows
 

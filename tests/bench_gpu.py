@@ -222,7 +222,8 @@ def compare_passes(args):
                 function(*piece).mean().backward()
     P = len(prompt.input_ids)
     ratio = G * (P + T) / (P * len(ids.split(size)) + G * T)
-    speedup = rows["naive"][0] / rows["packed"][0]
+    sft.print_phases(rows)
+    speedup = rows["sec/naive"] / rows["sec/packed"]
     print(f"training pass: {speedup:.2f}x the naive one, "
           f"{speedup / ratio:.0%} of the token ratio {ratio:.2f}")
 
@@ -250,7 +251,9 @@ def main():
                 sys.argv = ["sft.py", "--model", "random/weights"]
                 shared = {key: getattr(args, key) for key in SHARED}
                 sft_rows = sft.main(argparse.Namespace(**{**vars(sft.get_args()), **shared}))
-                measured = {"SFT": (sft_rows["passes"][0] / 2, sft_rows["passes"][1]), **pagrpo.main(args)}
+                rows, measured = pagrpo.main(args), {"SFT": (sft_rows["sec/passes"] / 2, sft_rows["gib/passes"])}
+                measured |= {phase: (rows[f"sec/{phase}"], rows[f"gib/{phase}"])
+                             for phase in ("rollout", "judge", "update")}
                 compare_passes(args)
             P, J = prompt_lengths(config, args)
             floor, projected = floors(config, args, P, J, *speed), memory(config, args, P, J)

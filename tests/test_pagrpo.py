@@ -297,6 +297,38 @@ def test_samples_differ_and_hold_no_control_tokens(tiny, group):
         assert keep == [t < ended for t in range(len(row))]
 
 
+def test_rows_of_the_head_that_stand_for_no_token_are_never_sampled(tiny, group):
+    """The released heads have hundreds of them, which decode to nothing and would count as tokens."""
+    model, tokenizer = tiny
+    qwen = sft.core(model)
+    head = qwen.lm_head
+    wide = torch.nn.Linear(head.in_features, head.out_features + 200, bias=False)
+    top = group[1][0, 0]  # a likely token's row, over and over
+    wide.weight.data = torch.cat([head.weight, head.weight[top].expand(200, -1)])
+    try:
+        qwen.lm_head = wide
+        ids, mask, logprobs = pagrpo.rollout(model, group[0], tokenizer, 4, 30, pagrpo.roll_dice(0, 0, 8, 30))
+    finally:
+        qwen.lm_head = head
+    assert ids.max() < len(tokenizer) == head.out_features
+    assert logprobs[:, 0].min() < -3  # though likely, as the policy's own probabilities have it
+
+
+def test_a_group_does_not_wait_for_the_others_longest_completion(tiny, group, toy_records):
+    model, tokenizer = tiny
+    args = make_args(num_generations=4, max_completion_tokens=60, seed=0)
+    groups = pagrpo.sample_groups(model, [(dict(toy_records[i], turn=i), group[0][i]) for i in (0, 1)], tokenizer, args)
+    _, ids, mask, logprobs = group
+    lengths = mask.sum(1).view(2, 4).max(1).values.tolist()
+    assert lengths[0] != lengths[1]
+    for made, first, longest in zip(groups, (0, 4), lengths):
+        rows = slice(first, first + 4)
+        assert torch.equal(made.completion_ids, ids[rows, :longest])
+        assert torch.equal(made.completion_mask, mask[rows, :longest])
+        assert torch.equal(made.perception_mask | made.reasoning_mask, made.completion_mask)
+        assert torch.allclose(made.sampled_logprobs, logprobs[rows, :longest])
+
+
 @pytest.mark.parametrize("four_bit, dtype, mean, most", [
     (True, torch.float32, 1e-6, 1e-4), (False, torch.float32, 1e-6, 1e-4),
     (True, torch.bfloat16, 5e-3, 0.2), (False, torch.bfloat16, 5e-3, 0.2)])
@@ -432,14 +464,15 @@ def test_updates_raise_the_likelihood_of_what_was_rewarded_and_leave_the_referen
     keep = torch.ones(4, 16, dtype=torch.bool)
     p_mask, r_mask = keep & (torch.arange(16) < 8), keep & (torch.arange(16) >= 8)
     adv = torch.tensor([1.5, -0.5, -0.5, -0.5])
-    made = pagrpo.Group(toy_records[0], prompts[0], rows, keep, p_mask, r_mask, perception_advantages=adv,
-                        reasoning_advantages=adv)
+    made = pagrpo.Group(toy_records[0], prompts[0], rows, keep, p_mask, r_mask, torch.zeros(4, 16),
+                        perception_advantages=adv, reasoning_advantages=adv)
     frozen = {n: p.clone() for n, p in model.named_parameters() if ".ref." in n}
     args = make_args(num_iterations=3, lr=2e-4, weight_decay=0.0, no_checkpointing=True)
     optimizer = sft.prepare_for_training(model, args)
     with torch.no_grad():
         before = pagrpo.token_logprobs(model, *made.inputs).sum(1)
     metrics = pagrpo.update_policy(model, "ref", optimizer, [made], args.lr, args)
+    assert metrics["logprob_gap"] == pytest.approx(-float(before.sum()) / 64, rel=1e-4)  # of nothing sampled
     with torch.no_grad():
         gain = pagrpo.token_logprobs(model, *made.inputs).sum(1) - before
     assert gain[0] > 0 and gain[0] > gain[1:].max(), gain
@@ -458,11 +491,11 @@ def test_smaller_passes_give_the_same_step(started, group, toy_records):
     results = []
     for size in (None, 2, 3):
         made = pagrpo.Group(toy_records[0], prompts[0], ids[:4], mask, mask & split, mask & ~split,
-                            perception_advantages=adv, reasoning_advantages=-adv)
+                            group[3][:4] * mask, perception_advantages=adv, reasoning_advantages=-adv)
         args = make_args(completions_per_pass=size, num_iterations=2, lr=1e-3, weight_decay=0.0,
                          no_checkpointing=True)
         metrics = pagrpo.update_policy(model, None, sft.prepare_for_training(model, args), [made], args.lr, args)
-        results.append([metrics[key] for key in ("loss", "grad_norm", "kl", "clip_frac")])
+        results.append([metrics[key] for key in ("loss", "grad_norm", "kl", "clip_frac", "logprob_gap")])
         for p, value in saved:
             p.data.copy_(value)
     assert results[0][1] > 0 and results[0][2] > 0
@@ -485,6 +518,8 @@ def test_unknown_verdicts_are_left_out_and_scores_add_up(toy_records):
     means = reward_metrics([[dict(s, truncated=False) for s in (good, unsure)]])
     assert (means["rewards/perception_accuracy"], means["rewards/perception_length"]) == (1.0, 0.2)
     assert (means["reward"], means["length/reasoning"], means["judge_unknown"]) == (4.4, 10, 1)
+    assert means["frac_reward_zero_std/reasoning"] == 1.0  # 2.2 twice
+    assert means["frac_reward_zero_std/perception"] is None  # nothing known to compare with
     assert rewards(text, True, bonus=0.0)["perception"] == 2.0
     wrong = rewards(text.replace(">2<", ">3<"), False)
     assert (wrong["perception"], wrong["reasoning"]) == (1.0, 1.0)  # format alone: no bonus without accuracy
@@ -499,7 +534,7 @@ def test_completions_are_scored_as_the_policy_wrote_them(tiny, group, toy_record
     rows = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (max(map(len, rows)) - len(row)) for row in rows])
     masks = pagrpo.segment_masks(ids, tokenizer)
-    made, seen = pagrpo.Group(record, group[0][0], ids, masks[0] | masks[1], *masks), []
+    made, seen = pagrpo.Group(record, group[0][0], ids, masks[0] | masks[1], *masks, torch.zeros(ids.shape)), []
 
     def judge(records, observations):
         seen.extend(zip(records, observations))

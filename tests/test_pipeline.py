@@ -16,7 +16,7 @@ import evaluate
 import gen_cot
 import sft
 from conftest import ROOT
-from rewards import UserError, make_judge, process_rewards
+from rewards import Judge, UserError, make_judge, process_rewards
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,28 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(clone, monkeypatch, capsy
         assert one == two
 
 
+def test_a_judge_that_refuses_costs_no_update(clone, monkeypatch, capsys):
+    """What was learnt until then is kept, and --resume asks it again where it refused."""
+    calls, judge = itertools.count(1), Judge.__call__
+
+    def refuses_once(self, records, observations):
+        if next(calls) == 3:
+            raise UserError("The judge has had enough.")
+        return judge(self, records, observations)
+
+    monkeypatch.setattr(Judge, "__call__", refuses_once)
+    command = ("pagrpo.py --model tiny --updates 4 --prompts-per-update 2 --num-generations 4 "
+               "--max-completion-tokens 24 --output runs/refused")
+    with pytest.raises(UserError, match="had enough"):
+        run_here(clone, monkeypatch, command)
+    assert {file.name for file in (clone / "runs/refused").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "checkpoint.pt", "metrics.jsonl"}
+    run_here(clone, monkeypatch, command + " --resume")
+    assert "Going on from step 2." in capsys.readouterr().out
+    rows = [json.loads(line) for line in open(clone / "runs/refused/metrics.jsonl")]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3] and all(row["logprob_gap"] < 1e-4 for row in rows)
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -204,6 +226,7 @@ def test_the_processes_share_every_batch(monkeypatch, processes, batch_size):
     ("pagrpo.py --model tiny --judge mystery", "mystery"),
     ("pagrpo.py --model tiny --algorithm grpo --without length", "leave out --without length"),
     ("pagrpo.py --model tiny --memory-limit 8", "--memory-limit is for a GPU"),
+    ("pagrpo.py --model tiny --num-generations 1", "leaves nothing to compare a completion with"),
     ("evaluate.py --model tiny --prompt-file nowhere.txt", "prompt file nowhere.txt"),
 ])
 def test_mistakes_get_one_sentence_and_leave_nothing(clone, command, says, monkeypatch):
