@@ -20,7 +20,7 @@ from rewards import Judge, UserError, make_judge, process_rewards
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory):
+def fresh_clone(tmp_path_factory):
     """The repository without anything that a run leaves behind."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("rewards.py", "gen_cot.py", "sft.py", "pagrpo.py", "evaluate.py"):
@@ -29,6 +29,15 @@ def clone(tmp_path_factory):
     shutil.copy(ROOT / "data/toy/prepare.py", folder / "data/toy")
     shutil.copytree(ROOT / "data/toy/base", folder / "data/toy/base")
     return folder
+
+
+@pytest.fixture(scope="module")
+def clone(fresh_clone):
+    """The same with the toy data and a short SFT, which the first test leaves there."""
+    if not (fresh_clone / "runs/tiny/sft").exists():  # that test was not asked for
+        run(fresh_clone, "gen_cot.py --model tiny")
+        run(fresh_clone, "sft.py --model tiny --limit 32")
+    return fresh_clone
 
 
 def run(folder, command, code=0):
@@ -40,37 +49,37 @@ def run(folder, command, code=0):
     return text
 
 
-def test_all_stages_in_order(clone):
+def test_all_stages_in_order(fresh_clone):
     """`pagrpo.py` alone prepares the toy data and starts from the base;
     then each stage finds the one before it."""
-    alone = run(clone, "pagrpo.py --model tiny --updates 1 --output runs/alone")
+    alone = run(fresh_clone, "pagrpo.py --model tiny --updates 1 --output runs/alone")
     assert "preparing it" in alone and "starting from the base" in alone
-    assert not (clone / "runs/tiny").exists()
+    assert not (fresh_clone / "runs/tiny").exists()
 
     rejected = {}
-    for line in open(clone / "data/toy/traces.jsonl"):
+    for line in open(fresh_clone / "data/toy/traces.jsonl"):
         flaw = json.loads(line)["flaw"]
         rejected[flaw] = rejected.get(flaw, 0) + 1
     assert len(rejected) == 4 and min(rejected.values()) > 50
-    table = run(clone, "gen_cot.py --model tiny").splitlines()
+    table = run(fresh_clone, "gen_cot.py --model tiny").splitlines()
     counts = next(line.split() for line in table if line.strip().startswith("all "))
     assert counts == ["all", "1400", "0", "0", str(rejected["broken template"]), str(rejected["wrong answer"]),
                       str(rejected["insufficient observation"]), "0", str(rejected[None])]  # as planted
 
-    run(clone, "sft.py --model tiny --limit 32")
-    rl = run(clone, "pagrpo.py --model tiny --updates 2 --prompts-per-update 2 --num-iterations 2 "
+    run(fresh_clone, "sft.py --model tiny --limit 32")
+    rl = run(fresh_clone, "pagrpo.py --model tiny --updates 2 --prompts-per-update 2 --num-iterations 2 "
                     "--show-every 1")
     assert "starting from the base" not in rl and "advantage" in rl
-    rows = [json.loads(line) for line in open(clone / "runs/tiny/pagrpo/metrics.jsonl")]
+    rows = [json.loads(line) for line in open(fresh_clone / "runs/tiny/pagrpo/metrics.jsonl")]
     assert len(rows) == 2 and rows[0]["kl"] >= 0 and 0 < rows[0]["length/reasoning"] <= 112
-    assert (clone / "runs/tiny/pagrpo/curves.png").stat().st_size > 10_000
+    assert (fresh_clone / "runs/tiny/pagrpo/curves.png").stat().st_size > 10_000
 
-    table = run(clone, "evaluate.py --model tiny --limit 20").splitlines()
+    table = run(fresh_clone, "evaluate.py --model tiny --limit 20").splitlines()
     names = [line[:16].strip() for line in table if line.count("±") == 2]
     assert names == ["constant", "base", "SFT", "SFT + PA-GRPO"]
-    results = json.loads((clone / "runs/tiny/evaluate/results.json").read_text())
+    results = json.loads((fresh_clone / "runs/tiny/evaluate/results.json").read_text())
     assert results["questions"] == 20 and results["settings"]["scoring"] == "paper"
-    completions = [json.loads(line) for line in open(clone / "runs/tiny/evaluate/completions-pagrpo.jsonl")]
+    completions = [json.loads(line) for line in open(fresh_clone / "runs/tiny/evaluate/completions-pagrpo.jsonl")]
     assert len(completions) == 20 and abs(100 * sum(c["answer"] for c in completions) / 20
                                           - results["rows"]["SFT + PA-GRPO"]["answer"][0]) < 0.01
 
