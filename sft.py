@@ -70,6 +70,7 @@ CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|
 
 STAGE_PRESETS = {"tiny": dict(lr=2e-3, lora_rank=32, micro_batch=16, max_pixels=4, no_checkpointing=True)}
 CURVES = {"loss": ["loss", "held_out_loss"], "gradient norm": ["grad_norm"]}
+MEND = "lower --micro-batch, then --lora-rank, --num-frames or --max-pixels"  # what takes a step's memory
 
 
 # --- the model ----------------------------------------------------------------------------------------------
@@ -645,7 +646,8 @@ def measured(phase, mend, rows=None):
 
 def print_phases(rows):
     for phase in [key.removeprefix("sec/") for key in rows if key.startswith("sec/")]:
-        print(f"{phase:<10}{rows[f'sec/{phase}']:>10.2f} s{rows[f'gib/{phase}']:>10.2f} GiB at most", flush=True)
+        seconds, gib = rows[f"sec/{phase}"], rows[f"gib/{phase}"]
+        print(f"{phase:<10}{seconds:>10.2f} s{gib:>10.2f} GiB at most", flush=True)
 
 
 def worst_prompt(tokenizer, config, args, words=300):
@@ -779,9 +781,26 @@ def held_out_loss(model, tokenizer, records, template, args):
     return loss / tokens if tokens else None
 
 
+def sft_step(model, optimizer, encoded, targets, tokens, lr, args):
+    """One optimiser step on pairs (record, Prompt) and their targets, with as many `tokens` in all processes;
+    returns (loss, gradient norm)."""
+    loss = 0.0
+    model.train()
+    for i in range(0, len(encoded), args.micro_batch):
+        prompts = [prompt for _, prompt in encoded[i:i + args.micro_batch]]
+        with torch.no_grad():
+            embed_prompts(model, prompts)
+        part = sft_loss(model, prompts, targets[i:i + args.micro_batch]) / tokens  # choice 2
+        part.backward()
+        loss += part.item()
+    norm = optimiser_step(model, optimizer, lr, args.max_grad_norm)
+    model.eval()
+    return sum(gather_object([loss])), norm
+
+
 def train(model, tokenizer, records, args):
-    """SFT over the records, `--epochs` times, but for those held out; writes `metrics.jsonl` (loss,
-    grad_norm, lr, sec per step, and now and then held_out_loss) and the adapter."""
+    """SFT over the records, `--epochs` times, but for those held out; writes metrics.jsonl, curves.png and the
+    adapter."""
     template, config = load_template(args.prompt_file), core(model).config
     optimizer, batch_size = prepare_for_training(model, args), share_of(args.batch_size)
     settings = settings_of(model, records, args)
@@ -800,24 +819,16 @@ def train(model, tokenizer, records, args):
                 save_checkpoint(step, model, optimizer, gather_object(skipped), settings, args.output)
             since = time.time()
             encoded = encode_batch(islice(media, batch_size), template, tokenizer, config, skipped)
+            waited = time.time() - since
             encoded.sort(key=lambda pair: len(pair[1].input_ids))  # like lengths together pad less
             targets = [target_ids(record, tokenizer, args.process_agnostic) for record, _ in encoded]
-            tokens, loss = sum(gather_object([sum(map(len, targets))])), 0.0
+            tokens = sum(gather_object([sum(map(len, targets))]))
             if not tokens:
                 continue
-            model.train()
-            for i in range(0, len(encoded), args.micro_batch):
-                prompts = [prompt for _, prompt in encoded[i:i + args.micro_batch]]
-                with torch.no_grad():
-                    embed_prompts(model, prompts)
-                part = sft_loss(model, prompts, targets[i:i + args.micro_batch]) / tokens  # choice 2
-                part.backward()
-                loss += part.item()
-            lr = cosine_lr(step, steps, args.lr, args.warmup)
-            norm = optimiser_step(model, optimizer, lr, args.max_grad_norm)
-            row = dict(step=step, loss=sum(gather_object([loss])), grad_norm=norm, lr=lr,
-                       sec=time.time() - since)
-            model.eval()
+            row = {"step": step, "lr": cosine_lr(step, steps, args.lr, args.warmup), "sec/media": waited}
+            with measured("step", MEND, row):
+                row["loss"], row["grad_norm"] = sft_step(
+                    model, optimizer, encoded, targets, tokens, row["lr"], args)
             if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
                 row["held_out_loss"] = held_out_loss(model, tokenizer, held_out, template, args)
             log_line(metrics, row)
@@ -841,7 +852,7 @@ def probe(model, tokenizer, args, tokens=1024):
     targets = [torch.randint(len(tokenizer), (tokens,)) for _ in prompts]
     print(f"{args.micro_batch} prompts of {len(prompts[0].input_ids)} tokens, traces of {tokens}")
     model.train()
-    with measured("passes", "lower --micro-batch, then --lora-rank, --num-frames or --max-pixels", rows):
+    with measured("passes", MEND, rows):
         for _ in range(2):  # the second finds the first one's gradients in its way
             with torch.no_grad():
                 embed_prompts(model, prompts)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 import evaluate
 import gen_cot
@@ -82,6 +83,24 @@ def test_all_stages_in_order(fresh_clone):
     completions = [json.loads(line) for line in open(fresh_clone / "runs/tiny/evaluate/completions-pagrpo.jsonl")]
     assert len(completions) == 20 and abs(100 * sum(c["answer"] for c in completions) / 20
                                           - results["rows"]["SFT + PA-GRPO"]["answer"][0]) < 0.01
+
+
+def test_the_readme_takes_the_model_away(clone, monkeypatch):
+    """Its lines, as they stand there, leave a model that needs none of our code and says what ours says."""
+    monkeypatch.chdir(clone)
+    lines, = [block for block in re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+              if "merge_and_unload" in block]
+    shutil.copytree(clone / "runs/tiny/sft", clone / "runs/tiny/pagrpo", dirs_exist_ok=True)
+    exec(lines, {})
+    merged = Qwen2_5_VLForConditionalGeneration.from_pretrained("runs/tiny/merged")
+    ours, tokenizer = sft.load_model("data/toy/base", "runs/tiny/pagrpo", four_bit=False)
+    ids = torch.tensor(tokenizer("<observation>first red, second blue")["input_ids"])[None]
+    with torch.no_grad(), ours.disable_adapter():
+        base = sft.core(ours)(input_ids=ids).logits
+    with torch.no_grad():
+        expected, got = sft.core(ours)(input_ids=ids).logits, merged(input_ids=ids).logits
+    assert got.dtype == torch.float32 and torch.allclose(got, expected, atol=1e-3)
+    assert (expected - base).abs().max() > 0.1
 
 
 def run_here(clone, monkeypatch, command):

@@ -678,7 +678,7 @@ def test_the_script_trains_and_skips_what_it_cannot_read(small_set):
                                           "metrics.jsonl"]
     rows = metrics(folder)
     assert len(rows) == 6 and all(0 < row["loss"] < 20 for row in rows)  # two passes; without data no loss
-    assert all(row["grad_norm"] > 0 and row["sec"] > 0 for row in rows)
+    assert all(row["grad_norm"] > 0 and row["sec/step"] > 0 and row["gib/step"] > 0 for row in rows)
     assert max(row["lr"] for row in rows) <= sft.STAGE_PRESETS["tiny"]["lr"]
     sft.load_model(BASE, folder)
 
