@@ -36,7 +36,6 @@ import contextlib
 import gc
 import glob
 import gzip
-import hashlib
 import io
 import itertools
 import json
@@ -57,7 +56,7 @@ from pebble import ProcessExpired, ProcessPool
 from PIL import Image
 from tqdm import tqdm
 
-from rewards import (PROBLEM_TYPES, CallLimit, ChatClient, UserError, accuracy_reward, format_rewards,
+from rewards import (PROBLEM_TYPES, CallLimit, ChatClient, UserError, accuracy_reward, digest, format_rewards,
                      make_judge, parse_trace, question_text)
 
 FACTOR = 28  # one visual token covers 28 × 28 pixels: patches of 14, merged two by two
@@ -782,16 +781,12 @@ def trace_question(record, content, template, teacher, judge, journal, args):
     return score, reason
 
 
-def settings_of(args, records):
+def verdict_settings(args, records):
     """For each record, what a verdict of steps 2 and 3 depends on beside the trace, as the journal has it."""
     prompt = Path(args.judge_prompt_file).read_text(encoding="utf-8") if args.judge_prompt_file else None
     run = f"{args.judge} {digest(prompt)[:12] if prompt else ''} {args.threshold} {args.scoring}"
     return [f"{run} {digest([record['solution'], record['options'], record.get('evidence')])[:12]}"
             for record in records]
-
-
-def digest(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -821,7 +816,7 @@ def generate(records, teacher, judge, journal, args):
     template, results, refusals = load_template(args.prompt_file), {}, 0
     keys = [digest([args.teacher, args.teacher_extra, build_prompt(record, template), record["path"],
                     args.num_frames, args.max_pixels])[:24] for record in records]
-    checks = list(zip(keys, settings_of(args, records)))
+    checks = list(zip(keys, verdict_settings(args, records)))
     todo = {check[0]: dict(record, check=check) for check, record in zip(checks, records)
             if check not in journal.checks}
     unasked = [record for key, record in todo.items() if key not in journal.outputs]

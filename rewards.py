@@ -322,13 +322,18 @@ def fill_prompt(template, **fields):
     for name, text in fields.items():
         visible = (c for c in text if c in "\n\t" or unicodedata.category(c)[0] != "C")
         fields[name] = TAG_LIKE.sub(r"(\1\2)", "".join(visible))
-    code = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]
+    code = digest(fields)[:16]
 
     def fenced(match):
         name = match[1].upper()
         return f"=== BEGIN {name} {code} ===\n{fields[match[1]]}\n=== END {name} {code} ==="
 
     return re.sub(r"\{(%s)\}" % "|".join(fields), fenced, template)  # in one pass, which never enters a field
+
+
+def digest(value):
+    """The SHA-256 of a JSON value, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def question_text(record):
@@ -537,7 +542,7 @@ class ChatClient:
 
     def cache_key(self, body):
         """Another server is another judge, whatever the name under which it serves its model."""
-        return hashlib.sha256(json.dumps([self.url, body]).encode()).hexdigest()
+        return digest([self.url, body])
 
     def report(self, replies):
         """Says on the screen how many of the replies are missing, and why the last one is."""

@@ -676,8 +676,9 @@ def settings_of(model, records, args):
     for parameter in trainable_parameters(model):
         digest.update(parameter.detach().cpu().numpy().tobytes())
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    for name in {"prompt_file", "judge_prompt_file"} & {name for name, value in settings.items() if value}:
-        settings[name] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()[:16]  # its text counts
+    for name in ("prompt_file", "judge_prompt_file"):
+        if settings.get(name):  # its text counts, not where it lies
+            settings[name] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()[:16]
     settings["records and first weights"] = digest.hexdigest()[:16]
     return json.loads(json.dumps(settings, default=str))
 

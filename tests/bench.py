@@ -237,6 +237,11 @@ def naive_logprobs(model, prompt, ids):
 
 def bench_training(model, tokenizer):
     training_passes(model, tokenizer, 25)
+    small = embedded(model, sft.encode_prompt("E", FRAMES[:2, :28, :28], 2.0, tokenizer, sft.core(model).config))
+    two, both = torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2, dtype=torch.bool)
+    s, = in_turn([lambda: torch.autograd.grad(
+        pagrpo.token_logprobs(model, small, two, both).mean(), sft.trainable_parameters(model))], 25)
+    print(f"   a pass over next to nothing, {len(small.input_ids)} + 2 x 2 tokens: {s:.3f} s")
     print("   the prompt's share: seconds of ours at T = 64, and per completion token")
     prompt, weights = embedded(model, make_prompt(model, tokenizer)), sft.trainable_parameters(model)
     for G in (2, 4, 8, 16):

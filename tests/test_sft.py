@@ -642,6 +642,16 @@ def test_target_text(record, agnostic, expected):
     assert sft.target_text(record, agnostic) == expected
 
 
+def test_a_runs_settings_hold_a_prompt_files_text_and_not_its_name(tiny, tmp_path):
+    def settings(name, text):
+        (tmp_path / name).write_text(text)
+        return sft.settings_of(tiny[0], [], SimpleNamespace(prompt_file=str(tmp_path / name), lr=1.0, workers=2))
+
+    first = settings("a.txt", "one")
+    assert settings("b.txt", "one") == first != settings("a.txt", "two")
+    assert first["lr"] == 1.0 and "workers" not in first
+
+
 def test_cosine_lr_by_hand():
     lrs = [sft.cosine_lr(step, 104, 2.0, 4 / 104) for step in range(104)]
     assert lrs[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])  # four steps up, never 0
