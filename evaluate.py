@@ -5,16 +5,15 @@ before and after each stage (Sec. 4).
     python evaluate.py --model tiny --adapters none runs/tiny/pagrpo
 
 An answer that is empty or can't be parsed is wrong. A record whose medium turns out to be unreadable counts
-as wrong too, and the score without such records is printed beside; one whose medium is missing, or unreadable
-according to --check-data, is left out, which every stage says when it starts.
+as wrong too, and the score without such records is printed beside; one whose medium is missing is left out,
+which every stage says when it starts.
 
-Our choices (cited by number in the code):
- 1. Decoding is greedy, which is what the paper's temperature 0.01 with top-p 0.001 comes to.
- 2. The row "constant" answers every question of a type with the one gold answer of that type that scores best
+Our choices:
+E1. Decoding is greedy, which is what the paper's temperature 0.01 with top-p 0.001 comes to.
+E2. The row "constant" answers every question of a type with the one gold answer of that type that scores best
     on this very test set: the most that guessing without looking could earn.
- 3. Intervals are 95 % by the normal approximation over questions.
+E3. Intervals are 95 % by the normal approximation over questions.
 """
-import argparse
 import gc
 import json
 import math
@@ -24,26 +23,79 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from gen_cot import (add_data_args, add_judge_args, add_vision_args, judge_from, load_template, parse_args,
-                     positive, print_stats, read_ahead, select_records, write_atomically, write_jsonl)
+import gen_cot
+import sft
 from pagrpo import rollout
 from rewards import PROBLEM_TYPES, accuracy_reward, format_rewards, parse_trace
-from sft import add_model_args, check_adapter, core, embed_prompts, encode_batch, load_model
 
-STAGE_PRESETS = {"tiny": dict(batch_size=50, max_completion_tokens=112, max_pixels=4)}
+TINY = dict(data="data/toy/test.jsonl", media_root="data/toy", max_pixels=4, max_completion_tokens=112,
+            batch_size=50)
+
+
+def get_args():
+    parser, model, _ = gen_cot.make_parser(__doc__, "data/Video-R1-eval/eval_*.json", "questions",
+                                           num_frames=32, max_pixels=256)
+    model.add_argument("--no-4bit", action="store_true", help="keep the base in 16 bits (big cards)")
+    model.add_argument("--adapters", nargs="+",
+                       help="adapter folders to compare, none for the base (default: none, runs/<model>/sft, "
+                            "runs/<model>/pagrpo)")
+    add = parser.add_argument_group("algorithm").add_argument
+    gen_cot.add_judge_args(add, default="rule")
+    add("--max-completion-tokens", type=gen_cot.positive, default=1024, help="completions are cut here")
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=int, default=0, help="seed of the draw of --limit")
+    add("--batch-size", type=gen_cot.positive, default=4, help="questions decoded together")
+    add("--output", type=Path,
+        help="folder for results.json and completions (default: runs/<model>/evaluate)")
+    args = gen_cot.parse_args(parser, TINY)
+    args.output = args.output or args.run_dir / "evaluate"
+    if args.adapters is None:
+        stages = [args.run_dir / "sft", args.run_dir / "pagrpo"]
+        args.adapters = ["none"] + [str(s) for s in stages if (s / "adapter_config.json").exists()]
+    return args
+
+
+def main(args):
+    records = gen_cot.select_records(args)
+    judge = gen_cot.judge_from(args)
+    for adapter in args.adapters:
+        if adapter != "none":
+            sft.check_adapter(adapter)
+    rows = {"constant": summarise(constant_answers(records, args.scoring))}
+    for adapter, name in row_names(args.adapters).items():
+        model, tokenizer = sft.load_model(args.base, None if adapter == "none" else adapter, not args.no_4bit,
+                                      trainable=False)
+        texts = complete(model, tokenizer, records, args)
+        del model  # before the next one is loaded
+        gc.collect()
+        file = Path(adapter).name if name != adapter else adapter.strip("/").replace("/", "-")
+        file = args.output / f"completions-{file}.jsonl"
+        rows_kept = [dict(problem_id=record.get("problem_id"), path=record["path"], completion=text)
+                     for record, text in zip(records, texts)]
+        gen_cot.write_jsonl(file, rows_kept)  # in case that the judge refuses
+        results = score_completions(records, texts, judge, args.scoring)
+        gen_cot.write_jsonl(file, results)
+        rows[name] = summarise(results)
+    print_table(rows, records)
+    gen_cot.print_stats("judge", judge)
+    settings = {key: str(value) for key, value in vars(args).items()}
+    rows = json.loads(json.dumps(rows), parse_constant=lambda nan: None)  # a type without questions: null
+    gen_cot.write_text(args.output / "results.json",
+                       json.dumps(dict(rows=rows, questions=len(records), settings=settings), indent=1))
+    print(f"\nresults.json and every completion in {args.output}")
 
 
 def complete(model, tokenizer, records, args):
-    """Greedy completions (choice 1): list of str, None for a record whose medium can't be read."""
-    template, config, skipped = load_template(args.prompt_file), core(model).config, []
-    texts, media = {}, read_ahead([dict(record, index=i) for i, record in enumerate(records)], args)
+    """Greedy completions (E1): list of str, None for a record whose medium can't be read."""
+    template, config, skipped = gen_cot.load_template(args), sft.unwrap(model).config, []
+    texts, media = {}, gen_cot.read_ahead([dict(record, index=i) for i, record in enumerate(records)], args)
     for _ in tqdm(range(0, len(records), args.batch_size), desc="completions", unit="batch"):
-        encoded = encode_batch(islice(media, args.batch_size), template, tokenizer, config, skipped)
+        encoded = sft.encode_batch(islice(media, args.batch_size), template, tokenizer, config, skipped)
         if not encoded:
             continue
         kept, prompts = zip(*encoded)
         with torch.no_grad():
-            embed_prompts(model, prompts)
+            sft.embed_prompts(model, prompts)
         ids, mask, _ = rollout(model, prompts, tokenizer, 1, args.max_completion_tokens)
         for record, row, keep in zip(kept, ids, mask):
             texts[record["index"]] = tokenizer.decode(row[keep], skip_special_tokens=True,
@@ -68,7 +120,7 @@ def answer_score(record, text, scoring):
 
 
 def constant_answers(records, scoring):
-    """The results of the best constant answer per problem type (choice 2)."""
+    """The results of the best constant answer per problem type (E2)."""
     results = []
     for kind in PROBLEM_TYPES:
         asked = [record for record in records if record["problem_type"] == kind]
@@ -81,7 +133,7 @@ def constant_answers(records, scoring):
 
 
 def mean(values):
-    """(mean, half-width of its 95 % interval) of a list of float, choice 3; (nan, nan) of an empty one."""
+    """(mean, half-width of its 95 % interval) of a list of float, E3; (nan, nan) of an empty one."""
     if not values:
         return math.nan, math.nan
     average = sum(values) / len(values)
@@ -123,67 +175,12 @@ def print_table(rows, records):
             print(f"  {row['judge unknown']} observations got no verdict and count in no perception")
 
 
-def get_args():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    model, _ = add_data_args(parser, "questions: JSON list or JSON Lines, .gz or plain, globs allowed")
-    add_model_args(model)
-    model.add_argument("--adapters", nargs="+",
-                       help="adapter folders to compare, none for the base "
-                            "(default: none, runs/<model>/sft, runs/<model>/pagrpo)")
-    add_vision_args(parser, num_frames=32, max_pixels=256)
-    algorithm = parser.add_argument_group("algorithm")
-    add_judge_args(algorithm, default="rule")
-    algorithm.add_argument("--max-completion-tokens", type=positive, default=1024,
-                           help="completions are cut here")
-    run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, default=0, help="seed of the draw of --limit")
-    run.add_argument("--batch-size", type=positive, default=4, help="questions decoded together")
-    run.add_argument("--output", type=Path,
-                     help="folder for results.json and completions (default: runs/<model>/evaluate)")
-    args = parse_args(parser, STAGE_PRESETS, data_key="test_data")
-    args.output = args.output or args.run_dir / "evaluate"
-    stages = [args.run_dir / "sft", args.run_dir / "pagrpo"]
-    args.adapters = args.adapters or ["none"] + [
-        str(s) for s in stages if (s / "adapter_config.json").exists()]
-    return args
-
-
 def row_names(adapters):
     """{adapter: its name in the table}; those whose folders share a name go by their paths."""
     known = {"none": "base", "sft": "SFT", "pagrpo": "SFT + PA-GRPO"}
     names = [known.get(Path(adapter).name, Path(adapter).name) for adapter in adapters]
     return {adapter: name if names.count(name) == 1 else str(adapter)
             for adapter, name in zip(adapters, names)}
-
-
-def main(args):
-    records = select_records(args)
-    judge = judge_from(args)
-    for adapter in args.adapters:
-        if adapter != "none":
-            check_adapter(adapter)
-    rows = {"constant": summarise(constant_answers(records, args.scoring))}
-    for adapter, name in row_names(args.adapters).items():
-        model, tokenizer = load_model(args.base, None if adapter == "none" else adapter, not args.no_4bit,
-                                      trainable=False)
-        texts = complete(model, tokenizer, records, args)
-        del model  # before the next one is loaded
-        gc.collect()
-        file = Path(adapter).name if name != adapter else adapter.strip("/").replace("/", "-")
-        file = args.output / f"completions-{file}.jsonl"
-        write_jsonl(file, [dict(problem_id=record.get("problem_id"), path=record["path"], completion=text)
-                           for record, text in zip(records, texts)])  # in case that the judge refuses
-        results = score_completions(records, texts, judge, args.scoring)
-        write_jsonl(file, results)
-        rows[name] = summarise(results)
-    print_table(rows, records)
-    print_stats(judge)
-    settings = {key: str(value) for key, value in vars(args).items()}
-    rows = json.loads(json.dumps(rows), parse_constant=lambda nan: None)  # a type without questions: null
-    write_atomically(args.output / "results.json",
-                     json.dumps(dict(rows=rows, questions=len(records), settings=settings), indent=1))
-    print(f"\nresults.json and every completion in {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,26 @@
-"""A 4-bit Qwen2.5-VL with LoRA learns the template from verified traces:
-VideoP2R's first training stage (Sec. 3.1).
+"""A 4-bit Qwen2.5-VL with LoRA learns the template from verified traces: VideoP2R's first training stage
+(Sec. 3.1).
 
 The language model's linear layers are frozen in nf4 with double quantisation (QLoRA), the vision tower is
 frozen and not quantised, and LoRA adapters on the language model are all that trains. The loss is next-token
 cross-entropy on the assistant's completion only.
 
-This file is also where every later stage gets its model and its tensors: `load_model`, `encode_prompt`,
-`rope_positions`, `embed_prompts`, `logprobs_from_hidden`; and what the two trainers have in common, from
-arguments and the processes' shares of a batch to checkpoints and curves.
-
     python sft.py --model tiny                 # a laptop's CPU: under a minute, 1 GiB
     python sft.py --model qwen2.5-vl-7b        # one consumer GPU
 
-Shapes: B samples, S tokens of a sequence, P prompt tokens, T completion tokens, D hidden size,
-V vocabulary, N patches.
+`train`, `sft_step` and `sft_loss` come first. Below the double line stands what later stages borrow: the
+model, the way from a record to its tensors, and what the two trainers have in common.
 
-Our choices where the paper is silent (cited by number in the code):
- 1. M-RoPE positions are computed here, once per sample, from the true sampled frame rate (`rope_positions`),
+Shapes: B samples, S tokens of a sequence, P prompt tokens, T completion tokens, D hidden size, V vocabulary,
+N patches.
+
+Our choices where the paper is silent:
+S1. M-RoPE positions are computed here, once per sample, from the true sampled frame rate (`rope_positions`),
     and given to every forward pass; the library's own depend on its version and assume 24 frames per second.
- 2. A batch's loss is the mean over all its completion tokens, however it is split into micro-batches.
- 3. `--process-agnostic` (Table 2) removes the observation block from the target; the prompt stays the same.
+S2. A batch's loss is the mean over all its completion tokens, however it is split into micro-batches.
+S3. `--process-agnostic` (Table 2) removes the observation block from the target; the prompt stays the same.
 """
-import argparse
 import contextlib
-import functools
-import hashlib
 import json
 import logging
 import math
@@ -36,7 +32,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -46,44 +42,165 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # advertises, as it is imported
-from peft import (LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict,
-                  load_peft_weights)
-from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from gen_cot import (FACTOR, IMAGE_PIXELS, MediaError, add_data_args, add_vision_args, build_prompt,
-                     load_template, parse_args, positive, read_ahead, select_records, write_atomically)
-from rewards import UserError, nan_mean, parse_trace
+from gen_cot import (MediaError, build_prompt, load_template, make_parser, open_jsonl, parse_args, positive,
+                     read_ahead, select_records)
+from rewards import UserError, parse_trace, write_atomically
 
-PATCH, MERGE, TEMPORAL = 14, 2, 2  # pixels a patch side; patches a token side; frames a temporal patch
-PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
-PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
-LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+TINY = dict(data="runs/tiny/gen_cot/cot.jsonl", media_root="data/toy", lr=2e-3, lora_rank=32, micro_batch=16,
+            max_pixels=4, checkpointing=False)
 
-CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        "<|vision_start|>{medium}<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n")
 
-STAGE_PRESETS = {"tiny": dict(lr=2e-3, lora_rank=32, micro_batch=16, max_pixels=4, no_checkpointing=True)}
-CURVES = {"loss": ["loss", "held_out_loss"], "gradient norm": ["grad_norm"]}
-MEND = "lower --micro-batch, then --lora-rank, --num-frames or --max-pixels"  # what takes a step's memory
+def get_args():
+    parser, model, _ = make_parser(__doc__, None, "verified traces (default: those of gen_cot.py, else the "
+                                                  "authors' release)")
+    add = parser.add_argument_group("algorithm").add_argument
+    add("--process-agnostic", action="store_true", help="no observation block in the target (Table 2)")
+    optimisation, _ = add_training_args(parser, model, "sft", lr=1e-4)
+    add = optimisation.add_argument
+    add("--epochs", type=positive, default=1, help="passes over the data (paper: 1)")
+    add("--batch-size", type=positive, default=16, help="traces per optimiser step (paper: 8 x 2)")
+    add("--micro-batch", type=positive, default=1, help="traces per forward pass, as many as fit")
+    args = parse_training_args(parser, TINY, "sft")
+    verified = args.run_dir / "gen_cot" / "cot.jsonl"
+    args.data = args.data or (str(verified) if verified.exists() else "data/VideoP2R-162k_sft.part*.json.gz")
+    return args
 
+
+def main(args):
+    setup_process(args)
+    records = select_records(args)
+    for record in records:
+        if not record.get("output") and not (record.get("observation") and record.get("process")):
+            raise UserError(f"{args.data}: the question {record['problem'][:60]!r} has no trace to learn "
+                            "(output, or observation and process): run gen_cot.py first.")
+        if args.process_agnostic and None in parse_trace(target_text(record))[1:]:
+            raise UserError(f"{args.data}: the trace of {record['problem'][:60]!r} lacks its think or its "
+                            "answer block: leave the record out.")
+    with measured("load", "take a smaller model"):
+        model, tokenizer = load_model(args.base, None, not args.no_4bit, args.lora_rank)
+    train(model, tokenizer, records, args)
+
+
+def train(model, tokenizer, records, args):
+    """SFT over the records, `--epochs` times; writes metrics.jsonl, curves.png and the adapter."""
+    template, optimizer, order = load_template(args), setup_training(model, args), []
+    for epoch in range(args.epochs):
+        order += random.Random(args.seed + epoch).sample(records, len(records))
+    steps = math.ceil(len(order) / args.batch_size)
+    start, skipped = load_checkpoint(model, optimizer, args)
+    media, row = read_ahead(shard(order[start * args.batch_size:], args.batch_size), args), {}
+    with open_log(args.output, start) as log, progress("SFT", start, steps) as bar:
+        for step in bar:
+            if step > start and step % args.save_every == 0:
+                save_checkpoint(step, model, optimizer, gather_object(skipped), args)
+            since = time.time()
+            batch = islice(media, shard_size(args.batch_size))
+            encoded = encode_batch(batch, template, tokenizer, unwrap(model).config, skipped)
+            waited = time.time() - since
+            if not any(gather_object([len(encoded)])):
+                continue
+            row = {"step": step, "lr": cosine_lr(step, steps, args.lr), "sec/media": waited}
+            with measured("step", "lower --micro-batch, then --lora-rank, --num-frames or --max-pixels", row):
+                row |= sft_step(model, tokenizer, optimizer, encoded, row["lr"], args)
+            log_row(log, row)
+            bar.set_postfix(loss=f"{row['loss']:.3f}")
+    lost = len(gather_object(skipped))
+    if lost == len(order):
+        raise UserError(f"None of the {len(records)} media can be read: see the list above.")
+    finish(model, {"loss": ["loss"], "gradient norm": ["grad_norm"]}, args.output)
+    print(f"SFT on {len(records) - lost // args.epochs} traces, {lost // args.epochs} skipped; last loss "
+          f"{row.get('loss', math.nan):.3f}; adapter, metrics.jsonl, curves.png in {args.output}")
+
+
+def sft_step(model, tokenizer, optimizer, encoded, lr, args):
+    """One optimiser step on pairs (record, Prompt); returns its metrics: `loss`, the mean over the completion
+    tokens of all processes (S2), and `grad_norm`."""
+    encoded = sorted(encoded, key=lambda pair: len(pair[1].input_ids))  # like lengths together pad less
+    targets = [target_ids(record, tokenizer, args.process_agnostic) for record, _ in encoded]
+    tokens, loss = sum(gather_object([sum(map(len, targets))])), 0.0
+    model.train()
+    for i in range(0, len(encoded), args.micro_batch):
+        prompts = [prompt for _, prompt in encoded[i:i + args.micro_batch]]
+        with torch.no_grad():
+            embed_prompts(model, prompts)
+        part = sft_loss(model, prompts, targets[i:i + args.micro_batch]) / tokens
+        part.backward()
+        loss += part.item()
+    grad_norm = optimiser_step(model, optimizer, lr, args.max_grad_norm)
+    model.eval()
+    return {"loss": sum(gather_object([loss])), "grad_norm": grad_norm}
+
+
+def sft_loss(model, prompts, completions):
+    """Summed negative log-likelihood of the completions, a scalar; labels are the completion tokens and
+    nothing else.
+
+    Args:
+        prompts: B of Prompt with embeds. completions: B of (T,) int64, end-of-sequence included.
+    """
+    qwen = unwrap(model).model
+    device = prompts[0].embeds.device
+    lengths = [len(p.input_ids) + len(c) for p, c in zip(prompts, completions)]
+    embeds, positions = [], []
+    attention_mask = torch.zeros(len(prompts), max(lengths), dtype=torch.long, device=device)  # (B, S)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions)):
+        rest = max(lengths) - len(prompt.input_ids)  # the completion and its padding
+        ids = F.pad(completion, (0, rest - len(completion))).to(device)
+        embeds.append(torch.cat([prompt.embeds, qwen.language_model.embed_tokens(ids)]))
+        after = prompt.next_position + torch.arange(rest)
+        positions.append(torch.cat([prompt.positions, after.expand(3, -1)], dim=1))
+        attention_mask[row, :lengths[row]] = 1
+    hidden = qwen.language_model(  # (B, S, D)
+        inputs_embeds=torch.stack(embeds), attention_mask=attention_mask, use_cache=False,
+        position_ids=torch.stack(positions, dim=1).to(device)).last_hidden_state
+    before = [h[len(p.input_ids) - 1:n - 1] for h, p, n in zip(hidden, prompts, lengths)]  # of the labels
+    labels = torch.cat(completions).to(device)
+    return -logprobs_from_hidden(model, torch.cat(before), labels).sum()
+
+
+def target_text(record, process_agnostic=False):
+    """The completion to learn: the record's whole trace, or without its observation block (S3)."""
+    if record.get("output"):
+        text = record["output"].strip()
+    else:
+        observation = strip_tag(record["observation"], "observation")
+        think = strip_tag(record["process"], "think")
+        text = f"<observation>{observation}</observation> <think>{think}</think>{record['solution']}"
+    if process_agnostic:
+        trace = parse_trace(text)
+        text = f"<think>{trace.think}</think><answer>{trace.answer}</answer>"
+    return text
+
+
+def strip_tag(text, tag):
+    """A segment without its tags, whether the file stores it with or without them."""
+    return text.replace(f"<{tag}>", "").replace(f"</{tag}>", "").strip()
+
+
+def target_ids(record, tokenizer, process_agnostic=False):
+    """The completion's tokens, (T,) int64, the end-of-sequence token included."""
+    text = target_text(record, process_agnostic).replace("<|", "< |")  # it can't write control tokens
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])
+
+
+# === below: what later stages borrow ========================================================================
 
 # --- the model ----------------------------------------------------------------------------------------------
 
-def add_model_args(model_group):
-    """What every stage with a model can be told about it."""
-    model_group.add_argument("--no-4bit", action="store_true", help="keep the base in 16 bits (big cards)")
+LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
 
 def pick_device():
     """(device, dtype of the 16-bit parts): bf16 on a GPU, float32 on a CPU, where 16 bits are slow."""
     if torch.cuda.is_available():
-        return team().device, torch.bfloat16
+        return process().device, torch.bfloat16
     return torch.device("cpu"), torch.float32
 
 
@@ -113,31 +230,20 @@ def load_base(base, four_bit=True):
     model.requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # on a CPU with bf16 instructions a pass without
-            module.support_avx512bf16_for_cpu = False  # gradients would repack the weights, and none could follow
+            module.support_avx512bf16_for_cpu = False  # gradients would repack the weights: none could follow
     linears = [(name, "4bit" in type(m).__name__)
                for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     quantised = [name for name, is_4bit in linears if is_4bit]
-    strays = [name for name in quantised if "language_model.layers" not in name]
-    if strays or (four_bit and not quantised):
+    unexpected = [name for name in quantised if "language_model.layers" not in name]
+    if unexpected or (four_bit and not quantised):
         raise UserError(f"4-bit layers belong in the language model only; "
-                        f"found {strays[:3] or 'none at all'} in {base}.")
+                        f"found {unexpected[:3] or 'none at all'} in {base}.")
     print(f"{base}: {len(quantised)} linear layers in 4 bits, {len(linears) - len(quantised)} not quantised, "
           f"on {device}.")
     return model, tokenizer
 
 
-def print_parameters(model):
-    """How many parameters there are in 4 bits, in 16 (32 on a CPU), and how many train (32)."""
-    in_four = {id(m.weight): m.in_features * m.out_features
-               for m in model.modules() if "4bit" in type(m).__name__ and hasattr(m, "quant_state")}
-    rest = [p for p in model.parameters() if id(p) not in in_four]
-    counts = {"in 4 bits": sum(in_four.values()),
-              "frozen in more": sum(p.numel() for p in rest if not p.requires_grad),
-              "trainable": sum(p.numel() for p in rest if p.requires_grad)}
-    print("parameters: " + ", ".join(f"{n / 1e6:,.1f} M {name}" for name, n in counts.items()))
-
-
-def load_model(base, adapter=None, four_bit=True, lora_rank=64, lora_alpha=None, trainable=True):
+def load_model(base, adapter=None, four_bit=True, lora_rank=64, trainable=True):
     """The base with a LoRA adapter named `policy`: the one saved in the folder `adapter`,
     or a fresh one (B = 0).
 
@@ -147,7 +253,7 @@ def load_model(base, adapter=None, four_bit=True, lora_rank=64, lora_alpha=None,
         check_adapter(adapter)
     model, tokenizer = load_base(base, four_bit)
     if adapter is None:
-        config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha or 2 * lora_rank, target_modules=LORA_TARGETS)
+        config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS)
         model = get_peft_model(model, config, adapter_name="policy")
     else:
         try:
@@ -165,25 +271,8 @@ def load_model(base, adapter=None, four_bit=True, lora_rank=64, lora_alpha=None,
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # an adapter from elsewhere can bring some; ρ wants the same policy twice
-    print_parameters(model)
+    model.print_trainable_parameters()
     return model.eval(), tokenizer
-
-
-def add_reference(model, adapter, args):
-    """π_ref as the frozen adapter `ref`, the SFT adapter once more; returns its name, or None where there is
-    no adapter, i.e. where π_ref is the base. UserError where rank or scale are not those of the arguments."""
-    if adapter is None and not (args.probe and args.adapter is None):
-        return None
-    if adapter is None:  # the probe has one as there will be once sft.py has run
-        model.add_adapter("ref", model.peft_config["policy"])
-    else:
-        model.load_adapter(str(adapter), "ref", is_trainable=False)
-        rank, alpha = model.peft_config["policy"].r, model.peft_config["policy"].lora_alpha
-        if rank != args.lora_rank or args.lora_alpha not in (None, alpha):
-            raise UserError(f"The adapter in {adapter} has rank {rank} and alpha {alpha}: pass --lora-rank "
-                            f"{rank} and no --lora-alpha, or train another with sft.py.")
-    model.set_adapter("policy")
-    return "ref"
 
 
 def check_adapter(adapter):
@@ -196,79 +285,18 @@ def check_adapter_fits(model, adapter):
     """Raises UserError where the saved weights are not all of the adapter's and no others, or where a layer's
     change nothing: they are of another model or version, which peft would pass over."""
     saved = set(load_peft_weights(str(adapter), device="cpu"))
-    strays = saved ^ set(get_peft_model_state_dict(model, adapter_name="policy"))
-    if strays:
-        raise UserError(f"The adapter in {adapter} does not fit this base: {len(strays)} weights are missing "
-                        f"or have no place, for example {min(strays)}.")
+    unexpected = saved ^ set(get_peft_model_state_dict(model, adapter_name="policy"))
+    if unexpected:
+        raise UserError(f"The adapter in {adapter} does not fit this base: {len(unexpected)} weights are "
+                        f"missing or have no place, for example {min(unexpected)}.")
     if any(p.abs().max() == 0 for n, p in model.named_parameters() if "lora_B" in n):
         raise UserError(f"The adapter in {adapter} has no effect on this base: "
                         "it was trained for another model or version.")
 
 
-def core(model):
+def unwrap(model):
     """The Qwen2.5-VL inside a PeftModel (or the model itself), its LoRA layers in place."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-@contextlib.contextmanager
-def use_adapter(model, name):
-    """Within the block the adapter `name` acts (None: none does, i.e. the bare base);
-    afterwards `policy` again."""
-    if name is None:
-        with model.disable_adapter():
-            yield
-    else:
-        model.set_adapter(name, inference_mode=True)
-        try:
-            yield
-        finally:
-            model.set_adapter("policy")
-
-
-@contextlib.contextmanager
-def merged(model):
-    """Within the block each adapted layer is one dense matrix, its weight plus the change of the adapter that
-    acts now: decoding is bound by the number of calls, and this makes one of four. The layers themselves stay
-    as they are. Exact up to rounding in float32; 16 bits would round away what is small in the change, and
-    nothing is merged there."""
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer)] if model.dtype == torch.float32 else []
-    for layer in layers:
-        weight = dequantize_module_weight(layer.base_layer).float()
-        if not layer.disable_adapters:
-            weight = weight + sum(map(layer.get_delta_weight, layer.active_adapters))
-        layer.forward = functools.partial(F.linear, weight=weight, bias=layer.base_layer.bias)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward  # the class has its own
-
-
-class GroupCache:
-    """Keys and values of a decode loop, written in place: growing the tensors would copy all of them at every
-    token. `rows` are those that are fed now (a prompt's G, all) and `columns` what they have seen, the new
-    tokens at the end."""
-
-    def __init__(self, like, config, rows, length):
-        shape = rows, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads
-        self.layers = [[like.new_zeros(shape), like.new_zeros(shape)]
-                       for _ in range(config.num_hidden_layers)]
-        self.rows = self.columns = slice(None)
-
-    def update(self, keys, values, layer, *args, **kwargs):
-        """Called by the library's attention with (n, heads, tokens, d) of the new tokens, n = 1 for a prompt;
-        returns n rows of all so far."""
-        for room, new in zip(self.layers[layer], (keys, values)):
-            room[self.rows, :, self.columns.stop - new.shape[2]:self.columns.stop] = new
-        return [room[self.rows, :, self.columns][:len(keys)] for room in self.layers[layer]]
-
-
-def banned_ids(tokenizer, size):
-    """Ids that a completion can't contain: every special token but the end-of-sequence one, and those that
-    stand for nothing, as the released heads have more rows (`size`) than there are tokens."""
-    special = [i for i, token in tokenizer.added_tokens_decoder.items()
-               if i != tokenizer.eos_token_id and token.content.startswith("<|")]
-    return special + list(range(len(tokenizer), size))
 
 
 def save_adapter(model, folder):
@@ -282,6 +310,14 @@ def save_adapter(model, folder):
 
 
 # --- from a record to tensors -------------------------------------------------------------------------------
+
+PATCH, MERGE, TEMPORAL = 14, 2, 2  # pixels a patch side; patches a token side; frames a temporal patch
+PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
+PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+
+CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|>{medium}<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n")
+
 
 @dataclass
 class Prompt:
@@ -314,7 +350,7 @@ def pack_frames(frames):
 
 
 def rope_positions(input_ids, grid_thw, second_per_grid, config):
-    """M-RoPE positions of a sequence of text and visual tokens (choice 1; Qwen2.5-VL report).
+    """M-RoPE positions of a sequence of text and visual tokens (S1; Qwen2.5-VL report).
 
     Text advances all three axes by one. A visual token of the medium's temporal patch t, row h, column w is
     at (start + floor(t · interval), start + h, start + w), interval = tokens_per_second · seconds per
@@ -378,7 +414,7 @@ def embed_prompts(model, prompts):
     The tower is frozen, so this runs once per prompt and its features serve sampling,
     policy and reference alike.
     """
-    qwen = core(model).model
+    qwen = unwrap(model).model
     device = qwen.visual.patch_embed.proj.weight.device
     pixels = torch.cat([p.pixel_values for p in prompts]).to(device)
     grids = torch.cat([p.grid_thw for p in prompts]).to(device)
@@ -400,7 +436,7 @@ def logprobs_from_hidden(model, hidden, targets, chunk=None):
     In chunks of `chunk` tokens (default: logits of 256 MiB), under checkpointing where there are several, so
     that no two of them have their (tokens × V) tensors at once.
     """
-    head = core(model).lm_head
+    head = unwrap(model).lm_head
     chunk = chunk or max(1, 2**26 // head.out_features)
 
     def one_chunk(h, t):
@@ -412,150 +448,45 @@ def logprobs_from_hidden(model, hidden, targets, chunk=None):
     return torch.cat([checkpoint(one_chunk, h, t, use_reentrant=False) for h, t in parts])
 
 
-# --- SFT ----------------------------------------------------------------------------------------------------
+# --- several processes --------------------------------------------------------------------------------------
 
-def target_text(record, process_agnostic=False):
-    """The completion to learn: the record's whole trace, or without its observation block (choice 3)."""
-    if record.get("output"):
-        text = record["output"].strip()
-    else:
-        observation = strip_tag(record["observation"], "observation")
-        think = strip_tag(record["process"], "think")
-        text = f"<observation>{observation}</observation> <think>{think}</think>{record['solution']}"
-    if process_agnostic:
-        trace = parse_trace(text)
-        text = f"<think>{trace.think}</think><answer>{trace.answer}</answer>"
-    return text
-
-
-def target_ids(record, tokenizer, process_agnostic=False):
-    """The completion's tokens, (T,) int64, the end-of-sequence token included."""
-    text = target_text(record, process_agnostic).replace("<|", "< |")  # it can't write control tokens
-    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])
-
-
-def strip_tag(text, tag):
-    """A segment without its tags, whether the file stores it with or without them."""
-    return text.replace(f"<{tag}>", "").replace(f"</{tag}>", "").strip()
-
-
-def sft_loss(model, prompts, completions):
-    """Summed negative log-likelihood of the completions, a scalar;
-    labels are the completion tokens and nothing else.
-
-    Args:
-        prompts: B of Prompt with embeds. completions: B of (T,) int64, end-of-sequence included.
-    """
-    qwen = core(model).model
-    device = prompts[0].embeds.device
-    lengths = [len(p.input_ids) + len(c) for p, c in zip(prompts, completions)]
-    width = max(lengths)
-    embeds, positions, attend = [], [], torch.zeros(len(prompts), width, dtype=torch.long, device=device)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions)):
-        tail = width - len(prompt.input_ids)
-        ids = F.pad(completion, (0, tail - len(completion))).to(device)
-        embeds.append(torch.cat([prompt.embeds, qwen.language_model.embed_tokens(ids)]))
-        after = prompt.next_position + torch.arange(tail)
-        positions.append(torch.cat([prompt.positions, after.expand(3, -1)], dim=1))
-        attend[row, :lengths[row]] = 1
-    embeds = torch.stack(embeds)
-    hidden = qwen.language_model(  # (B, S, D)
-        inputs_embeds=embeds, attention_mask=attend, use_cache=False,
-        position_ids=torch.stack(positions, dim=1).to(device)).last_hidden_state
-    wanted = torch.cat([h[len(p.input_ids) - 1:n - 1] for h, p, n in zip(hidden, prompts, lengths)])
-    return -logprobs_from_hidden(model, wanted, torch.cat(completions).to(device)).sum()
-
-
-# --- training -----------------------------------------------------------------------------------------------
-
-def begin(args):
-    """What a training process does first. Raises UserError where its memory can't be limited."""
-    if not is_first():
-        sys.stdout = open(os.devnull, "w")  # one voice is enough
-    seed_everything(args.seed)
-    limit_memory(args.memory_limit)
-
-
-def seed_everything(seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def team():
-    """The processes that train together: this one alone, or all that `accelerate launch` started. Each takes
-    its share of every batch, gradients are added up, and only the first one talks and writes."""
+def process():
+    """This process among those that `accelerate launch` started, or alone: its rank, their number, its
+    device. Each takes its share of every batch, gradients are summed, and rank 0 alone talks and writes."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def is_first():
-    return team().is_main_process
+    return process().process_index == 0
 
 
-def share_of(batch_size):
-    """How many of a batch are this process's: every n-th of them for n processes, so perhaps one more or less
-    than another's."""
-    return len(range(team().process_index, batch_size, team().num_processes))
+def shard(items, batch_size):
+    """This process's share of a stream, batch by batch: every n-th item of a batch for n processes."""
+    rank, world_size = process().process_index, process().num_processes
+    return (item for i, item in enumerate(items) if i % batch_size % world_size == rank)
 
 
-def mine(items, batch_size):
-    """This process's share of a stream, batch by batch."""
-    return (item for i, item in enumerate(items)
-            if i % batch_size % team().num_processes == team().process_index)
+def shard_size(batch_size):
+    """How many items of a batch are this process's."""
+    return len(range(process().process_index, batch_size, process().num_processes))
 
 
-def endless(records, seed, batch_size, step=0):
-    """This process's share of the records in random order, over and over, each pass in a new order, from this
-    batch on; `turn` counts them."""
-    def passes():
-        rng, turn = random.Random(seed), count()
-        while True:
-            for record in rng.sample(records, len(records)):
-                yield dict(record, turn=next(turn))
+# --- what the two trainers have in common -------------------------------------------------------------------
 
-    return mine(islice(passes(), step * batch_size, None), batch_size)
+WARMUP, WEIGHT_DECAY = 0.03, 0.01  # share of the steps with linear warm-up; of AdamW (Video-R1's)
 
 
-def trainable_parameters(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def cosine_lr(step, steps, lr, warmup):
-    """Learning rate of step 0 … steps - 1: linear warm-up over the share `warmup`,
-    then a cosine down to 0."""
-    ramp = max(1, round(warmup * steps))
-    if step < ramp:
-        return lr * (step + 1) / ramp
-    return lr * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
-
-
-def optimiser_step(model, optimizer, lr, clip):
-    """One step of AdamW at this learning rate on the processes' summed gradients;
-    returns their norm before clipping."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    for parameter in trainable_parameters(model):
-        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        parameter.grad = reduce(own, "sum")
-    norm = torch.nn.utils.clip_grad_norm_(trainable_parameters(model), clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return float(norm)
-
-
-def add_training_args(parser, stage, lr):
-    """The groups 'optimisation' and 'run', the same for sft.py and pagrpo.py; returns the two."""
+def add_training_args(parser, model, stage, lr):
+    """The model's flags and the groups 'optimisation' and 'run' of both trainers; returns the two groups."""
+    model.add_argument("--no-4bit", action="store_true", help="keep the base in 16 bits (big cards)")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--lora-rank", type=positive, default=64, help="rank of the LoRA adapters")
-    group.add_argument("--lora-alpha", type=positive, help="their scale (default: twice the rank)")
+    group.add_argument("--lora-rank", type=positive, default=64,
+                       help="rank of the LoRA adapters; their alpha is twice the rank")
     group.add_argument("--lr", type=float, default=lr,
-                       help="peak learning rate (paper: 1e-6 on all weights; LoRA wants more)")
-    group.add_argument("--warmup", type=float, default=0.03, help="share of the steps with linear warm-up")
-    group.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW (paper: 0.01)")
+                       help="peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)")
     group.add_argument("--max-grad-norm", type=float, default=5.0,
-                       help="gradients are clipped to this norm (paper: 5)")
-    group.add_argument("--no-checkpointing", action="store_true",
-                       help="keep all activations: faster, more memory (the default for tiny)")
+                       help="gradients are clipped to this norm (Video-R1: 5)")
+    parser.set_defaults(checkpointing=True)  # activations are recomputed: slower, less memory
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0,
                      help="seed of the order of the data, of a fresh adapter and of the sampling")
@@ -566,29 +497,70 @@ def add_training_args(parser, stage, lr):
     run.add_argument("--save-every", type=positive, default=100, help="steps between two checkpoints")
     run.add_argument("--resume", action="store_true",
                      help="go on from the last checkpoint of a run that was stopped, where there is one")
-    run.add_argument("--probe", action="store_true",
-                     help="only measure the worst case of these settings: seconds and peak memory")
     return group, run
 
 
-def parse_training_args(parser, stage_presets, stage, data_key):
+def parse_training_args(parser, tiny, stage):
     """`parse_args`, by one process after the other, since the first one prepares the toy data."""
-    with team().main_process_first():
-        args = parse_args(parser, stage_presets, data_key)
+    with process().main_process_first():
+        args = parse_args(parser, tiny)
     args.output = args.output or args.run_dir / stage
     return args
 
 
-def prepare_for_training(model, args):
-    """Checkpointing as asked for, in the variant that keeps gradients alive;
-    returns AdamW over the LoRA weights.
+def setup_process(args):
+    """What a training process does first. Raises UserError where its memory can't be limited."""
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # one voice is enough
+    seed_everything(args.seed)
+    if args.memory_limit is not None:
+        if not torch.cuda.is_available():
+            raise UserError("--memory-limit is for a GPU, and there is none.")
+        share = args.memory_limit * 2**30 / torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def setup_training(model, args):
+    """AdamW over the LoRA weights; checkpointing as asked for, in the variant that keeps gradients alive.
 
     Hugging Face checkpoints only in training mode, so `model.train()` turns it on for gradient passes and
     `model.eval()` off for sampling, where it would disable the key-value cache. Nothing here has dropout.
     """
-    if not args.no_checkpointing:
-        core(model).activation_checkpointing_enable({"use_reentrant": False})
-    return torch.optim.AdamW(trainable_parameters(model), lr=args.lr, weight_decay=args.weight_decay)
+    if args.checkpointing:
+        unwrap(model).activation_checkpointing_enable({"use_reentrant": False})
+    return torch.optim.AdamW(trainable_parameters(model), lr=args.lr, weight_decay=WEIGHT_DECAY)
+
+
+def trainable_parameters(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def cosine_lr(step, steps, lr, warmup=WARMUP):
+    """Learning rate of step 0 … steps - 1: linear warm-up over the share `warmup`, then a cosine to 0."""
+    ramp = max(1, round(warmup * steps))
+    if step < ramp:
+        return lr * (step + 1) / ramp
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
+
+
+def optimiser_step(model, optimizer, lr, clip):
+    """One step of AdamW at this learning rate on the gradients summed over the processes; returns their norm
+    before clipping."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    for parameter in trainable_parameters(model):
+        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = reduce(own, "sum")
+    norm = torch.nn.utils.clip_grad_norm_(trainable_parameters(model), clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
 
 
 def encode_batch(batch, template, tokenizer, config, skipped):
@@ -605,135 +577,69 @@ def encode_batch(batch, template, tokenizer, config, skipped):
     return encoded
 
 
-def peak_gib():
-    """Peak memory in GiB: allocated on the GPU since the last reset,
-    or resident in this process so far on a machine without one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            * (1 if sys.platform == "darwin" else 1024) / 2**30)
-
-
-def limit_memory(gib):
-    """Hold PyTorch's allocations to so many GiB of the GPU, or to all of it. Raises UserError."""
-    if gib is None:
-        return
-    if not torch.cuda.is_available():
-        raise UserError("--memory-limit is for a GPU, and there is none.")
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / torch.cuda.mem_get_info()[1]))
-
-
-@contextlib.contextmanager
-def measured(phase, mend, rows=None):
-    """Put the seconds and peak GiB of what runs within into rows["sec/PHASE"] and rows["gib/PHASE"], or print
-    them. Out of memory is a UserError that says how to mend it."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    start = time.time()
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise UserError(f"The phase '{phase}' does not fit into the memory: {mend}.") from None
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    figures = {f"sec/{phase}": time.time() - start, f"gib/{phase}": peak_gib()}
-    if rows is None:
-        print_phases(figures)
-    else:
-        rows.update(figures)
-
-
-def print_phases(rows):
-    for phase in [key.removeprefix("sec/") for key in rows if key.startswith("sec/")]:
-        seconds, gib = rows[f"sec/{phase}"], rows[f"gib/{phase}"]
-        print(f"{phase:<10}{seconds:>10.2f} s{gib:>10.2f} GiB at most", flush=True)
-
-
-def worst_prompt(tokenizer, config, args, words=300):
-    """(record, Prompt) of as many visual tokens as these settings allow a clip or a picture, and a long
-    question."""
-    blocks, count, fps = args.max_pixels, args.num_frames, 2.0
-    if blocks * FACTOR**2 * (count // TEMPORAL) < IMAGE_PIXELS[1]:  # a picture has a budget of its own
-        blocks, count, fps = IMAGE_PIXELS[1] // FACTOR**2, 1, None
-    rows = math.gcd(blocks, 8)
-    shape = count, rows * FACTOR, blocks // rows * FACTOR, 3
-    frames = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    record = dict(problem="the " * words, problem_type="free-form", solution="<answer>the</answer>")
-    text = build_prompt(record, load_template(args.prompt_file))
-    return record, encode_prompt(text, frames, fps, tokenizer, config)
-
-
-# What a run may be continued with otherwise: where things lie, and what only time and memory depend on.
-FREE = {"resume", "save_every", "show_every", "output", "run_dir", "data_given", "workers", "decode_timeout",
-        "memory_limit", "no_checkpointing", "micro_batch", "prompts_per_rollout", "completions_per_pass",
-        "judge_cache", "judge_concurrency", "judge_max_calls"}
-
-
-def settings_of(model, records, args):
-    """All else that a run depends on, as its checkpoint names it: dict of JSON values."""
-    digest = hashlib.sha256(json.dumps(records).encode())
-    for parameter in trainable_parameters(model):
-        digest.update(parameter.detach().cpu().numpy().tobytes())
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    for name in ("prompt_file", "judge_prompt_file"):
-        if settings.get(name):  # its text counts, not where it lies
-            settings[name] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()[:16]
-    settings["records and first weights"] = digest.hexdigest()[:16]
-    return json.loads(json.dumps(settings, default=str))
-
-
-def save_checkpoint(step, model, optimizer, skipped, settings, folder):
-    """Write checkpoint.pt, all that a run needs to go on with this step, whole or not at all. The order of
-    the data and the dice of the sampling follow from seed and step. skipped: of all processes."""
+def save_checkpoint(step, model, optimizer, skipped, args):
+    """Write checkpoint.pt, all that a run needs to go on with this step. The order of the data and the random
+    numbers of the sampling follow from seed and step. skipped: of all processes."""
     if is_first():
-        weights = [p.detach().cpu() for p in trainable_parameters(model)]
-        torch.save(dict(step=step, weights=weights, optimizer=optimizer.state_dict(), skipped=skipped,
-                        settings=settings), folder / "checkpoint.partial")
-        os.replace(folder / "checkpoint.partial", folder / "checkpoint.pt")
+        state = dict(step=step, weights=[p.detach().cpu() for p in trainable_parameters(model)],
+                     optimizer=optimizer.state_dict(), skipped=skipped, args=settings(args))
+        with write_atomically(args.output / "checkpoint.pt") as partial:
+            torch.save(state, partial)
 
 
-def load_checkpoint(model, optimizer, settings, args):
-    """(step, skipped) to go on with, weights and AdamW's means being put back; (0, []) for a run that begins.
-    Raises UserError for a checkpoint that can't be read or is of other settings."""
+def load_checkpoint(model, optimizer, args):
+    """(step, skipped) to go on with, weights and AdamW's moments being put back; (0, []) for a run that
+    begins. Says which settings differ. Raises UserError for a checkpoint that can't be read."""
     path = args.output / "checkpoint.pt"
-    if not args.resume:
-        return 0, []
-    if not path.exists():
+    if args.resume and not path.exists():
         print(f"No {path}: starting from the beginning.")
+    if not args.resume or not path.exists():
         return 0, []
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail anywhere in the library
         raise UserError(f"{path} can't be read ({type(error).__name__}): start again without "
                         "--resume.") from None
-    for name, value in settings.items():
-        before = state["settings"].get(name)
-        if before != value:
-            raise UserError(f"{path} is of a run with {name.replace('_', ' ')} {before}, not {value}: go on "
-                            "with the same, or start again without --resume.")
+    if state["args"]["lora_rank"] != str(args.lora_rank):
+        raise UserError(f"{path} is of a run with --lora-rank {state['args']['lora_rank']}: go on with that, "
+                        "or start again without --resume.")
     with torch.no_grad():
         for parameter, weight in zip(trainable_parameters(model), state["weights"], strict=True):
             parameter.copy_(weight)
     optimizer.load_state_dict(state["optimizer"])
     print(f"Going on from step {state['step']}.")
+    for name, value in settings(args).items():
+        if state["args"].get(name) != value and name != "resume":
+            print(f"Before, {name.replace('_', ' ')} was {state['args'].get(name)}; now it is {value}.")
     return state["step"], state["skipped"] if is_first() else []
+
+
+def settings(args):
+    """A run's arguments as plain values."""
+    return {name: str(value) for name, value in vars(args).items()}
+
+
+def progress(name, start, steps):
+    """A bar over the steps from `start` on."""
+    return tqdm(range(start, steps), name, steps, initial=start, disable=not is_first())
 
 
 def open_log(folder, step):
     """metrics.jsonl for the rows from this step on: what a killed run wrote of them goes, the rest stays."""
     if not is_first():
-        return open(os.devnull, "w")
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if step else []
-    write_atomically(path, "".join(line for line in lines
-                                   if line.endswith("\n") and json.loads(line)["step"] < step))
-    return open(path, "a")
+        return open(os.devnull, "ab")
+    file, kept = open_jsonl(folder / "metrics.jsonl"), 0
+    file.seek(0)
+    for line in file.readlines():
+        kept += len(line) if json.loads(line)["step"] < step else 0
+    file.truncate(kept)
+    return file
 
 
-def log_line(file, row):
-    """Append one row to an open JSON Lines file, floats with six digits."""
-    file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+def log_row(file, row):
+    """Append a row to the log, floats with six digits."""
+    short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+    file.write(json.dumps(short).encode() + b"\n")
     file.flush()
 
 
@@ -756,9 +662,9 @@ def plot_curves(folder, curves, window=15):
     for axis, (title, keys) in zip(axes.flat, curves.items()):
         for key in keys:
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            means = [nan_mean([v for _, v in points[max(0, i - window + 1):i + 1]])
-                     for i in range(len(points))]
-            axis.plot([step for step, _ in points], means, marker="." if len(points) < window else None,
+            steps, values = zip(*points) if points else ((), ())
+            means = [np.mean(values[max(0, i - window + 1):i + 1]) for i in range(len(values))]
+            axis.plot(steps, means, marker="." if len(points) < window else None,
                       label=key.split("/")[-1].removesuffix("_" + title))
         axis.set(title=title, xlabel="step")
         if len(keys) > 1:
@@ -767,144 +673,42 @@ def plot_curves(folder, curves, window=15):
     pyplot.close(figure)
 
 
-@torch.no_grad()
-def held_out_loss(model, tokenizer, records, template, args):
-    """Mean loss per completion token over records that are not trained on; unreadable media don't count, and
-    None is what is left where all are."""
-    loss, tokens = 0.0, 0
-    for pair in read_ahead(mine(records, len(records)), args):
-        for record, prompt in encode_batch([pair], template, tokenizer, core(model).config, []):
-            embed_prompts(model, [prompt])
-            target = target_ids(record, tokenizer, args.process_agnostic)
-            loss += float(sft_loss(model, [prompt], [target]))
-            tokens += len(target)
-    loss, tokens = sum(gather_object([loss])), sum(gather_object([tokens]))
-    return loss / tokens if tokens else None
+# --- seconds and memory -------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def measured(phase, hint, row=None):
+    """Put the seconds and peak GiB of what runs within into row["sec/PHASE"] and row["gib/PHASE"], or print
+    them. Out of memory is a UserError with a hint on what to turn."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.time()
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"The phase '{phase}' does not fit into the memory: {hint}.") from None
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    figures = {f"sec/{phase}": time.time() - start, f"gib/{phase}": peak_gib()}
+    if row is None:
+        print_phases(figures)
+    else:
+        row.update(figures)
 
 
-def sft_step(model, optimizer, encoded, targets, tokens, lr, args):
-    """One optimiser step on pairs (record, Prompt) and their targets, with as many `tokens` in all processes;
-    returns (loss, gradient norm)."""
-    loss = 0.0
-    model.train()
-    for i in range(0, len(encoded), args.micro_batch):
-        prompts = [prompt for _, prompt in encoded[i:i + args.micro_batch]]
-        with torch.no_grad():
-            embed_prompts(model, prompts)
-        part = sft_loss(model, prompts, targets[i:i + args.micro_batch]) / tokens  # choice 2
-        part.backward()
-        loss += part.item()
-    norm = optimiser_step(model, optimizer, lr, args.max_grad_norm)
-    model.eval()
-    return sum(gather_object([loss])), norm
+def peak_gib():
+    """Peak memory in GiB: allocated on the GPU since the last reset, or resident in this process so far on a
+    machine without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * (1 if sys.platform == "darwin" else 1024) / 2**30)
 
 
-def train(model, tokenizer, records, args):
-    """SFT over the records, `--epochs` times, but for those held out; writes metrics.jsonl, curves.png and the
-    adapter."""
-    template, config = load_template(args.prompt_file), core(model).config
-    optimizer, batch_size = prepare_for_training(model, args), share_of(args.batch_size)
-    settings = settings_of(model, records, args)
-    start, skipped = load_checkpoint(model, optimizer, settings, args)
-    records = random.Random(args.seed).sample(records, len(records))
-    held_out = [records.pop() for _ in range(min(args.held_out, len(records) // 10))]
-    order = [record for epoch in range(args.epochs)
-             for record in random.Random(args.seed + epoch).sample(records, len(records))]
-    steps = math.ceil(len(order) / args.batch_size)
-    media = read_ahead(mine(order[start * args.batch_size:], args.batch_size), args)
-    args.output.mkdir(parents=True, exist_ok=True)
-    with (open_log(args.output, start) as metrics,
-          tqdm(range(start, steps), "SFT", steps, initial=start, disable=not is_first()) as bar):
-        for step in bar:
-            if step > start and step % args.save_every == 0:
-                save_checkpoint(step, model, optimizer, gather_object(skipped), settings, args.output)
-            since = time.time()
-            encoded = encode_batch(islice(media, batch_size), template, tokenizer, config, skipped)
-            waited = time.time() - since
-            encoded.sort(key=lambda pair: len(pair[1].input_ids))  # like lengths together pad less
-            targets = [target_ids(record, tokenizer, args.process_agnostic) for record, _ in encoded]
-            tokens = sum(gather_object([sum(map(len, targets))]))
-            if not tokens:
-                continue
-            row = {"step": step, "lr": cosine_lr(step, steps, args.lr, args.warmup), "sec/media": waited}
-            with measured("step", MEND, row):
-                row["loss"], row["grad_norm"] = sft_step(
-                    model, optimizer, encoded, targets, tokens, row["lr"], args)
-            if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
-                row["held_out_loss"] = held_out_loss(model, tokenizer, held_out, template, args)
-            log_line(metrics, row)
-            bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k.endswith("loss") and v is not None})
-    lost = len(gather_object(skipped))
-    if lost == len(order):
-        raise UserError(f"None of the {len(records)} media can be read: see the list above.")
-    finish(model, CURVES, args.output)
-    print(f"SFT on {len(records) - lost // args.epochs} traces, {lost // args.epochs} skipped; last "
-          + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in row.items()
-                      if k.endswith("loss") and v is not None)
-          + f"; adapter, metrics.jsonl, curves.png in {args.output}")
-
-
-def probe(model, tokenizer, args, tokens=1024):
-    """Two micro-batches of long prompts with traces of 1024 tokens, and a step, with all that a step in the
-    middle of a run has in memory; returns the figures of `measured`."""
-    rows, optimizer = {}, prepare_for_training(model, args)
-    optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # changes nothing, and AdamW has its means
-    prompts = [worst_prompt(tokenizer, core(model).config, args)[1] for _ in range(args.micro_batch)]
-    targets = [torch.randint(len(tokenizer), (tokens,)) for _ in prompts]
-    print(f"{args.micro_batch} prompts of {len(prompts[0].input_ids)} tokens, traces of {tokens}")
-    model.train()
-    with measured("passes", MEND, rows):
-        for _ in range(2):  # the second finds the first one's gradients in its way
-            with torch.no_grad():
-                embed_prompts(model, prompts)
-            (sft_loss(model, prompts, targets) / tokens).backward()
-    with measured("step", "lower --lora-rank", rows):
-        optimiser_step(model, optimizer, args.lr, args.max_grad_norm)
-    print_phases(rows)
-    seconds = rows["sec/passes"] / (2 * args.micro_batch) + rows["sec/step"] / args.batch_size
-    print(f"1,000 such traces take {1000 * seconds / 60:.1f} min in one process.")
-    return rows
-
-
-def get_args():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    model, _ = add_data_args(
-        parser, "verified traces (default: those of gen_cot.py, else the official release)")
-    add_model_args(model)
-    add_vision_args(parser)
-    algorithm = parser.add_argument_group("algorithm")
-    algorithm.add_argument("--process-agnostic", action="store_true",
-                           help="no observation block in the target (Table 2)")
-    optimisation, _ = add_training_args(parser, "sft", lr=1e-4)
-    optimisation.add_argument("--batch-size", type=positive, default=16,
-                              help="traces per optimiser step (paper: 8 x 2)")
-    optimisation.add_argument("--micro-batch", type=positive, default=1,
-                              help="traces per forward pass, as many as fit")
-    optimisation.add_argument("--epochs", type=positive, default=1, help="passes over the data (paper: 1)")
-    optimisation.add_argument("--held-out", type=int, default=64,
-                              help="traces not trained on, to measure the loss on (at most a tenth of them)")
-    optimisation.add_argument("--eval-every", type=positive, default=500,
-                              help="steps between two measurements; the last is after the last step")
-    return parse_training_args(parser, STAGE_PRESETS, "sft", data_key="cot_data")
-
-
-def main(args):
-    begin(args)
-    verified = args.run_dir / "gen_cot" / "cot.jsonl"
-    if not args.data_given and (verified.exists() or args.model == "tiny"):
-        args.data = verified
-    records = [] if args.probe else select_records(args)
-    for record in records:
-        if not record.get("output") and not (record.get("observation") and record.get("process")):
-            raise UserError(f"{args.data}: the question {record['problem'][:60]!r} has no trace to learn "
-                            "(output, or observation and process): run gen_cot.py first.")
-        if args.process_agnostic and None in parse_trace(target_text(record))[1:]:
-            raise UserError(f"{args.data}: the trace of {record['problem'][:60]!r} lacks its think or its "
-                            "answer block: leave the record out.")
-    with measured("load", "take a smaller model"):
-        model, tokenizer = load_model(args.base, None, not args.no_4bit, args.lora_rank, args.lora_alpha)
-    return probe(model, tokenizer, args) if args.probe else train(model, tokenizer, records, args)
+def print_phases(row):
+    for phase in [key.removeprefix("sec/") for key in row if key.startswith("sec/")]:
+        seconds, gib = row[f"sec/{phase}"], row[f"gib/{phase}"]
+        print(f"{phase:<10}{seconds:>10.2f} s{gib:>10.2f} GiB at most", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python tests/bench.py training rollout     # some of: frames, questions, training, rollout, update
 
 frames      decoding in worker processes ahead of the model, against a plain decord loop in this process
-questions   gen_cot.py with 100,000 questions about pictures and 64 in flight, against the 50 ms that the
+questions   gen_cot.py with 20,000 questions about pictures and 64 in flight, against the 50 ms that the
             server beside it takes for each
 training    our pass over [prompt, completion 1, …, G] against G whole sequences, forward and backward
 rollout     our sampling loop against Hugging Face's `generate` with G copies of the prompt
@@ -16,7 +16,6 @@ what calling its functions takes. Times are the best of several runs in turn.
 """
 import argparse
 import asyncio
-import contextlib
 import copy
 import ctypes
 import json
@@ -67,7 +66,7 @@ FRAMES = np.random.default_rng(0).integers(0, 255, (16, 224, 224, 3)).astype(np.
 
 def make_prompt(model, tokenizer):
     """A prompt of 16 frames (8 · 64 visual tokens) and a question, 574 tokens in all."""
-    return sft.encode_prompt(" E" * 41, FRAMES, 2.0, tokenizer, sft.core(model).config)
+    return sft.encode_prompt(" E" * 41, FRAMES, 2.0, tokenizer, sft.unwrap(model).config)
 
 
 def embedded(model, prompt):
@@ -125,7 +124,7 @@ def bench_frames(clips=48):
                     container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
                 container.mux(stream.encode(None))
         records = [dict(media=f"{folder}/{n}.mp4", data_type="video") for n in range(clips)]
-        args = SimpleNamespace(num_frames=16, max_pixels=128, workers=2, decode_timeout=60)
+        args = SimpleNamespace(num_frames=16, max_pixels=128, workers=2)
 
         def plain(threads):
             for record in records:
@@ -169,7 +168,7 @@ async def serve(listener):
     await server.serve_forever()
 
 
-def bench_questions(questions=100_000, in_flight=64):
+def bench_questions(questions=20_000, in_flight=64):
     listener = socket.create_server(("127.0.0.1", 0))
     server = multiprocessing.get_context("fork").Process(
         target=lambda: asyncio.run(serve(listener)), daemon=True)
@@ -177,48 +176,24 @@ def bench_questions(questions=100_000, in_flight=64):
     with tempfile.TemporaryDirectory() as folder:
         for i in range(50):
             Image.new("RGB", (56, 56), (5 * i, 9, 9)).save(f"{folder}/{i}.png")
-        with open(f"{folder}/questions.jsonl", "w") as file:
-            for i in range(questions):
-                file.write(json.dumps(dict(
-                    problem_id=i, problem=f"Picture {i}: how many?", problem_type="numerical", options=[],
-                    data_type="image", path=f"{i % 50}.png", solution="1", evidence=["one"])) + "\n")
+        question = dict(problem_type="numerical", data_type="image", solution="1", evidence=["one"])
+        gen_cot.write_jsonl(f"{folder}/questions.jsonl", [
+            dict(question, problem_id=i, problem=f"Picture {i}: how many?", path=f"{i % 50}.png")
+            for i in range(questions)])
         start = time.perf_counter()
-        run = subprocess.Popen(
+        subprocess.run(
             [sys.executable, ROOT / "gen_cot.py", "--model", "own/server", "--media-root", folder,
              "--data", f"{folder}/questions.jsonl", "--output", f"{folder}/out/cot.jsonl", "--judge", "rule",
              "--teacher", f"openai:m@http://127.0.0.1:{listener.getsockname()[1]}/v1",
              "--teacher-concurrency", str(in_flight)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        peak = 0
-        while run.poll() is None:
-            peak = max(peak, sum(map(pss_gib, [run.pid, *children(run.pid)])))
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                run.wait(1)
+            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
-        kept = sum(1 for _ in open(f"{folder}/out/cot.jsonl"))
+        for name in ("traces", "cot"):  # every reply was written down, every trace kept
+            assert len(gen_cot.read_json(f"{folder}/out/{name}.jsonl")) == questions
     server.kill()
-    assert kept == questions
     ideal = questions * 0.05 / in_flight
     print(f"questions: {questions} in {seconds:.1f} s, the server's part {ideal:.1f} s: "
-          f"{seconds / ideal:.2f}x; {1e3 * seconds / questions:.2f} ms a question; "
-          f"peak memory of all its processes {peak:.2f} GiB")
-
-
-def children(pid):
-    try:
-        return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children")
-                for child in file.read_text().split()]
-    except OSError:
-        return []
-
-
-def pss_gib(pid):
-    """A process's memory, what it shares with others counted in parts; 0 once it is gone."""
-    try:
-        lines = open(f"/proc/{pid}/smaps_rollup").readlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 2**20
+          f"{seconds / ideal:.2f}x")
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -226,18 +201,19 @@ def pss_gib(pid):
 def naive_logprobs(model, prompt, ids):
     """Log-probs (G, T) of full-length completions from G whole sequences; visual features given."""
     G, T = ids.shape
-    P, qwen = len(prompt.input_ids), sft.core(model).model
+    P, qwen = len(prompt.input_ids), sft.unwrap(model).model
     embeds = torch.cat([prompt.embeds.expand(G, -1, -1), qwen.language_model.embed_tokens(ids)], 1)
     after = (prompt.next_position + torch.arange(T)).expand(3, -1)
     positions = torch.cat([prompt.positions, after], 1).to(ids.device)
     hidden = qwen.language_model(inputs_embeds=embeds, position_ids=positions[:, None].expand(-1, G, -1),
                                  use_cache=False).last_hidden_state[:, P - 1:-1]
-    return sft.core(model).lm_head(hidden).float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    return sft.unwrap(model).lm_head(hidden).float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
 
 
 def bench_training(model, tokenizer):
     training_passes(model, tokenizer, 25)
-    small = embedded(model, sft.encode_prompt("E", FRAMES[:2, :28, :28], 2.0, tokenizer, sft.core(model).config))
+    config = sft.unwrap(model).config
+    small = embedded(model, sft.encode_prompt("E", FRAMES[:2, :28, :28], 2.0, tokenizer, config))
     two, both = torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2, dtype=torch.bool)
     s, = in_turn([lambda: torch.autograd.grad(
         pagrpo.token_logprobs(model, small, two, both).mean(), sft.trainable_parameters(model))], 25)
@@ -288,17 +264,17 @@ def bench_rollout(model, tokenizer):
     media = dict(pixel_values_videos=prompt.pixel_values.repeat(G, 1),
                  video_grid_thw=prompt.grid_thw.repeat(G, 1),
                  second_per_grid_ts=[1.0] * G)
-    types = (prompt.input_ids == sft.core(model).config.video_token_id) * 2
+    types = (prompt.input_ids == sft.unwrap(model).config.video_token_id) * 2
     unending = endless(tokenizer)
     print(f"rollout: {G} completions, P = {len(prompt.input_ids)}")
     for T in (64, 256):
         def ours():
             return pagrpo.rollout(model, [embedded(model, prompt)], unending, G, T,
-                                  pagrpo.roll_dice(0, 0, G, T))
+                                  pagrpo.uniforms(0, 0, G, T))
 
         def theirs():
             ids = prompt.input_ids.expand(G, -1)
-            return sft.core(model).generate(
+            return sft.unwrap(model).generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types.expand(G, -1),
                 do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=T, max_new_tokens=T,
                 **media)
@@ -321,16 +297,16 @@ def bench_update(model, tokenizer):
         num_generations=G, without=None, scoring="paper", perception_length=(1, 99),
         reasoning_length=(1, 99), beta=0.04, num_iterations=1, prompts_per_rollout=1,
         completions_per_pass=None, clip_eps=0.2, seed=0,
-        loss_average="completion", lr=1e-5, weight_decay=0.0, max_grad_norm=1.0, no_checkpointing=True)
+        loss_average="completion", lr=1e-5, max_grad_norm=1.0, checkpointing=False)
     record = dict(problem="?", problem_type="numerical", solution="<answer>1</answer>", options=[])
-    optimizer, unending = sft.prepare_for_training(model, args), endless(tokenizer)
+    optimizer, unending = sft.setup_training(model, args), endless(tokenizer)
     print(f"update: one prompt of 512 visual tokens, {G} completions: rollout, rewards, reference, one step")
     for T in (64, 256):
         args.max_completion_tokens = T
 
         def ours():
             prompt = make_prompt(model, tokenizer)
-            encoded = [(dict(record, turn=0), prompt)]
+            encoded = [(dict(record, sample_index=0), prompt)]
             groups = pagrpo.sample_groups(model, encoded, unending, args)
             pagrpo.score_groups(groups, tokenizer, lambda records, observations: [
                 bool(i % 2) for i in range(len(records))], args)
@@ -369,10 +345,9 @@ def trl_step_seconds(G, T, steps=4):
                 pieces = part.split(self.image_token)
                 texts.append(pieces[0] + "".join(self.image_token * next(counts) + p for p in pieces[1:]))
             ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-            pad = self.tokenizer.convert_tokens_to_ids(self.image_token)
+            types = torch.tensor(ids) == self.tokenizer.convert_tokens_to_ids(self.image_token)
             return BatchFeature(dict(input_ids=ids, attention_mask=[[1] * len(row) for row in ids],
-                                     mm_token_type_ids=torch.tensor([[int(i == pad) for i in row] for row in ids]),
-                                     **media))
+                                     mm_token_type_ids=types.int(), **media))
 
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 255, (224, 224, 3)).astype(np.uint8)) for _ in range(8)]

@@ -1,4 +1,5 @@
-"""What the released shapes need: Qwen2.5-VL-7B and -3B with random weights, through the stages' own --probe.
+"""What the released shapes need: Qwen2.5-VL-7B and -3B with random weights, through sft.py's own step and
+pagrpo.py's own --probe.
 
     python tests/bench_gpu.py                    # both shapes, completions of 512 and 768, on a GPU
     python tests/bench_gpu.py --shapes small     # the same script on a shape that a CPU can run
@@ -28,7 +29,7 @@ The memory that is projected, with I intermediate, r LoRA parameters, S = P + C 
 completions; nothing for fragmentation or the driver:
 
     always     0.52 N for the 4-bit layers, 2 bytes for each other weight, 16 r for LoRA, its gradients and
-               AdamW's two means in float32, 4 r more for the reference
+               AdamW's two moments in float32, 4 r more for the reference
     rollout    the cache of the rows sampled together, their logits in float32 and float64, and, small beside
                them, 8 I bytes for each token of the one prompt that is prefilled
     judge      the same for as many judgements of 256 tokens
@@ -39,6 +40,7 @@ completions; nothing for fragmentation or the driver:
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,7 +64,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, 
                                                   fullatt_block_indexes=[1])),
 }
 TOY = ROOT / "data/toy/base"  # lends its tokenizer
-SHARED = ("lora_rank", "lora_alpha", "no_4bit", "num_frames", "max_pixels", "memory_limit", "probe")
+SHARED = ("lora_rank", "no_4bit", "num_frames", "max_pixels", "memory_limit")  # flags of pagrpo.py and sft.py
 
 
 def make_config(shape):
@@ -164,7 +166,7 @@ def memory(config, args, P, J):
 def prompt_lengths(config, args):
     """Tokens of the probe's longest prompt, and of its judge's."""
     tokenizer, asked = AutoTokenizer.from_pretrained(TOY), []
-    record, prompt = sft.worst_prompt(tokenizer, config, args)
+    record, prompt = pagrpo.worst_prompt(tokenizer, config, args)
     judge = make_judge("self", args.judge_prompt_file, lambda prompts: asked.extend(prompts) or [""])
     judge([record], ["the " * args.max_completion_tokens])
     return len(prompt.input_ids), len(sft.encode_text(asked[0], tokenizer).input_ids)
@@ -186,12 +188,33 @@ def floors(config, args, P, J, flops, bandwidth):
             "update": B * 4 * forward(G, T) / flops}  # the policy's 3, the reference's 1
 
 
+def time_sft(shared, tokens=1024):
+    """(seconds a trace, GiB at most) of `sft_step` in two micro-batches, of which the second finds the first
+    one's gradients in its way, on the longest prompts and traces of so many tokens."""
+    sys.argv = ["sft.py", "--model", "random/weights"]
+    args, row = sft.get_args(), {}
+    vars(args).update({name: getattr(shared, name) for name in SHARED})
+    sft.setup_process(args)
+    model, tokenizer = sft.load_model(args.base, None, not args.no_4bit, args.lora_rank)
+    optimizer = sft.setup_training(model, args)
+    record, prompt = pagrpo.worst_prompt(tokenizer, sft.unwrap(model).config, args)
+    record["output"] = "the" + " the" * (tokens - 3)  # without a blank it is two tokens, and the end is one
+    assert len(sft.target_ids(record, tokenizer)) == tokens
+    encoded = [(record, replace(prompt)) for _ in range(2 * args.micro_batch)]
+    print(f"{len(encoded)} prompts of {len(prompt.input_ids)} tokens, traces of {tokens}")
+    sft.sft_step(model, tokenizer, optimizer, encoded, 0.0, args)  # warm-up, which allocates AdamW's moments
+    with sft.measured("SFT", "lower --lora-rank, --num-frames or --max-pixels", row):
+        sft.sft_step(model, tokenizer, optimizer, encoded, args.lr, args)
+    sft.print_phases(row)
+    return row["sec/SFT"] / len(encoded), row["gib/SFT"]
+
+
 def compare_passes(args):
     """The packed training pass beside G whole sequences: seconds, peak memory, and how far the log-probs are
     from each other, measured against naive ones of another batch size."""
-    model, tokenizer = sft.load_model("random", None, not args.no_4bit, args.lora_rank, args.lora_alpha)
-    sft.prepare_for_training(model, args)
-    _, prompt = sft.worst_prompt(tokenizer, sft.core(model).config, args)
+    model, tokenizer = sft.load_model(args.base, None, not args.no_4bit, args.lora_rank)
+    sft.setup_training(model, args)
+    _, prompt = pagrpo.worst_prompt(tokenizer, sft.unwrap(model).config, args)
     with torch.no_grad():
         sft.embed_prompts(model, [prompt])
     G, T = args.num_generations, args.max_completion_tokens
@@ -248,12 +271,9 @@ def main():
             config = use_random_weights(shape)
             print(f"\n{shape}, completions of {tokens}")
             if not own.projection:
-                sys.argv = ["sft.py", "--model", "random/weights"]
-                shared = {key: getattr(args, key) for key in SHARED}
-                sft_rows = sft.main(argparse.Namespace(**{**vars(sft.get_args()), **shared}))
-                rows, measured = pagrpo.main(args), {"SFT": (sft_rows["sec/passes"] / 2, sft_rows["gib/passes"])}
-                measured |= {phase: (rows[f"sec/{phase}"], rows[f"gib/{phase}"])
-                             for phase in ("rollout", "judge", "update")}
+                measured, rows = {"SFT": time_sft(args)}, pagrpo.main(args)
+                for phase in ("rollout", "judge", "update"):
+                    measured[phase] = rows[f"sec/{phase}"], rows[f"gib/{phase}"]
                 compare_passes(args)
             P, J = prompt_lengths(config, args)
             floor, projected = floors(config, args, P, J, *speed), memory(config, args, P, J)

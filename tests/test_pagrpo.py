@@ -2,6 +2,7 @@
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,9 @@ import gen_cot
 import pagrpo
 import sft
 from conftest import ROOT
-from gen_cot import PRESETS
-from rewards import process_rewards, reward_metrics
+from rewards import process_rewards
 
-BASE = ROOT / PRESETS["tiny"]["base"]
+BASE = ROOT / gen_cot.MODELS["tiny"]
 
 # --- whose token is it --------------------------------------------------------------------------------------
 
@@ -115,6 +115,15 @@ def test_ablations_are_the_rows_of_the_table():
         assert torch.equal(got[0], pair[0]) and torch.equal(got[1], pair[1])
 
 
+@pytest.mark.parametrize("without, known", [(None, 1), ("separation", 0)])
+def test_an_unknown_perception_counts_as_nothing(without, known):
+    """Where the reward is the sum of both, the whole completion leaves its group."""
+    p, r = torch.tensor([0.0, math.nan, 2.0]), torch.tensor([1.0, 7.0, 2.0])
+    perception, reasoning = pagrpo.process_advantages(p, r, without)
+    assert perception.tolist() == pytest.approx([-math.sqrt(0.5), 0, math.sqrt(0.5)], abs=1e-3)
+    assert (reasoning[1] != 0) == known and (reasoning[[0, 2]] != 0).all()
+
+
 def slow_objective(logp, old, ref, perception, reasoning, adv_p, adv_r, eps, beta, average):
     """Eq. 7 with a minus, token by token, in Python floats."""
     total = 0.0
@@ -191,30 +200,17 @@ def test_a_process_without_advantage_sends_no_gradient_through_its_tokens():
         assert (gradient[mask] == 0).all() and (gradient[(perception | reasoning) & ~mask] != 0).all()
 
 
-def test_equal_process_rewards_and_completion_average_are_grpo():
-    """GRPO (Eq. 1, 2): one advantage, one mean over all tokens of a completion."""
-    logp, old, ref, perception, reasoning, adv, _ = random_case(random.Random(5))
-    ours, _ = pagrpo.pa_grpo_loss(logp, old, ref, perception, reasoning, adv, adv, loss_average="completion")
-    mask = perception | reasoning
-    ratio = (logp - old).exp()
-    surrogate = torch.minimum(ratio * adv[:, None], ratio.clamp(0.8, 1.2) * adv[:, None])
-    x = (ref - logp).clamp(-10, 10)
-    per_token = surrogate - 0.04 * (x.exp() - x - 1)
-    grpo = -((per_token * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
-    assert ours.item() == pytest.approx(grpo.item(), abs=1e-12)
-
-
 def test_grpo_equals_trl(tmp_path):
     """The same tensors through the loss of TRL's trainer, `loss_type="grpo"`."""
     pytest.importorskip("trl")
     from datasets import Dataset
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
     from trl import GRPOConfig, GRPOTrainer
+    config = Qwen2Config(vocab_size=1100, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                         num_attention_heads=1, num_key_value_heads=1)
     trainer = GRPOTrainer(
-        model=Qwen2ForCausalLM(Qwen2Config(vocab_size=1100, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                                           num_attention_heads=1, num_key_value_heads=1)),
-        processing_class=AutoTokenizer.from_pretrained(ROOT / "data/toy/base"), reward_funcs=lambda **_: [0.0],
-        train_dataset=Dataset.from_list([dict(prompt="a")]),
+        model=Qwen2ForCausalLM(config), processing_class=AutoTokenizer.from_pretrained(BASE),
+        reward_funcs=lambda **_: [0.0], train_dataset=Dataset.from_list([dict(prompt="a")]),
         args=GRPOConfig(output_dir=str(tmp_path), loss_type="grpo", report_to=[], use_cpu=True, bf16=False,
                         num_generations=2, per_device_train_batch_size=2,
                         use_bias_correction_kl=False))  # its KL is times ρ else, which Eq. 1 does not have
@@ -229,7 +225,8 @@ def test_grpo_equals_trl(tmp_path):
         theirs = trainer._compute_loss(trainer.model, dict(
             prompt_ids=ids, prompt_mask=torch.ones_like(ids), completion_ids=ids, completion_mask=mask.long(),
             advantages=adv, old_per_token_logps=old, ref_per_token_logps=ref))
-        ours, _ = pagrpo.pa_grpo_loss(logp, old, ref, perception, reasoning, adv, adv, loss_average="completion")
+        ours, _ = pagrpo.pa_grpo_loss(logp, old, ref, perception, reasoning, adv, adv,
+                                      loss_average="completion")
         assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
 
 
@@ -251,38 +248,43 @@ def group(tiny, toy_records):
     """Two prompts (a video and a picture) with four sampled completions each, at temperature 1."""
     model, tokenizer = tiny
     chosen = [next(r for r in toy_records if r["data_type"] == kind) for kind in ("video", "image")]
-    prompts = []
-    for record in chosen:
-        frames, fps = gen_cot.read_media(record, 16, 4)
-        prompts.append(sft.encode_prompt(gen_cot.build_prompt(record), frames, fps, tokenizer,
-                                         sft.core(model).config))
+    media = [(record, gen_cot.read_media(record, 16, 4)) for record in chosen]
+    encoded = sft.encode_batch(media, gen_cot.PROMPT, tokenizer, sft.unwrap(model).config, [])
+    prompts = [prompt for _, prompt in encoded]
     with torch.no_grad():
         sft.embed_prompts(model, prompts)
-    ids, mask, logprobs = pagrpo.rollout(
-        model, prompts, tokenizer, 4, 60, torch.cat([pagrpo.roll_dice(0, turn, 4, 60) for turn in (0, 1)]))
-    return prompts, ids, mask, logprobs
+    numbers = torch.cat([pagrpo.uniforms(0, sample_index, 4, 60) for sample_index in (0, 1)])
+    return prompts, *pagrpo.rollout(model, prompts, tokenizer, 4, 60, numbers)
 
 
-def test_a_draw_follows_the_probabilities():
-    """Dice evenly spread over [0, 1) hit each token as often as its probability says, and a banned one never."""
+def act(model):
+    """Make the fresh policy another than the base, which it is while its B are 0."""
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.05)
+
+
+def test_samples_follow_the_probabilities():
+    """Numbers spread evenly over [0, 1) hit a token as often as its probability says, a banned one never."""
     logits = torch.tensor([2.0, -torch.inf, 0.0, 1.0, -torch.inf])
     n = 10_000
-    drawn = pagrpo.draw(logits.expand(n, -1), (torch.arange(n) + 0.5).double() / n)
+    drawn = pagrpo.sample_from(logits.expand(n, -1), (torch.arange(n) + 0.5).double() / n)
     assert (drawn.bincount(minlength=5) / n).tolist() == pytest.approx(logits.softmax(-1).tolist(), abs=2e-4)
-    last = torch.tensor([1 - 2**-53], dtype=torch.float64)
-    assert pagrpo.draw(logits[None], 0 * last).item() == 0 and pagrpo.draw(logits[None], last).item() == 3
+    ends = torch.tensor([0, 1 - 2**-53], dtype=torch.float64)
+    assert pagrpo.sample_from(logits.expand(2, -1), ends).tolist() == [0, 3]
 
 
 def test_what_a_prompt_is_answered_depends_on_no_other_prompt(tiny, group):
-    """Nor on the batch it is in: its dice are those of its turn."""
+    """Nor on the batch it is in: its numbers are those of its index."""
     model, tokenizer = tiny
     prompts, ids, mask, _ = group
     for i in (0, 1):
-        alone, kept, _ = pagrpo.rollout(model, [prompts[i]], tokenizer, 4, 60, pagrpo.roll_dice(0, i, 4, 60))
+        alone, kept, _ = pagrpo.rollout(model, [prompts[i]], tokenizer, 4, 60, pagrpo.uniforms(0, i, 4, 60))
         assert all(row[keep].tolist() == other[known].tolist() for row, keep, other, known in zip(
             alone, kept, ids[4 * i:], mask[4 * i:]))
-    assert (pagrpo.roll_dice(0, 0, 4) != pagrpo.roll_dice(0, 1, 4)).any()
-    assert (pagrpo.roll_dice(0, 0, 4) != pagrpo.roll_dice(1, 0, 4)).any()
+    assert (pagrpo.uniforms(0, 0, 4) != pagrpo.uniforms(0, 1, 4)).any()
+    assert (pagrpo.uniforms(0, 0, 4) != pagrpo.uniforms(1, 0, 4)).any()
 
 
 def test_samples_differ_and_hold_no_control_tokens(tiny, group):
@@ -300,14 +302,14 @@ def test_samples_differ_and_hold_no_control_tokens(tiny, group):
 def test_rows_of_the_head_that_stand_for_no_token_are_never_sampled(tiny, group):
     """The released heads have hundreds of them, which decode to nothing and would count as tokens."""
     model, tokenizer = tiny
-    qwen = sft.core(model)
+    qwen = sft.unwrap(model)
     head = qwen.lm_head
     wide = torch.nn.Linear(head.in_features, head.out_features + 200, bias=False)
     top = group[1][0, 0]  # a likely token's row, over and over
     wide.weight.data = torch.cat([head.weight, head.weight[top].expand(200, -1)])
     try:
         qwen.lm_head = wide
-        ids, mask, logprobs = pagrpo.rollout(model, group[0], tokenizer, 4, 30, pagrpo.roll_dice(0, 0, 8, 30))
+        ids, mask, logprobs = pagrpo.rollout(model, group[0], tokenizer, 4, 30, pagrpo.uniforms(0, 0, 8, 30))
     finally:
         qwen.lm_head = head
     assert ids.max() < len(tokenizer) == head.out_features
@@ -317,7 +319,8 @@ def test_rows_of_the_head_that_stand_for_no_token_are_never_sampled(tiny, group)
 def test_a_group_does_not_wait_for_the_others_longest_completion(tiny, group, toy_records):
     model, tokenizer = tiny
     args = make_args(num_generations=4, max_completion_tokens=60, seed=0)
-    groups = pagrpo.sample_groups(model, [(dict(toy_records[i], turn=i), group[0][i]) for i in (0, 1)], tokenizer, args)
+    encoded = [(dict(toy_records[i], sample_index=i), group[0][i]) for i in (0, 1)]
+    groups = pagrpo.sample_groups(model, encoded, tokenizer, args)
     _, ids, mask, logprobs = group
     lengths = mask.sum(1).view(2, 4).max(1).values.tolist()
     assert lengths[0] != lengths[1]
@@ -337,13 +340,11 @@ def test_sampled_and_recomputed_logprobs_agree(group, monkeypatch, four_bit, dty
     positions; what differs is rounding, by so much at most."""
     monkeypatch.setattr(sft, "pick_device", lambda: (torch.device("cpu"), dtype))
     model, tokenizer = sft.load_model(BASE, four_bit=four_bit, lora_rank=8)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            weight.data.normal_(0, 0.05)
+    act(model)
     prompts = [replace(prompt) for prompt in group[0]]
     with torch.no_grad():
         sft.embed_prompts(model, prompts)
-        ids, mask, sampled = pagrpo.rollout(model, prompts, tokenizer, 4, 60, pagrpo.roll_dice(0, 0, 8, 60))
+        ids, mask, sampled = pagrpo.rollout(model, prompts, tokenizer, 4, 60, pagrpo.uniforms(0, 0, 8, 60))
         again = torch.cat([pagrpo.token_logprobs(model, p, ids[i:i + 4], mask[i:i + 4])
                            for i, p in zip((0, 4), prompts)])
     assert again.dtype == torch.float32
@@ -364,9 +365,9 @@ def test_merged_weights_say_what_the_acting_adapter_says_and_are_gone_afterwards
 
     with torch.no_grad():
         policy = logprobs()
-        with sft.use_adapter(model, adapter):
+        with pagrpo.use_adapter(model, adapter):
             plain = logprobs()
-            with pytest.raises(KeyboardInterrupt), sft.merged(model):
+            with pytest.raises(KeyboardInterrupt), pagrpo.merged(model):
                 assert sum("forward" in vars(m) for m in model.modules()) == 28
                 dense = logprobs()
                 raise KeyboardInterrupt
@@ -377,7 +378,7 @@ def test_merged_weights_say_what_the_acting_adapter_says_and_are_gone_afterwards
 
 def hugging_face_logprobs(model, prompt, ids, mask):
     """The naive way: one full sequence per completion through Hugging Face's own forward, pixels and all."""
-    qwen, rows = sft.core(model), []
+    qwen, rows = sft.unwrap(model), []
     for row, keep in zip(ids, mask):
         row = row[keep]
         sequence = torch.cat([prompt.input_ids, row])[None]
@@ -408,24 +409,48 @@ def test_packed_logprobs_and_gradients_equal_hugging_face(tiny, group):
         assert (ours[~keep] == 0).all()
 
 
+@pytest.mark.parametrize("stage", ["sft", "pagrpo"])
+def test_checkpointing_changes_no_gradient_and_keeps_all_alive(group, stage):
+    """The big models' default: layers run again in the backward pass, over the same pack. Frozen embeddings
+    and the wrong kind of checkpointing leave every gradient at None or 0, silently."""
+    prompts, ids, mask, _ = group
+    found = []
+    for checkpointing in (False, True):
+        sft.seed_everything(0)
+        model, _ = sft.load_model(BASE, lora_rank=8)
+        act(model)
+        sft.setup_training(model, make_args(checkpointing=checkpointing))
+        calls = []
+        layer = sft.unwrap(model).model.language_model.layers[1]
+        layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+        model.train()
+        if stage == "sft":
+            value = sft.sft_loss(model, prompts, [ids[0, mask[0]], ids[4, mask[4]]])
+        else:
+            value = pagrpo.token_logprobs(model, prompts[0], ids[:4], mask[:4])
+        value.mean().backward()
+        found.append([value, *(weight.grad for weight in sft.trainable_parameters(model))])
+        assert len(calls) == 1 + checkpointing
+    for kept, recomputed in zip(*found):
+        assert torch.allclose(kept, recomputed, rtol=1e-4, atol=1e-5) and recomputed.abs().max() > 0
+
+
 def make_args(**changes):
-    defaults = dict(beta=0.04, num_iterations=1, completions_per_pass=None, clip_eps=0.2,
-                    loss_average="segment", max_grad_norm=5.0,
-                    without=None, scoring="paper", perception_length=(4, 64), reasoning_length=(4, 64),
-                    num_generations=4, prompts_per_rollout=2)
-    return type("Args", (), defaults | changes)
+    defaults = dict(beta=0.04, num_iterations=1, completions_per_pass=None, clip_eps=0.2, checkpointing=False,
+                    loss_average="segment", lr=1e-3, max_grad_norm=5.0, without=None, scoring="paper",
+                    perception_length=(4, 64), reasoning_length=(4, 64), num_generations=4,
+                    prompts_per_rollout=2)
+    return SimpleNamespace(**(defaults | changes))
 
 
 @pytest.fixture
 def started(tiny, group, tmp_path):
     """The policy as it starts: a saved adapter loaded twice, trainable as `policy` and frozen as `ref`."""
     model, tokenizer = tiny
-    torch.manual_seed(0)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_(0, 0.05)
+    act(model)
     sft.save_adapter(model, tmp_path / "sft")
-    model.load_adapter(str(tmp_path / "sft"), "ref", is_trainable=False)
+    args = make_args(adapter=str(tmp_path / "sft"), lora_rank=8, probe=False)
+    assert pagrpo.add_reference(model, args) == "ref"
     yield model, tokenizer
     model.delete_adapter("ref")
     for name, p in model.named_parameters():
@@ -433,14 +458,14 @@ def started(tiny, group, tmp_path):
             p.data.zero_()
 
 
-def test_at_the_start_kl_is_zero_and_only_the_policy_gets_gradients(started, group, toy_records):
+def test_at_the_start_kl_is_zero_and_only_the_policy_gets_gradients(started, group):
     model, tokenizer = started
     prompts, ids, mask, _ = group
     p_mask, r_mask = mask[:4] & (torch.arange(ids.shape[1]) < 5), mask[:4] & (torch.arange(ids.shape[1]) >= 5)
     adv = torch.tensor([1.0, -1.0, 0.5, -0.5])
-    with torch.no_grad(), sft.use_adapter(model, "ref"):
+    with torch.no_grad(), pagrpo.use_adapter(model, "ref"):
         ref = pagrpo.token_logprobs(model, prompts[0], ids[:4], mask[:4])
-    with torch.no_grad(), sft.use_adapter(model, None):
+    with torch.no_grad(), pagrpo.use_adapter(model, None):
         base = pagrpo.token_logprobs(model, prompts[0], ids[:4], mask[:4])
     logp = pagrpo.token_logprobs(model, prompts[0], ids[:4], mask[:4])
     loss, metrics = pagrpo.pa_grpo_loss(logp, logp.detach(), ref, p_mask, r_mask, adv, -adv)
@@ -464,17 +489,17 @@ def test_updates_raise_the_likelihood_of_what_was_rewarded_and_leave_the_referen
     keep = torch.ones(4, 16, dtype=torch.bool)
     p_mask, r_mask = keep & (torch.arange(16) < 8), keep & (torch.arange(16) >= 8)
     adv = torch.tensor([1.5, -0.5, -0.5, -0.5])
-    made = pagrpo.Group(toy_records[0], prompts[0], rows, keep, p_mask, r_mask, torch.zeros(4, 16),
+    made = pagrpo.Group(toy_records[0], prompts[0], rows, keep, torch.zeros(4, 16), p_mask, r_mask,
                         perception_advantages=adv, reasoning_advantages=adv)
     frozen = {n: p.clone() for n, p in model.named_parameters() if ".ref." in n}
-    args = make_args(num_iterations=3, lr=2e-4, weight_decay=0.0, no_checkpointing=True)
-    optimizer = sft.prepare_for_training(model, args)
+    args = make_args(num_iterations=3, lr=2e-4)
+    optimizer = sft.setup_training(model, args)
     with torch.no_grad():
-        before = pagrpo.token_logprobs(model, *made.inputs).sum(1)
+        before = pagrpo.token_logprobs(model, prompts[0], rows, keep).sum(1)
     metrics = pagrpo.update_policy(model, "ref", optimizer, [made], args.lr, args)
     assert metrics["logprob_gap"] == pytest.approx(-float(before.sum()) / 64, rel=1e-4)  # of nothing sampled
     with torch.no_grad():
-        gain = pagrpo.token_logprobs(model, *made.inputs).sum(1) - before
+        gain = pagrpo.token_logprobs(model, prompts[0], rows, keep).sum(1) - before
     assert gain[0] > 0 and gain[0] > gain[1:].max(), gain
     assert metrics["kl"] > 0 and math.isfinite(metrics["grad_norm"])
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if ".ref." in n)
@@ -490,19 +515,20 @@ def test_smaller_passes_give_the_same_step(started, group, toy_records):
     saved = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     results = []
     for size in (None, 2, 3):
-        made = pagrpo.Group(toy_records[0], prompts[0], ids[:4], mask, mask & split, mask & ~split,
-                            group[3][:4] * mask, perception_advantages=adv, reasoning_advantages=-adv)
-        args = make_args(completions_per_pass=size, num_iterations=2, lr=1e-3, weight_decay=0.0,
-                         no_checkpointing=True)
-        metrics = pagrpo.update_policy(model, None, sft.prepare_for_training(model, args), [made], args.lr, args)
+        made = pagrpo.Group(toy_records[0], prompts[0], ids[:4], mask, group[3][:4] * mask, mask & split,
+                            mask & ~split, perception_advantages=adv, reasoning_advantages=-adv)
+        args = make_args(completions_per_pass=size, num_iterations=2)
+        optimizer = sft.setup_training(model, args)
+        metrics = pagrpo.update_policy(model, None, optimizer, [made], args.lr, args)
         results.append([metrics[key] for key in ("loss", "grad_norm", "kl", "clip_frac", "logprob_gap")])
         for p, value in saved:
             p.data.copy_(value)
     assert results[0][1] > 0 and results[0][2] > 0
-    assert results[1] == pytest.approx(results[0], rel=1e-3) and results[2] == pytest.approx(results[0], rel=1e-3)
+    assert results[1] == pytest.approx(results[0], rel=1e-3)
+    assert results[2] == pytest.approx(results[0], rel=1e-3)
 
 
-def test_unknown_verdicts_are_left_out_and_scores_add_up(toy_records):
+def test_unknown_verdicts_are_left_out_and_scores_add_up():
     record = dict(problem_type="numerical", solution="<answer>2</answer>")
     text = "<observation>first red.</observation> <think>one and one</think><answer>2</answer>"
 
@@ -515,7 +541,7 @@ def test_unknown_verdicts_are_left_out_and_scores_add_up(toy_records):
     assert (short["perception"], short["reasoning"]) == (2.0, 2.2)
     unsure = rewards(text, None)
     assert math.isnan(unsure["perception"]) and unsure["reasoning"] == 2.2
-    means = reward_metrics([[dict(s, truncated=False) for s in (good, unsure)]])
+    means = pagrpo.reward_metrics([[dict(s, truncated=False) for s in (good, unsure)]])
     assert (means["rewards/perception_accuracy"], means["rewards/perception_length"]) == (1.0, 0.2)
     assert (means["reward"], means["length/reasoning"], means["judge_unknown"]) == (4.4, 10, 1)
     assert means["frac_reward_zero_std/reasoning"] == 1.0  # 2.2 twice
@@ -533,10 +559,10 @@ def test_completions_are_scored_as_the_policy_wrote_them(tiny, group, toy_record
     texts = ["<observation>first red.</observation> <think>one and one</think>" + record["solution"], "red"]
     rows = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (max(map(len, rows)) - len(row)) for row in rows])
-    masks = pagrpo.segment_masks(ids, tokenizer)
-    made, seen = pagrpo.Group(record, group[0][0], ids, masks[0] | masks[1], *masks, torch.zeros(ids.shape)), []
+    masks, seen = pagrpo.segment_masks(ids, tokenizer), []
+    made = pagrpo.Group(record, group[0][0], ids, masks[0] | masks[1], torch.zeros(ids.shape), *masks)
 
-    def judge(records, observations):
+    def judge(records, observations):  # any function of this form is one
         seen.extend(zip(records, observations))
         return [observation is not None for observation in observations]
 
@@ -547,7 +573,7 @@ def test_completions_are_scored_as_the_policy_wrote_them(tiny, group, toy_record
     assert made.perception_advantages[0] > 0 > made.perception_advantages[1]
 
 
-def test_the_self_judge_is_the_base_whatever_the_policy_has_learnt(started, toy_records):
+def test_the_self_judge_is_the_base_whatever_the_policy_has_learnt(started):
     """The policy must not be able to talk its own judge round: adapters are off while it judges."""
     model, tokenizer = started
     prompts = ["Which option is red?\nOptions:\nA. blue\nB. red", "List the colours in order."]

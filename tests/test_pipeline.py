@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ import evaluate
 import gen_cot
 import sft
 from conftest import ROOT
-from rewards import Judge, UserError, make_judge, process_rewards
+from rewards import UserError, process_rewards, rule_judge
 
 
 @pytest.fixture(scope="module")
@@ -42,36 +43,35 @@ def clone(fresh_clone):
 
 
 def run(folder, command, code=0):
-    """Run `python COMMAND` in the folder; returns stdout and stderr together."""
+    """Run `python COMMAND` in the folder; returns stderr and then stdout."""
     done = subprocess.run([sys.executable, *command.split()], cwd=folder, capture_output=True, text=True,
                           timeout=280)
-    text = done.stdout + done.stderr
+    text = done.stderr + done.stdout
     assert done.returncode == code, text
     return text
 
 
 def test_all_stages_in_order(fresh_clone):
-    """`pagrpo.py` alone prepares the toy data and starts from the base;
+    """`pagrpo.py` alone prepares the toy data and starts from the base, which it says first and last;
     then each stage finds the one before it."""
     alone = run(fresh_clone, "pagrpo.py --model tiny --updates 1 --output runs/alone")
-    assert "preparing it" in alone and "starting from the base" in alone
-    assert not (fresh_clone / "runs/tiny").exists()
+    assert "preparing it" in alone and not (fresh_clone / "runs/tiny").exists()
+    assert alone.index("Starting from the base, without SFT (Table 2, RL only).") < alone.index("in 4 bits")
+    assert alone.splitlines()[-1] == "This run started from the base, without SFT (Table 2, RL only)."
 
-    rejected = {}
-    for line in open(fresh_clone / "data/toy/traces.jsonl"):
-        flaw = json.loads(line)["flaw"]
-        rejected[flaw] = rejected.get(flaw, 0) + 1
+    rejected = Counter(row["flaw"] for row in gen_cot.read_json(fresh_clone / "data/toy/traces.jsonl"))
     assert len(rejected) == 4 and min(rejected.values()) > 50
     table = run(fresh_clone, "gen_cot.py --model tiny").splitlines()
     counts = next(line.split() for line in table if line.strip().startswith("all "))
-    assert counts == ["all", "1400", "0", "0", str(rejected["broken template"]), str(rejected["wrong answer"]),
-                      str(rejected["insufficient observation"]), "0", str(rejected[None])]  # as planted
+    flaws = "broken template", "wrong answer", "insufficient observation"
+    planted = [str(rejected[flaw]) for flaw in flaws]
+    assert counts == ["all", "1400", "0", "0", *planted, "0", str(rejected[None])]
 
     run(fresh_clone, "sft.py --model tiny --limit 32")
     rl = run(fresh_clone, "pagrpo.py --model tiny --updates 2 --prompts-per-update 2 --num-iterations 2 "
                     "--show-every 1")
-    assert "starting from the base" not in rl and "advantage" in rl
-    rows = [json.loads(line) for line in open(fresh_clone / "runs/tiny/pagrpo/metrics.jsonl")]
+    assert "advantage" in rl and rl.splitlines()[-1] == "This run started from the SFT adapter runs/tiny/sft."
+    rows = gen_cot.read_json(fresh_clone / "runs/tiny/pagrpo/metrics.jsonl")
     assert len(rows) == 2 and rows[0]["kl"] >= 0 and 0 < rows[0]["length/reasoning"] <= 112
     assert (fresh_clone / "runs/tiny/pagrpo/curves.png").stat().st_size > 10_000
 
@@ -80,25 +80,25 @@ def test_all_stages_in_order(fresh_clone):
     assert names == ["constant", "base", "SFT", "SFT + PA-GRPO"]
     results = json.loads((fresh_clone / "runs/tiny/evaluate/results.json").read_text())
     assert results["questions"] == 20 and results["settings"]["scoring"] == "paper"
-    completions = [json.loads(line) for line in open(fresh_clone / "runs/tiny/evaluate/completions-pagrpo.jsonl")]
-    assert len(completions) == 20 and abs(100 * sum(c["answer"] for c in completions) / 20
-                                          - results["rows"]["SFT + PA-GRPO"]["answer"][0]) < 0.01
+    completions = gen_cot.read_json(fresh_clone / "runs/tiny/evaluate/completions-pagrpo.jsonl")
+    percent = results["rows"]["SFT + PA-GRPO"]["answer"][0]
+    assert len(completions) == 20 and abs(5 * sum(c["answer"] for c in completions) - percent) < 0.01
 
 
 def test_the_readme_takes_the_model_away(clone, monkeypatch):
     """Its lines, as they stand there, leave a model that needs none of our code and says what ours says."""
     monkeypatch.chdir(clone)
-    lines, = [block for block in re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-              if "merge_and_unload" in block]
+    blocks = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines, = [block for block in blocks if "merge_and_unload" in block]
     shutil.copytree(clone / "runs/tiny/sft", clone / "runs/tiny/pagrpo", dirs_exist_ok=True)
     exec(lines, {})
     merged = Qwen2_5_VLForConditionalGeneration.from_pretrained("runs/tiny/merged")
     ours, tokenizer = sft.load_model("data/toy/base", "runs/tiny/pagrpo", four_bit=False)
     ids = torch.tensor(tokenizer("<observation>first red, second blue")["input_ids"])[None]
     with torch.no_grad(), ours.disable_adapter():
-        base = sft.core(ours)(input_ids=ids).logits
+        base = sft.unwrap(ours)(input_ids=ids).logits
     with torch.no_grad():
-        expected, got = sft.core(ours)(input_ids=ids).logits, merged(input_ids=ids).logits
+        expected, got = sft.unwrap(ours)(input_ids=ids).logits, merged(input_ids=ids).logits
     assert got.dtype == torch.float32 and torch.allclose(got, expected, atol=1e-3)
     assert (expected - base).abs().max() > 0.1
 
@@ -107,48 +107,51 @@ def run_here(clone, monkeypatch, command):
     """Run `python COMMAND` in the clone, but in this process, which has its imports behind it."""
     monkeypatch.chdir(clone)
     monkeypatch.setattr(sys, "argv", command.split())
-    monkeypatch.setattr(gen_cot, "prepare_toy_data", lambda: None)  # the clone has it
+    monkeypatch.setattr(gen_cot, "__file__", str(clone / "gen_cot.py"))  # beside it is the toy data
     stage = importlib.import_module(command.split(".py")[0])
     stage.main(stage.get_args())
 
 
 def test_two_processes_learn_what_one_learns(clone, monkeypatch):
-    """Their shares of the prompts, of three two and one, gradients added up: ten steps with the same losses, in
-    both stages."""
-    commands = ["sft.py --model tiny --limit 88 --batch-size 8 --micro-batch 2 --output runs/NAME/sft",
+    """Their shares of the prompts, of three two and one, gradients added up: ten steps with the same losses,
+    in both stages."""
+    commands = ["sft.py --model tiny --limit 80 --batch-size 8 --micro-batch 2 --output runs/NAME/sft",
                 "pagrpo.py --model tiny --updates 10 --prompts-per-update 3 --num-generations 4 "
                 "--max-completion-tokens 32 --output runs/NAME/pagrpo"]
-    (clone / "both.py").write_text("import sys, sft, pagrpo\nassert sft.team().num_processes == 2\n" + "".join(
-        f"sys.argv = {command.replace('NAME', 'two').split()}\n"
-        f"{command.split('.py')[0]}.main({command.split('.py')[0]}.get_args())\n" for command in commands))
+    script = ["import sys, sft, pagrpo", "assert sft.process().num_processes == 2"]
+    for stage, command in zip(("sft", "pagrpo"), commands):
+        words = command.replace("NAME", "two").split()
+        script += [f"sys.argv = {words}", f"{stage}.main({stage}.get_args())"]
+    (clone / "both.py").write_text("\n".join(script))
     run(clone, f"-m torch.distributed.run --nproc_per_node 2 --master_port {free_port()} both.py")
     for command in commands:
         run_here(clone, monkeypatch, command.replace("NAME", "one"))
     for stage in ("sft", "pagrpo"):
-        one, two = ([json.loads(line) for line in open(clone / f"runs/{name}/{stage}/metrics.jsonl")]
-                    for name in ("one", "two"))
-        names = [name for name in one[-1] if "sec" not in name and "gib" not in name]
-        assert len(one) == len(two) == 10 and "loss" in names and one[0]["loss"] != one[9]["loss"]
-        for row, other in zip(one, two):
-            assert [other[name] for name in names if name in row] == pytest.approx(
-                [row[name] for name in names if name in row], abs=1e-4)
+        one, two = (without_times(clone / "runs" / name / stage) for name in ("one", "two"))
+        assert len(one) == 10 and one[0]["loss"] != one[9]["loss"]
+        for row, other in zip(one, two, strict=True):
+            assert row == pytest.approx(other, abs=1e-4)
 
 
 @pytest.mark.parametrize("stage, command", [
-    ("sft", "sft.py --batch-size 2 --epochs 1 --held-out 0"),
-    ("pagrpo", "pagrpo.py --updates 6 --prompts-per-update 2 --num-generations 4 --max-completion-tokens 24 --lr 1e-2"),
+    ("sft", "sft.py --batch-size 4 --epochs 2 --lr 2e-3"),
+    ("pagrpo", "pagrpo.py --updates 6 --prompts-per-update 2 --num-generations 4 --max-completion-tokens 24 "
+               "--lr 1e-2"),
 ])
 def test_a_run_that_was_killed_goes_on_to_the_same_end(clone, monkeypatch, capsys, stage, command):
     """Killed in its sixth step, two steps behind its last checkpoint; a medium was unreadable before that."""
     source = clone / ("runs/tiny/gen_cot/cot.jsonl" if stage == "sft" else "data/toy/rl.jsonl")
-    rows = [json.loads(line) for line in open(source)][:12]
+    rows = gen_cot.read_json(source)[:12]
     rows[7]["path"] = "damaged.mp4"
     (clone / "data/toy/damaged.mp4").write_bytes(b"no video")
-    (clone / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gen_cot.write_jsonl(clone / "some.jsonl", rows)
     command += " --model tiny --data some.jsonl --media-root data/toy --save-every 2"
 
     run_here(clone, monkeypatch, f"{command} --output runs/whole/{stage}")
-    whole = capsys.readouterr().out
+    whole, errors = capsys.readouterr()
+    assert re.findall(r"skipped: \S+", errors) == ["skipped: data/toy/damaged.mp4"]  # named once
+    assert {file.name for file in (clone / "runs/whole" / stage).iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "curves.png", "metrics.jsonl"}
     calls, step = itertools.count(1), sft.optimiser_step
 
     def killed(*args):
@@ -157,38 +160,49 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(clone, monkeypatch, capsy
         return step(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(importlib.import_module(stage), "optimiser_step", killed)
+        patch.setattr(sft, "optimiser_step", killed)
         run_here(clone, patch, f"{command} --output runs/killed/{stage}")
     folder = clone / "runs/killed" / stage
     assert {file.name for file in folder.iterdir()} == {"metrics.jsonl", "checkpoint.pt"}
-    with pytest.raises(UserError, match="is of a run with seed 0, not 1: go on with the same"):
-        run_here(clone, monkeypatch, f"{command} --output runs/killed/{stage} --resume --seed 1")
+    shutil.copytree(folder, clone / "runs/other" / stage)
 
     capsys.readouterr()
-    run_here(clone, monkeypatch, f"{command} --output runs/killed/{stage} --resume --workers 1")
+    run_here(clone, monkeypatch, f"{command} --output runs/killed/{stage} --resume")
     text = capsys.readouterr().out
-    assert "Going on from step 4." in text and "1 skipped" in whole.replace("1 records", "1")
-    assert text.splitlines()[-1] == whole.splitlines()[-1].replace("whole", "killed")
+    assert "Going on from step 4." in text and "Before, " not in text
+    said, again = (re.findall(r".*\b1 (?:records )?skipped;.*", out) for out in (whole, text))
+    assert [line.replace("whole", "killed") for line in said] == again and len(again) == 1
     assert not (folder / "checkpoint.pt").exists()
-    for file in ("metrics.jsonl", "adapter_model.safetensors"):
-        one, two = ((clone / "runs" / name / stage / file).read_bytes() for name in ("whole", "killed"))
-        if file == "metrics.jsonl":
-            one, two = ([{k: v for k, v in json.loads(line).items() if "sec" not in k and "gib" not in k}
-                         for line in text.splitlines()] for text in (one, two))
-            assert len(one) == 6 and one[0]["loss"] != one[5]["loss"]
-        assert one == two
+    rows, again = (without_times(clone / "runs" / name / stage) for name in ("whole", "killed"))
+    assert rows == again and len(rows) == 6 and rows[0]["loss"] != rows[5]["loss"]
+    weights, again = ((clone / "runs" / name / stage / "adapter_model.safetensors").read_bytes()
+                      for name in ("whole", "killed"))
+    assert weights == again
+
+    run_here(clone, monkeypatch, f"{command} --output runs/other/{stage} --resume --lr 5e-3")
+    text = capsys.readouterr().out
+    assert f"Before, lr was {float(command.split('--lr ')[1].split()[0])}; now it is 0.005." in text
+    other = without_times(clone / "runs/other" / stage)
+    assert other[:4] == rows[:4] and len(other) == 6 and other[4]["lr"] != rows[4]["lr"]
+
+
+def without_times(folder):
+    """The rows of a run's log without what no two runs have in common."""
+    rows = gen_cot.read_json(folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if not key.startswith(("sec", "gib", "peak_gib"))}
+            for row in rows]
 
 
 def test_a_judge_that_refuses_costs_no_update(clone, monkeypatch, capsys):
     """What was learnt until then is kept, and --resume asks it again where it refused."""
-    calls, judge = itertools.count(1), Judge.__call__
+    calls = itertools.count(1)
 
-    def refuses_once(self, records, observations):
+    def refuses_once(records, observations):
         if next(calls) == 3:
             raise UserError("The judge has had enough.")
-        return judge(self, records, observations)
+        return rule_judge(records, observations)
 
-    monkeypatch.setattr(Judge, "__call__", refuses_once)
+    monkeypatch.setattr(gen_cot, "judge_from", lambda *args, **options: refuses_once)
     command = ("pagrpo.py --model tiny --updates 4 --prompts-per-update 2 --num-generations 4 "
                "--max-completion-tokens 24 --output runs/refused")
     with pytest.raises(UserError, match="had enough"):
@@ -197,7 +211,7 @@ def test_a_judge_that_refuses_costs_no_update(clone, monkeypatch, capsys):
         "adapter_config.json", "adapter_model.safetensors", "checkpoint.pt", "metrics.jsonl"}
     run_here(clone, monkeypatch, command + " --resume")
     assert "Going on from step 2." in capsys.readouterr().out
-    rows = [json.loads(line) for line in open(clone / "runs/refused/metrics.jsonl")]
+    rows = gen_cot.read_json(clone / "runs/refused/metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and all(row["logprob_gap"] < 1e-4 for row in rows)
 
 
@@ -207,19 +221,15 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("command, phases", [
-    ("sft.py --micro-batch 1", ["load", "passes", "step"]),
-    ("pagrpo.py --judge self --prompts-per-update 2 --num-generations 2 --prompts-per-rollout 1",
-     ["load", "rollout", "judge", "update"]),
-])
-def test_a_probe_measures_each_phase_and_leaves_nothing(clone, monkeypatch, capsys, command, phases):
+def test_a_probe_measures_each_phase_and_leaves_nothing(clone, monkeypatch, capsys):
     before = sorted(clone.rglob("*.json*"))
-    run_here(clone, monkeypatch, f"{command} --model tiny --probe --num-frames 2 --max-pixels 1"
-                                 + " --max-completion-tokens 16" * command.startswith("pagrpo"))
+    run_here(clone, monkeypatch, "pagrpo.py --model tiny --probe --judge self --num-frames 2 --max-pixels 1 "
+             "--prompts-per-update 2 --num-generations 2 --prompts-per-rollout 1 --max-completion-tokens 16")
     text = capsys.readouterr().out
     measured = re.findall(r"^(\w+) +([\d.]+) s +([\d.]+) GiB at most$", text, re.MULTILINE)
-    assert [phase for phase, _, _ in measured] == phases and all(float(gib) > 0.1 for _, _, gib in measured)
-    assert re.search(r"take [\d.]+ (h|min)", text) and sorted(clone.rglob("*.json*")) == before
+    assert [phase for phase, _, _ in measured] == ["load", "rollout", "judge", "update"]
+    assert all(float(gib) > 0.1 for _, _, gib in measured)
+    assert re.search(r"100 such updates take [\d.]+ h", text) and sorted(clone.rglob("*.json*")) == before
 
 
 def test_memory_that_runs_out_is_one_sentence_with_the_flag_to_turn():
@@ -233,8 +243,9 @@ def test_the_processes_share_every_batch(monkeypatch, processes, batch_size):
     """Each item goes to one process, in the batch where one process alone would have it."""
     shares = []
     for rank in range(processes):
-        monkeypatch.setattr(sft, "team", lambda: SimpleNamespace(num_processes=processes, process_index=rank))
-        stream, size = sft.mine(range(3 * batch_size), batch_size), sft.share_of(batch_size)
+        own = SimpleNamespace(num_processes=processes, process_index=rank)
+        monkeypatch.setattr(sft, "process", lambda: own)
+        stream, size = sft.shard(range(3 * batch_size), batch_size), sft.shard_size(batch_size)
         shares.append([list(itertools.islice(stream, size)) for _ in range(3)])
         assert not list(stream)
     for batch, parts in enumerate(zip(*shares)):
@@ -246,8 +257,7 @@ def test_the_processes_share_every_batch(monkeypatch, processes, batch_size):
     ("pagrpo.py --model qwen2.5-vl-7b", "No data file data/VideoP2R-263k_rl.part*.json.gz"),
     ("evaluate.py --model tiny --adapters none runs/nowhere", "No adapter in runs/nowhere"),
     ("pagrpo.py --model tiny --adapter runs/nowhere", "No adapter in runs/nowhere"),
-    ("pagrpo.py --model tiny --lora-rank 8", "has rank 32 and alpha 64: pass --lora-rank 32"),
-    ("pagrpo.py --model tiny --lora-alpha 1", "has rank 32 and alpha 64"),
+    ("pagrpo.py --model tiny --lora-rank 8", "has rank 32: pass --lora-rank 32"),
     ("sft.py --model tiny --data data/toy/absent.jsonl", "No data file data/toy/absent.jsonl"),
     ("sft.py --model tiny --data data/toy/cot.jsonl --media-root data/toy", "run gen_cot.py first"),
     ("pagrpo.py --model tiny --media-root nowhere", "has its medium below nowhere"),
@@ -265,17 +275,32 @@ def test_mistakes_get_one_sentence_and_leave_nothing(clone, command, says, monke
     assert sorted(clone.rglob("*.json*")) == before
 
 
+@pytest.mark.parametrize("change, flags, says", [
+    (dict(output="", process=""), "", "cot.jsonl: the question .* has no trace to learn"),
+    (dict(output=None, observation=None), "", "has no trace to learn .*run gen_cot.py first"),
+    (dict(output="<think>t</think>"), "--process-agnostic", "lacks its think or its answer block"),
+    (dict(path="damaged.mp4"), "", "None of the 3 media can be read"),
+])
+def test_records_that_teach_nothing_leave_no_adapter(clone, monkeypatch, change, flags, says):
+    """Else one that has learnt nothing is saved, and the next stage blames the model's version."""
+    rows = gen_cot.read_json(clone / "runs/tiny/gen_cot/cot.jsonl")[:3]
+    gen_cot.write_jsonl(clone / "new-cot.jsonl", [row | change for row in rows])
+    (clone / "data/toy/damaged.mp4").write_bytes(b"no video")
+    with pytest.raises(UserError, match=says) as error:
+        run_here(clone, monkeypatch, f"sft.py --model tiny --data new-cot.jsonl --output runs/none {flags}")
+    assert "\n" not in str(error.value) and not (clone / "runs/none/adapter_config.json").exists()
+
+
 @pytest.mark.parametrize("scoring, score", [("paper", 0.0), ("lenient", 1.0)])
 def test_every_stage_takes_an_options_text_for_its_letter_where_scoring_is_lenient(scoring, score):
-    record = dict(path="1.png", problem_type="multiple choice", problem="Which?", options=["A. red", "B. dark blue"],
-                  solution="<answer>B</answer>", evidence=["blue"])
+    record = dict(path="1.png", problem_type="multiple choice", problem="Which?", evidence=["blue"],
+                  options=["A. red", "B. dark blue"], solution="<answer>B</answer>")
     text = "<observation>blue.</observation> <think>so blue</think><answer>dark blue</answer>"
-    judge = make_judge("rule")
-    assert gen_cot.verify([record], [text], judge, scoring=scoring)[1] == [score]
+    assert gen_cot.verify([record], [text], rule_judge, scoring=scoring)[1] == [score]
     rewards = process_rewards(record, text, True, (9, 9), ((1, 2), (1, 2)), scoring=scoring)
     assert rewards["reasoning_accuracy"] == score
-    assert evaluate.score_completions([record], [text], judge, scoring)[0]["answer"] == score
-    rival = dict(record, solution="<answer>dark blue</answer>")  # as good a guess for both, where it counts as B
+    assert evaluate.score_completions([record], [text], rule_judge, scoring)[0]["answer"] == score
+    rival = dict(record, solution="<answer>dark blue</answer>")  # as good a guess for both, if it counts as B
     assert [r["answer"] for r in evaluate.constant_answers([record, rival], scoring)].count(1.0) == 1 + score
 
 

@@ -1,16 +1,14 @@
-"""Step 1 against a real HTTP server on loopback that answers from the toy world's script, fails, and is cut off."""
+"""Step 1 against the chat server, which answers from the toy world's script, fails, and is cut off."""
 import base64
-import hashlib
 import io
 import json
+import os
 import random
+import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,365 +17,316 @@ from PIL import Image
 
 import gen_cot
 import prepare
-from gen_cot import load_records
-from rewards import UserError
+from conftest import ROOT, Fault
+from gen_cot import build_prompt, load_records
+from rewards import ChatClient, UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 FLAWS = [None, "wrong answer", "broken template", "insufficient observation"]
-
-
-class Server(ThreadingHTTPServer):
-    """Answers a request by its last JPEG and its question; `failing` of the calls end in one of four ways."""
-    daemon_threads = True
-    request_queue_size = 256
-
-    def __init__(self, replies, failing=0.0, delay=0.0):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.replies, self.failing, self.delay, self.rng = replies, failing, delay, random.Random(0)
-        self.bodies, self.answered, self.lock, self.refusing = [], [], threading.Lock(), False
-        self.cutting = False  # as servers with a reasoning parser do
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def api(self, name):
-        """The server as a teacher, over the one API or the other."""
-        return self.spec if name == "openai" else f"anthropic:scripted@http://127.0.0.1:{self.server_port}"
-
-    @property
-    def spec(self):
-        return f"openai:scripted@http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, request, client_address):
-        pass  # a client that was killed
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        key = request_key(body)
-        with server.lock:
-            server.bodies.append(body)
-            fails = server.rng.random() < server.failing
-            way = server.rng.choice(["error", "limit", "lost", "empty"])
-        time.sleep(server.delay)
-        if fails and way == "lost":
-            self.close_connection = True
-            return
-        status, text = 200, server.replies.get(key, "no such question")
-        if fails:
-            status, text = dict(error=(500, "x"), limit=(429, "x"), empty=(200, ""))[way]
-        else:
-            with server.lock:
-                server.answered.append(key)
-        if server.refusing:
-            status = 401
-        message = dict(content=text)
-        if server.cutting and "</think>" in text:
-            message = dict(content=text.split("</think>")[1], reasoning_content=text.split("<think>")[-1])
-        reply = dict(choices=[dict(message=message)], usage=dict(prompt_tokens=7, completion_tokens=3))
-        if self.path.endswith("/messages"):
-            reply = dict(content=[dict(type="thinking", thinking="so"), dict(type="text", text=text)],
-                         usage=dict(input_tokens=7, output_tokens=3))
-        data = json.dumps(reply).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-
-def request_key(body):
-    *media, prompt = body["messages"][0]["content"]
-    return hashlib.sha256((image_url(media[-1]) + prompt["text"]).encode()).hexdigest()
-
-
-def image_url(part):
-    """An image part's data URL, in the form of either API."""
-    if part["type"] == "image_url":
-        return part["image_url"]["url"]
-    assert part["type"] == "image" and part["source"]["type"] == "base64"
-    return f"data:{part['source']['media_type']};base64,{part['source']['data']}"
-
-
-def key_of(record, args):
-    """The key under which the server finds this record's trace."""
-    jpeg = gen_cot.teacher_content(record, args.num_frames, args.max_pixels)[-1]["jpeg"]
-    url = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
-    return hashlib.sha256((url + gen_cot.build_prompt(record)).encode()).hexdigest()
-
-
-def make_world(folder, questions, scenes):
-    """Questions about real clips and pictures on disk: (records, replies by key, planted flaw by problem_id)."""
-    rng, rows, planted, drawn = random.Random(3), [], {}, {}
-    (folder / "media").mkdir(parents=True)
-    args = SimpleNamespace(num_frames=4, max_pixels=4)
-    traces = []
-    for i in range(questions):
-        n = i % scenes
-        if n not in drawn:
-            scene = prepare.make_scene(rng)
-            path = f"media/{n}.{'mp4' if scene['kind'] == 'clip' else 'png'}"
-            prepare.write_medium(scene, folder / path)
-            drawn[n] = scene, path
-        scene, path = drawn[n]
-        question = prepare.make_question(scene, rng)
-        planted[i] = FLAWS[i % 4]
-        traces.append(prepare.teach(question, planted[i], rng))
-        rows.append({k: v for k, v in question.items() if k in prepare.FIELDS}
-                    | dict(problem_id=i, problem=f"{question['problem']} (number {i})", path=path,
-                           data_type="video" if scene["kind"] == "clip" else "image"))
-    gen_cot.write_jsonl(folder / "questions.jsonl", rows)
-    records = load_records(folder / "questions.jsonl", folder)
-    media = {r["media"]: gen_cot.teacher_content(r, 4, 4)[-1]["jpeg"] for r in records[:scenes]}
-    replies = {hashlib.sha256(("data:image/jpeg;base64," + base64.b64encode(media[r["media"]]).decode()
-                               + gen_cot.build_prompt(r)).encode()).hexdigest(): trace
-               for r, trace in zip(records, traces)}
-    assert len(replies) == questions and key_of(records[-1], args) in replies
-    return records, replies, planted
-
-
-def command(folder, server, *flags, api="openai"):
-    return [sys.executable, "gen_cot.py", "--model", "tiny", "--data", folder / "questions.jsonl", "--media-root",
-            folder, "--teacher", server.api(api), "--num-frames", "4", "--max-pixels", "4", *map(str, flags)]
-
-
-def run(folder, server, *flags, api="openai"):
-    return subprocess.run(command(folder, server, *flags, api=api), cwd=ROOT, capture_output=True, text=True,
-                          timeout=300)
+FAULTS = [Fault(500), Fault(429), Fault(trick="drop"), ""]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    return folder, *make_world(folder, 2000, 40)
+    """800 questions about 40 real clips and pictures: (folder, records, traces by prompt, flaws by id)."""
+    folder, rng, scenes, rows, outputs = tmp_path_factory.mktemp("world"), random.Random(3), [], [], []
+    (folder / "media").mkdir()
+    for i in range(40):
+        scenes.append(prepare.make_scene(rng))
+        scenes[i]["path"] = f"media/{i}.{'mp4' if scenes[i]['kind'] == 'clip' else 'png'}"
+        prepare.write_medium(scenes[i], folder / scenes[i]["path"])
+    for i in range(800):
+        scene = scenes[i % 40]
+        question = prepare.make_question(scene, rng)
+        outputs.append(prepare.teach(question, FLAWS[i % 4], rng))
+        row = {name: value for name, value in question.items() if name in prepare.FIELDS}
+        rows.append(dict(row, problem_id=i, problem=f"{question['problem']} (number {i})", path=scene["path"],
+                         data_type="video" if scene["kind"] == "clip" else "image"))
+    gen_cot.write_jsonl(folder / "questions.jsonl", rows)
+    records = load_records(folder / "questions.jsonl", folder)
+    traces = dict(zip(map(build_prompt, records), outputs))
+    assert len(traces) == 800
+    return folder, records, traces, {i: FLAWS[i % 4] for i in range(800)}
 
 
-def test_two_thousand_questions_through_a_server_that_fails_one_call_in_five(world, tmp_path):
-    """Exactly the planted flaws are rejected, each for its reason, and every other trace is kept as it was."""
-    folder, records, replies, planted = world
-    server = Server(replies, failing=0.2)
-    done = run(folder, server, "--output", tmp_path / "cot.jsonl")
+class Script:
+    """Answers a prompt with its trace, but for `failing` of the replies; `answered` are those that came."""
+
+    def __init__(self, traces, failing=0.0, delay=0.0):
+        self.traces, self.failing, self.delay, self.answered = traces, failing, delay, []
+
+    def __call__(self, prompt, attempt):
+        time.sleep(self.delay)
+        rng = random.Random(f"{prompt}, attempt {attempt}")  # the same faults whatever the threads do
+        if rng.random() < self.failing:
+            return rng.choice(FAULTS)
+        self.answered.append(prompt)
+        return self.traces[prompt]
+
+
+def command(world, teacher, output, *flags, data="questions.jsonl"):
+    own = ["--data", world[0] / data, "--media-root", world[0], "--num-frames", 4, "--max-pixels", 4]
+    return [sys.executable, *map(str, [ROOT / "gen_cot.py", "--model", "tiny", *own, "--teacher", teacher,
+                                       "--output", output, *flags])]
+
+
+def run(world, teacher, output, *flags, **changes):
+    """The finished process, started beside the output, where it also puts what judges say."""
+    output.parent.mkdir(exist_ok=True)
+    return subprocess.run(command(world, teacher, output, *flags, **changes), cwd=output.parent,
+                          capture_output=True, text=True, timeout=300)
+
+
+def rows_of(output):
+    return gen_cot.read_json(output.with_name("traces.jsonl"))
+
+
+def sentence(done):
+    """The last line of a run that failed, which holds no traceback."""
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_through_a_server_that_fails_one_call_in_five_exactly_the_planted_flaws_are_rejected(
+        world, server, tmp_path):
+    _, _, traces, planted = world
+    output = tmp_path / "cot.jsonl"
+    server.behave = Script(traces, failing=0.2)
+    done = run(world, server.spec(), output)
     assert done.returncode == 0, done.stderr
-    line = done.stderr.rstrip().splitlines()[-1]  # the live line's last state
-    assert "2000/2000" in line and "kept=500" in line and all(f"{flaw}=500" in line for flaw in FLAWS[1:])
-    kept = load_records(tmp_path / "cot.jsonl")
+    kept = load_records(output)
     assert [r["problem_id"] for r in kept] == [i for i, flaw in planted.items() if flaw is None]
-    assert sorted(server.answered) == sorted(replies)  # each once
+    assert {build_prompt(r): r["output"] for r in kept}.items() <= traces.items()
+    assert sorted(server.behave.answered) == sorted(traces)  # each once
     counts = json.loads((tmp_path / "yield.json").read_text())["table"]["all"]
-    assert counts == {"questions": 2000, "unreadable medium": 0, "no trace": 0, "judge unknown": 0, "kept": 500}\
-        | {flaw: 500 for flaw in FLAWS[1:]}
+    rejected = dict.fromkeys(FLAWS[1:], 200) | {"unreadable medium": 0, "no trace": 0, "judge unknown": 0}
+    assert counts == {"questions": 800, "kept": 200} | rejected
 
-    # another threshold and the other scoring: from the journal, and no call to the teacher
-    before = len(server.bodies)
-    again = run(folder, server, "--output", tmp_path / "cot.jsonl", "--threshold", "0.95", "--scoring", "lenient")
-    assert again.returncode == 0 and len(server.bodies) == before
-    stricter = load_records(tmp_path / "cot.jsonl")
-    assert 0 < len(stricter) <= 500 and {r["scoring"] for r in stricter} == {"lenient"}
-    server.shutdown()
+    # another threshold and the other scoring: no call to the teacher
+    before = len(server.seen)
+    again = run(world, server.spec(), output, "--threshold", "0.95", "--scoring", "lenient")
+    assert again.returncode == 0 and len(server.seen) == before
+    stricter = load_records(output)
+    assert 0 < len(stricter) <= 200 and {r["scoring"] for r in stricter} == {"lenient"}
 
 
-def test_killed_at_any_moment_it_pays_for_nothing_twice(world, tmp_path):
-    folder, records, replies, _ = world
-    server, rng = Server(replies, delay=0.02), random.Random(0)
-    keys = dict(zip((record["problem_id"] for record in records), replies))
-    flags = ["--limit", 400, "--teacher-concurrency", 8]
-    assert run(folder, server, *flags, "--output", tmp_path / "whole" / "cot.jsonl").returncode == 0
-    journal = tmp_path / "killed" / "journal.jsonl"
-    paid, before = set(), len(server.answered)
+def test_killed_at_any_moment_it_pays_for_nothing_twice_but_what_was_in_flight(world, server, tmp_path):
+    flags, rng = ["--limit", 400, "--teacher-concurrency", 8], random.Random(0)
+    whole, killed = tmp_path / "whole/cot.jsonl", tmp_path / "killed/cot.jsonl"
+    script = server.behave = Script(world[2], delay=0.02)
+    assert run(world, server.spec(), whole, *flags).returncode == 0
+    prompts = {record["problem_id"]: build_prompt(record) for record in world[1]}
+    paid = set()
     for _ in range(20):
-        process = subprocess.Popen(command(folder, server, *flags, "--output", tmp_path / "killed" / "cot.jsonl"),
-                                   cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        stop = len(server.answered) + rng.randrange(30)
-        while len(server.answered) < stop and process.poll() is None:
+        before = len(script.answered)
+        process = subprocess.Popen(command(world, server.spec(), killed, *flags),
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        stop = before + rng.randrange(30)
+        while len(script.answered) < stop and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
         time.sleep(0.1)  # what was in flight reaches the server
-        assert not set(server.answered[before:]) & paid
-        before = len(server.answered)
-        for line in (journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []):
-            row = json.loads(line)
-            paid |= {keys[row["problem_id"]]} if "output" in row else set()
-        assert not (tmp_path / "killed" / "cot.jsonl").exists()
+        answered = set(script.answered[before:])
+        assert not paid & answered
+        text = killed.with_name("traces.jsonl").read_bytes() if killed.parent.exists() else b""
+        paid = {prompts[json.loads(line)["problem_id"]] for line in text.split(b"\n")[:-1]}
+        assert len(answered - paid) <= 8 and not killed.exists()  # what was in flight is lost, and no more
     assert 100 < len(paid) < 400
-    done = run(folder, server, *flags, "--output", tmp_path / "killed" / "cot.jsonl")
-    assert done.returncode == 0 and not set(server.answered[before:]) & paid
-    assert (tmp_path / "killed/cot.jsonl").read_bytes() == (tmp_path / "whole/cot.jsonl").read_bytes()
-    server.shutdown()
+    before = len(script.answered)
+    assert run(world, server.spec(), killed, *flags).returncode == 0
+    assert not paid & set(script.answered[before:])
+    assert killed.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("api, fields", [
     ("openai", {"temperature": 0}), ("anthropic", {"max_tokens": 2048})])  # newer models refuse a temperature
-def test_what_the_teacher_is_sent(world, tmp_path, api, fields):
+def test_what_the_teacher_is_sent(world, server, tmp_path, api, fields):
     """Frames in time order after their time stamps, then the prompt of all stages; never the gold answer."""
-    folder, records, replies, planted = world
-    server = Server(replies)
-    done = run(folder, server, "--limit", 12, "--output", tmp_path / "cot.jsonl", api=api)
+    _, records, traces, planted = world
+    output = tmp_path / "cot.jsonl"
+    server.behave = Script(traces)
+    done = run(world, server.spec(api), output, "--limit", 12)
     assert done.returncode == 0 and "84 tokens in, 36 tokens out" in done.stdout
-    asked = {row["problem_id"] for row in map(json.loads, open(tmp_path / "journal.jsonl")) if "output" in row}
-    assert [r["problem_id"] for r in load_records(tmp_path / "cot.jsonl")] == sorted(
-        i for i in asked if planted[i] is None)
-    prompts = {gen_cot.build_prompt(r): r for r in records}
-    assert len(server.bodies) == 12
-    for body in server.bodies:
-        assert {name: value for name, value in body.items() if name != "messages"} == fields | {"model": "scripted"}
-        *media, prompt = body["messages"][0]["content"]
-        record = prompts[prompt["text"]]
+    asked = sorted(row["problem_id"] for row in rows_of(output))
+    assert [r["problem_id"] for r in load_records(output)] == [i for i in asked if planted[i] is None]
+    by_prompt = {build_prompt(record): record for record in records}
+    assert len(server.seen) == 12
+    for _, _, body in server.seen:
+        content = body.pop("messages")[0]["content"]
+        assert body == fields | {"model": "model-1"}
+        record = by_prompt[content[-1]["text"]]
         frames, _ = gen_cot.read_media(record, 4, 4)
-        jpegs = [image_url(part) for part in media if part["type"] != "text"]
-        sent = [np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))) for url in jpegs]
-        assert len(sent) == len(frames) and all(np.abs(a.astype(int) - b).mean() < 20 for a, b in zip(sent, frames))
-        stamps = [float(part["text"].removesuffix(" s:")) for part in media if part["type"] == "text"]
-        assert stamps == sorted(set(stamps)) and len(stamps) == (len(frames) if record["data_type"] == "video" else 0)
+        sent = [picture_in(part) for part in content if part["type"] != "text"]
+        assert len(sent) == len(frames)
+        assert all(np.abs(a.astype(int) - b).mean() < 20 for a, b in zip(sent, frames))
+        stamps = [float(part["text"].removesuffix(" s:")) for part in content[:-1] if part["type"] == "text"]
+        assert len(stamps) == (len(frames) if record["data_type"] == "video" else 0)
+        assert stamps == sorted(set(stamps))
         assert not stamps or stamps[0] == 0 and stamps[-1] in (4, 5)  # the clips' seconds
-        assert record["solution"] not in json.dumps(body)
-    server.shutdown()
+        assert record["solution"] not in json.dumps(content)
 
 
-def test_limits_refusals_and_lost_media_end_in_one_sentence_and_lose_nothing(world, tmp_path):
-    folder, records, replies, _ = world
-    server = Server(replies)
-    out = ["--output", tmp_path / "cot.jsonl", "--limit", "60"]
-    done = run(folder, server, *out, "--teacher-max-calls", 25, "--teacher-concurrency", 4)
-    assert done.returncode == 1 and "had its 25 calls" in done.stderr and "The journal keeps 25 replies" in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "cot.jsonl").exists()
-    assert run(folder, server, *out).returncode == 0
-    assert sorted(server.answered) == sorted(set(server.answered)) and len(server.answered) == 60
-    server.refusing, before = True, len(server.bodies)
-    done = run(folder, server, "--output", tmp_path / "none" / "cot.jsonl", "--teacher-concurrency", 4)
-    assert done.returncode == 1 and "check the key" in done.stderr.splitlines()[-1]
-    assert 10 <= len(server.bodies) - before < 10 + 8 * 4 + 4 and not (tmp_path / "none" / "cot.jsonl").exists()
-    server.refusing, server.cutting = False, True
-    done = run(folder, server, "--output", tmp_path / "none" / "cot.jsonl", "--teacher-concurrency", 4)
-    assert done.returncode == 1 and "switch its reasoning parser off" in done.stderr.splitlines()[-1]
-    assert not (tmp_path / "none" / "cot.jsonl").exists()
-    server.shutdown()
+def picture_in(part):
+    """The pixels of an image part, in the form of either API."""
+    if part["type"] == "image_url":
+        data = part["image_url"]["url"].removeprefix("data:image/jpeg;base64,")
+    else:
+        assert part["source"]["type"] == "base64" and part["source"]["media_type"] == "image/jpeg"
+        data = part["source"]["data"]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
 
 
-def make_run(world, tmp_path, count, **changes):
-    """What `generate` takes for the first `count` good questions: records, a teacher that counts what it is asked,
-    a judge that agrees, the journal and the arguments."""
-    _, records, replies, planted = world
-    texts = {gen_cot.build_prompt(record): text for record, text in zip(records, replies.values())}
-    asked = []
+# --- what ends a run ---
 
-    def ask_here(content):
-        asked.append(content[-1]["text"])
-        return texts[content[-1]["text"]]
-
-    args = SimpleNamespace(**dict(
-        teacher="t", teacher_extra=None, teacher_concurrency=2, prompt_file=None, num_frames=4, max_pixels=4, workers=1,
-        decode_timeout=60, threshold=0.6, scoring="paper", judge="j", judge_prompt_file=None) | changes)
-    teacher = SimpleNamespace(ask_here=ask_here, stats=dict(tokens_in=0, tokens_out=0), asked=asked)
-    good = [record for record in records if planted[record["problem_id"]] is None][:count]
-    return good, teacher, lambda records, observations: [True] * len(records), gen_cot.Journal(
-        tmp_path / "journal.jsonl"), args
+def test_the_call_limit_ends_in_one_sentence_and_loses_nothing(world, server, tmp_path):
+    output = tmp_path / "cot.jsonl"
+    script = server.behave = Script(world[2], delay=0.02)
+    flags = ["--limit", 60, "--teacher-concurrency", 4]
+    for calls in (1, 25):  # the first may go to the question that the judge is tried on
+        said = sentence(run(world, server.spec(), output, *flags, "--teacher-max-calls", calls))
+        assert f"had its {calls} calls" in said and f"{output.with_name('traces.jsonl')} keeps every" in said
+    assert len(rows_of(output)) == 26 and not output.exists()
+    assert run(world, server.spec(), output, *flags).returncode == 0
+    assert len(set(script.answered)) == 60 == len(script.answered)
 
 
-def test_a_verdict_holds_for_its_own_gold_answer_alone(world, tmp_path):
-    """The same question twice, with two gold answers: one call, two verdicts, whichever comes first; and a gold
-    answer that is mended between two runs is scored again without a call."""
-    (right, other), teacher, judge, journal, args = make_run(world, tmp_path, 2)
-    wrong = dict(right, solution="<answer>something else entirely</answer>")
-    for pair, expected in (((right, wrong), [None, "wrong answer"]), ((wrong, right), ["wrong answer", None])):
-        folder = tmp_path / str(expected[0])
-        journal = gen_cot.Journal(folder / "journal.jsonl")
-        teacher.asked.clear()
-        outputs, reasons, scores = gen_cot.generate([*pair, other], teacher, judge, journal, args)
-        assert reasons == [*expected, None] and len(teacher.asked) == 2 and outputs[0] == outputs[1]
-    journal = gen_cot.Journal(tmp_path / "mended" / "journal.jsonl")
-    assert gen_cot.generate([wrong], teacher, judge, journal, args)[1] == ["wrong answer"]
-    calls = len(teacher.asked)
-    assert gen_cot.generate([right], teacher, judge, journal, args)[1:] == ([None], [1.0])
-    assert len(teacher.asked) == calls
-    args.judge_prompt_file = tmp_path / "prompt.txt"
-    for prompt, verdict in (("strict", False), ("mild", True), ("strict", False)):  # the last is in the journal
-        args.judge_prompt_file.write_text(prompt)
-        judges = [] if len(journal.checks) == 4 else [verdict]
-        reason, = gen_cot.generate([right], teacher, lambda records, observations: [judges.pop()], journal, args)[1]
-        assert reason == (None if verdict else "insufficient observation") and not judges
-    assert len(teacher.asked) == calls
-    args.teacher_extra = dict(temperature=1)  # another request
-    gen_cot.generate([right], teacher, judge, journal, args)
-    assert len(teacher.asked) == calls + 1
+def test_a_teacher_that_refuses_is_asked_no_more(world, server, tmp_path):
+    server.behave = lambda prompt, attempt: Fault(401, "who are you?")
+    said = sentence(run(world, server.spec(), tmp_path / "cot.jsonl", "--teacher-concurrency", 4))
+    assert "HTTP 401, who are you?" in said and len(server.seen) <= 4
 
 
-def test_a_judge_that_refuses_costs_one_verdict_and_ten_in_a_row_stop_the_run(world, tmp_path):
-    records, teacher, agree, journal, args = make_run(world, tmp_path, 14)
-
-    ids, refused = [record["problem_id"] for record in records], set()
-
-    def judge(asked, observations):
-        if asked[0]["problem_id"] in refused:
-            raise UserError("the judge says no.")
-        return agree(asked, observations)
-
-    unsure = gen_cot.generate(records, teacher, lambda records, observations: [None] * len(records), journal, args)
-    assert unsure[1] == ["judge unknown"] * 14 and not journal.checks
-    refused |= set(ids[3:5])
-    reasons = gen_cot.generate(records, teacher, judge, journal, args)[1]
-    assert [i for i, reason in enumerate(reasons) if reason] == [3, 4] and reasons[3] == "judge unknown"
-    assert len(teacher.asked) == 14
-    reasons = gen_cot.generate(records, teacher, agree, gen_cot.Journal(tmp_path / "journal.jsonl"), args)[1]
-    assert reasons == [None] * 14 and len(teacher.asked) == 14  # the two verdicts were not journalled
-
-    again = gen_cot.Journal(tmp_path / "again" / "journal.jsonl")
-    refused |= set(ids) - {ids[9]}  # nine in a row, and four
-    assert gen_cot.generate(records, teacher, judge, again, args)[1].count("judge unknown") == 13
-    refused |= {ids[9]}
-    again = gen_cot.Journal(tmp_path / "refused" / "journal.jsonl")
-    with pytest.raises(UserError, match=r"Stopped: the judge says no\. The journal keeps 1\d replies"):
-        gen_cot.generate(records, teacher, judge, again, args)
+def test_a_judge_with_a_wrong_key_has_cost_no_call_to_the_teacher(world, server, tmp_path):
+    script = Script(world[2])
+    server.behave = lambda prompt, attempt: Fault(401) if "=== BEGIN" in prompt else script(prompt, attempt)
+    done = run(world, server.spec(), tmp_path / "cot.jsonl", "--judge", server.spec(model="judge-1"))
+    said = sentence(done)
+    assert "judge-1 refuses, HTTP 401" in said
+    assert not script.answered and len(server.seen) == 1
 
 
-@pytest.mark.parametrize("trouble", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_full_disk_or_ctrl_c_asks_nothing_more(world, tmp_path, trouble):
-    records, teacher, judge, journal, args = make_run(world, tmp_path, 60, teacher_concurrency=1)
-    write, ask = journal.write, teacher.ask_here
-    teacher.ask_here = lambda content: time.sleep(0.05) or ask(content)  # decoding is quicker: the queue is full
-
-    def fails_at_last(**row):
-        if len(journal.outputs) == 5 and "output" in row:
-            raise trouble
-        write(**row)
-
-    journal.write = fails_at_last
-    with pytest.raises(UserError if isinstance(trouble, OSError) else KeyboardInterrupt) as error:
-        gen_cot.generate(records, teacher, judge, journal, args)
-    assert 6 <= len(teacher.asked) <= 8  # not the eight in the queue as well
-    if isinstance(trouble, OSError):
-        assert "No space left on device. The journal keeps 5 replies" in str(error.value)
+def test_thirty_broken_replies_and_no_other_stop_the_run(world, server, tmp_path):
+    """As from a server that cuts the thoughts out of every reply."""
+    output, cut = tmp_path / "cot.jsonl", Script(dict.fromkeys(world[2], "<answer>B</answer>"), delay=0.1)
+    server.behave = cut
+    said = sentence(run(world, server.spec(), output, "--limit", 200, "--teacher-concurrency", 4))
+    assert "None of the first 30 replies is in the template" in said and "<answer>B</answer>" in said
+    assert 30 <= len(cut.answered) <= 30 + 8 * 4 and not output.exists()
+    assert len(rows_of(output)) == len(cut.answered)
 
 
-def test_half_a_surrogate_pair_is_written_as_json_escapes_it(world, tmp_path):
-    (record,), teacher, judge, journal, args = make_run(world, tmp_path, 1)
-    text, = {teacher.ask_here([dict(text=gen_cot.build_prompt(record))])}
-    teacher.ask_here = lambda content: text.replace("<think>", "<think>\ud83d ")
-    (output,), reasons, scores = gen_cot.generate([record], teacher, judge, journal, args)
-    assert reasons == [None] and gen_cot.Journal(tmp_path / "journal.jsonl").outputs == journal.outputs
-    gen_cot.write_jsonl(tmp_path / "cot.jsonl", [gen_cot.kept_record(record, output, 1.0)])
-    assert "<think>\ud83d " in load_records(tmp_path / "cot.jsonl")[0]["output"]
+def test_ctrl_c_ends_in_one_sentence_and_what_is_on_its_way_is_kept(world, server, tmp_path):
+    script = server.behave = Script(world[2], delay=0.05)
+    process = subprocess.Popen(
+        command(world, server.spec(), tmp_path / "cot.jsonl", "--teacher-concurrency", "4"), text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    while len(script.answered) < 20 and process.poll() is None:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the decoders too
+    _, error = process.communicate(timeout=60)
+    said = sentence(SimpleNamespace(returncode=process.returncode, stderr=error))
+    assert said.startswith("Stopped: Ctrl-C. ") and "run the same command to go on" in said
+    assert len(rows_of(tmp_path / "cot.jsonl")) == len(script.answered) < 200
 
 
-def test_a_journal_with_a_torn_last_line(tmp_path):
-    path = tmp_path / "journal.jsonl"
-    path.write_bytes(b'{"question": "a", "problem_id": 1, "output": "x"}\n{"question": "b", "prob')
-    journal = gen_cot.Journal(path)
-    assert journal.outputs == {"a": "x"}
-    journal.write(question="c", problem_id=3, output="y")
-    again = gen_cot.Journal(path)
-    assert again.outputs == {"a": "x", "c": "y"}
-    for line in ("nonsense", "3", '{"output": "x"}'):
-        path.write_text('{"question": "a", "problem_id": 1, "output": "x"}\n' + line + "\n")
-        with pytest.raises(UserError, match="journal.jsonl, line 2 is no row of a journal: delete the line"):
-            gen_cot.Journal(path)
+def test_a_full_disk_ends_in_one_sentence_and_asks_nothing_more(world, server, tmp_path):
+    script = server.behave = Script(world[2], delay=0.05)
+    full = (resource.RLIMIT_FSIZE, (8000, 8000))  # no file can grow beyond 8,000 bytes
+    done = subprocess.run(command(world, server.spec(), tmp_path / "cot.jsonl", "--teacher-concurrency", 1),
+                          capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(*full))
+    said, text = sentence(done), (tmp_path / "traces.jsonl").read_bytes()
+    assert said.startswith("Stopped: ") and "File too large" in said and "traces.jsonl keeps every" in said
+    assert len(text) == 8000 and 0 < len(script.answered) - text.count(b"\n") <= 1 + 8  # 8 were in the queue
 
 
-def test_no_teacher_and_no_traces_is_one_sentence(tmp_path, monkeypatch):
+# --- step 1 by itself ---
+
+def make_run(server, tmp_path, **changes):
+    """(teacher, args), as `generate` takes them."""
+    args = dict(teacher=server.spec(), teacher_extra=None, teacher_concurrency=2, prompt_file=None,
+                num_frames=4, max_pixels=4, workers=1, output=tmp_path / "cot.jsonl") | changes
+    teacher = ChatClient(args["teacher"], concurrency=args["teacher_concurrency"], backoff=0.01)
+    return teacher, SimpleNamespace(**args)
+
+
+def test_a_refused_question_has_no_trace_and_is_asked_again_by_the_next_run(world, server, tmp_path):
+    _, records, traces, _ = world
+    script, refused = Script(traces), [build_prompt(record) for record in records[3:5]]
+    server.behave = lambda prompt, attempt: Fault(400) if prompt in refused else script(prompt, attempt)
+    expected = [traces[build_prompt(record)] for record in records[:8]]
+    outputs = gen_cot.generate(records[:8], *make_run(server, tmp_path))
+    assert outputs == [*expected[:3], None, None, *expected[5:]]
+    server.behave = script
+    script.answered.clear()
+    assert gen_cot.generate(records[:8], *make_run(server, tmp_path)) == expected
+    assert sorted(script.answered) == sorted(refused)
+
+
+def test_what_is_asked_again_is_another_request(world, server, tmp_path):
+    """The same question with another gold answer is the same request; with another prompt or other frames,
+    or to another teacher, it is not."""
+    record = world[1][0]
+    twin = dict(record, problem_id=9999, solution="<answer>something else entirely</answer>")
+    server.behave = lambda prompt, attempt: f"reply {len(server.seen)}"
+    assert gen_cot.generate([record, twin], *make_run(server, tmp_path)) == ["reply 1"] * 2
+    assert gen_cot.generate([twin, record], *make_run(server, tmp_path)) == ["reply 1"] * 2
+    (tmp_path / "prompt.txt").write_text("{question} {answer_form}")
+    changes = [dict(prompt_file=tmp_path / "prompt.txt"), dict(num_frames=6), dict(max_pixels=5),
+               dict(teacher_extra=dict(temperature=1)), dict(teacher=server.spec(model="model-2"))]
+    for count, change in enumerate(changes, 2):
+        for _ in range(2):
+            assert gen_cot.generate([record], *make_run(server, tmp_path, **change)) == [f"reply {count}"]
+
+
+def test_an_unreadable_medium_costs_its_own_question(world, server, tmp_path):
+    _, records, traces, _ = world
+    server.behave = Script(traces)
+    (tmp_path / "text.mp4").write_text("no video")
+    bad = dict(records[1], media=str(tmp_path / "text.mp4"), path="text.mp4", data_type="video")
+    first, error, third = gen_cot.generate([records[0], bad, records[2]], *make_run(server, tmp_path))
+    assert [first, third] == [traces[build_prompt(record)] for record in (records[0], records[2])]
+    assert isinstance(error, gen_cot.MediaError) and len(server.seen) == 2
+    reasons, _ = gen_cot.verify([records[0], bad], [first, error], lambda records, observations: [True])
+    assert reasons == [None, "unreadable medium"]
+
+
+def test_one_problem_id_in_two_files_never_exchanges_traces(world, server, tmp_path):
+    folder, records, traces, _ = world
+    server.behave = Script(traces)
+    for name, part in (("twins1.jsonl", records[:20]), ("twins2.jsonl", records[20:40])):
+        gen_cot.write_jsonl(folder / name, [dict(record, problem_id=i) for i, record in enumerate(part)])
+    output = tmp_path / "cot.jsonl"
+    assert run(world, server.spec(), output, data="twins*.jsonl").returncode == 0
+    kept = load_records(output)
+    assert [r["problem_id"] for r in kept] == [0, 4, 8, 12, 16] * 2
+    assert {build_prompt(r): r["output"] for r in kept}.items() <= traces.items()
+    elsewhere = [sys.executable, "gen_cot.py", "--model", "tiny", "--data", folder / "twins*.jsonl",
+                 "--traces", tmp_path / "traces.jsonl", "--output", tmp_path / "again/cot.jsonl"]
+    subprocess.run(elsewhere, cwd=ROOT, check=True, capture_output=True)
+    assert load_records(tmp_path / "again/cot.jsonl") == kept
+
+
+def test_half_a_surrogate_pair_is_written_as_json_escapes_it(world, server, tmp_path):
+    _, (record, *_), traces, _ = world
+    text = traces[build_prompt(record)].replace("<think>", "<think>\ud83d ")
+    server.behave = lambda prompt, attempt: text
+    for _ in range(2):  # as it comes, and from the file
+        assert gen_cot.generate([record], *make_run(server, tmp_path)) == [text]
+    assert len(server.seen) == 1
+    gen_cot.write_jsonl(tmp_path / "kept.jsonl", [gen_cot.kept_record(record, text, 1.0, "paper")])
+    assert load_records(tmp_path / "kept.jsonl")[0]["output"] == text
+
+
+def test_a_torn_last_line_is_cut_off_and_the_rest_is_kept(tmp_path):
+    path = tmp_path / "new" / "traces.jsonl"
+    with gen_cot.open_jsonl(path) as file:
+        file.write(gen_cot.json_line({"output": "x"}) + b'{"output": "\xc3')
+    with gen_cot.open_jsonl(path) as file:
+        file.write(gen_cot.json_line({"output": "y"}))
+    assert gen_cot.read_json(path) == [{"output": "x"}, {"output": "y"}]
+
+
+def test_no_teacher_and_no_traces_is_one_sentence(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gen_cot.py", "--model", "qwen2.5-vl-7b"])
     with pytest.raises(UserError, match="--teacher or --traces, and --judge"):
         gen_cot.main(gen_cot.get_args())
