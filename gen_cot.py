@@ -19,9 +19,10 @@ the output before anything is made of it, and is not asked for again. Steps 2 an
 that file; what the judge said is in its cache.
 
 Our choices where the paper is silent:
-G1. Frames are sampled at 2 per second, evenly from the first to the last, an even number between 4 and
-    `--num-frames` (never more than the clip has, rounded down to even; a clip of one frame gives it twice).
-    The sampled rate that later sets the positions is the number of sampled frames over the clip's duration.
+G1. Frames are sampled at 2 per second, an even number T between 4 and `--num-frames` (never more than the
+    clip has, rounded down to even; a clip of one frame gives it twice): at T even times from the middle of
+    the first frame to the middle of the last, each time the frame that a player shows then. The sampled rate
+    that later sets the positions is T over the duration of the pictures.
 G2. Both sides of a frame are rounded to multiples of 28 (patch 14 × merge 2) within the pixel budget, aspect
     kept.
 G3. The options stand once in the prompt: they are appended unless the question already holds them.
@@ -50,9 +51,10 @@ import zlib
 from concurrent.futures import TimeoutError
 from pathlib import Path
 
+import av
 import numpy as np
 from pebble import ProcessExpired, ProcessPool
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from rewards import (PROBLEM_TYPES, ChatClient, UserError, accuracy_reward, digest, format_rewards,
@@ -519,27 +521,33 @@ def open_jsonl(path):
 
 FACTOR = 28  # one visual token covers 28 × 28 pixels: patches of 14, merged two by two
 IMAGE_PIXELS = (4 * FACTOR**2, 256 * FACTOR**2)  # least and most pixels of a still image
-DECODE_TIMEOUT = 60  # seconds after which a medium counts as unreadable
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+MAX_IMAGE = 64_000_000  # pixels of an image file, of which each takes up to 16 bytes while it is read
+VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,asf,flv,ogg,gif,h264,hevc,ivf,dv,mxf,rm"
+SEEK_OVER = 32  # frames; to jump over fewer costs more than to decode them
+DECODE_TIMEOUT = 60  # seconds for one medium
 
 
 class MediaError(Exception):
     """A medium that can't be read, with the reason in one sentence; it costs its one record."""
 
 
-def frame_indices(total, duration, num_frames=16, fps=2.0, min_frames=4):
-    """Indices of the sampled frames of a clip, int64 (T,), evenly spaced from the first to the last
-    (G1).
+def sample_indices(starts, end, num_frames=16, fps=2.0, min_frames=4):
+    """Indices, int64 (T,), of the frames that a player shows at T even times, from the middle of the first
+    to the middle of the last (G1). Where N frames follow at a constant rate: linspace(0, N - 1, T), rounded.
 
     Args:
-        total: frames in the clip. duration: seconds. num_frames: most frames. fps: frames wanted per second.
+        starts: (N,) seconds at which each frame appears, ascending. end: second at which the last one goes.
+        num_frames: most frames. fps: frames wanted per second.
     """
-    wanted = min(max(round(duration * fps), min_frames), num_frames, max(total, 2))
-    return np.linspace(0, total - 1, max(wanted // 2 * 2, 2)).round().astype(np.int64)
+    edges = np.append(starts, end)
+    wanted = min(max(round((end - edges[0]) * fps), min_frames), num_frames, max(len(starts), 2))
+    times = np.linspace(edges[:2].mean(), edges[-2:].mean(), max(wanted // 2 * 2, 2))
+    return np.searchsorted(edges, times, side="right") - 1
 
 
 def fit_size(height, width, max_pixels, min_pixels=IMAGE_PIXELS[0]):
-    """(height, width) as multiples of 28 with min_pixels ≤ area ≤ max_pixels and the aspect kept
-    (G2)."""
+    """(height, width) as multiples of 28 with min_pixels ≤ area ≤ max_pixels and the aspect kept (G2)."""
     h, w = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
     if h * w > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
@@ -553,92 +561,115 @@ def fit_size(height, width, max_pixels, min_pixels=IMAGE_PIXELS[0]):
 
 
 def read_frames(path, num_frames=16, max_pixels=128 * FACTOR**2):
-    """Sample and decode frames of a video with decord, or with PyAV where decord is missing or fails.
+    """Sample and decode frames of a video as a player shows them, turned and stretched as the file says (G1).
 
     Returns:
         frames: uint8 (T, H, W, 3), T even, H and W multiples of 28 with H·W ≤ max_pixels.
-        fps: float, sampled frames per second of the clip.
+        fps: float, sampled frames per second of the clip, whose duration is that of its pictures alone.
 
     Raises:
-        MediaError: the file can't be decoded.
+        MediaError: the file can't be decoded, or its pictures end well before their stream's own duration.
     """
-    for decode in (decode_with_decord, decode_with_pyav):
-        try:
-            frames, seconds = decode(path, num_frames)
-            promised = header_seconds(path)
-            if seconds < 0.9 * promised:
-                raise ValueError(f"cut short, {seconds:.1f} of {promised:.1f} s are there")
-            return resize(frames, max_pixels), len(frames) / seconds
-        except Exception as error:  # no decord here, or a damaged file, which can fail anywhere in a decoder
-            reason = f"{type(error).__name__}: {error}"
-    raise MediaError(f"{path} can't be decoded ({reason}).")
+    try:
+        with open_video(path) as (container, stream):
+            stamps = [(packet.pts, packet.duration, packet.is_keyframe) for packet in container.demux(stream)
+                      if packet.size and not packet.is_discard]
+            clip, promised = Timeline(stamps, stream), promised_end(stream)
+        frames = pick_frames(path, clip, num_frames, max_pixels)
+        if frames is None:  # the frames have other time stamps than their packets, or none: decode twice
+            with open_video(path) as (container, stream):
+                stamps = [(frame.pts, frame.duration, False) for frame in container.decode(stream)]
+                clip = Timeline(stamps, stream)
+            frames = pick_frames(path, clip, num_frames, max_pixels)
+        seconds, lost = clip.end - clip.starts[0], promised - clip.end
+        if lost > 0.05 * (seconds + lost):
+            raise ValueError(f"it is cut short: {lost:.1f} of its {seconds + lost:.1f} s are missing")
+    except Exception as error:  # a damaged file can fail anywhere in a decoder
+        raise MediaError(f"{path} can't be decoded ({type(error).__name__}: {error}).") from None
+    return np.stack(frames), len(frames) / seconds
 
 
-def header_seconds(path):
-    """The duration in a video file's header, in seconds; 0 where it says nothing of the pictures alone."""
-    import av
-    with av.open(str(path)) as container:
-        return 0 if container.streams.audio else (container.duration or 0) / av.time_base
+@contextlib.contextmanager
+def open_video(path):
+    """(container, stream) of a video file's pictures: never its cover, no format that names other files."""
+    options = dict(format_whitelist=VIDEO_FORMATS, protocol_whitelist="file")
+    with av.open(str(path), options=options) as container:
+        stream = container.streams.best("video")
+        if stream is None:
+            raise ValueError("it holds no pictures")
+        stream.codec_context.thread_count = 1  # there are other workers
+        yield container, stream
 
 
-def decode_with_decord(path, num_frames):
-    """Frames uint8 (T, H, W, 3) and the clip's duration in seconds."""
-    import decord  # has no wheel for Macs with Apple silicon; PyAV reads the video there
-    reader = decord.VideoReader(str(path), num_threads=1)
-    (start, _), (_, end) = reader.get_frame_timestamp([0, len(reader) - 1])
-    seconds = clip_seconds(len(reader), reader.get_avg_fps(), float(end - start))
-    return reader.get_batch(frame_indices(len(reader), seconds, num_frames)).asnumpy(), seconds
+class Timeline:
+    """When a clip's frames appear, from their (pts, duration, is keyframe): `ticks` ascending, the same in
+    seconds as `starts`, and its `end`; without time stamps they follow each other at the stream's rate."""
+
+    def __init__(self, stamps, stream):
+        step = float(1 / (stream.average_rate or 25) / stream.time_base)
+        if not stamps:
+            raise ValueError("it holds no frames")
+        if any(pts is None for pts, _, _ in stamps):
+            stamps = [(i * step, step, False) for i in range(len(stamps))]
+        stamps = sorted(stamps)
+        self.ticks = [pts for pts, _, _ in stamps]
+        self.keyframes = [i for i, (_, _, is_keyframe) in enumerate(stamps) if is_keyframe]
+        self.starts = np.array(self.ticks) * float(stream.time_base)
+        self.end = (self.ticks[-1] + (stamps[-1][1] or step)) * float(stream.time_base)
 
 
-def decode_with_pyav(path, num_frames):
-    """As `decode_with_decord`; decodes the clip twice, to count its frames and to keep the sampled ones.
-
-    Raises ValueError where fewer frames can be decoded than the file's header promises.
-    """
-    import av
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        promised, rate = stream.frames, float(stream.average_rate or stream.guessed_rate or 2)
-        times = [(frame.time, float((frame.duration or 0) * frame.time_base))
-                 for frame in container.decode(stream)]
-    if len(times) < max(promised, 1):
-        raise ValueError(f"only {len(times)} of {promised or 'its'} frames can be decoded")
-    (start, _), (end, last) = times[0], times[-1]
-    seconds = clip_seconds(len(times), rate, 0 if None in (start, end) else end - start + last)
-    wanted = frame_indices(len(times), seconds, num_frames)
-    with av.open(str(path)) as container:
-        kept = {i: np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-                for i, frame in enumerate(container.decode(container.streams.video[0])) if i in wanted}
-    return np.stack([kept[i] for i in wanted]), seconds
+def promised_end(stream):
+    """The second at which a stream says that it ends; 0 where it doesn't say."""
+    if stream.duration:
+        return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+    hours, minutes, seconds = stream.metadata.get("DURATION", "0:0:0").split(":")  # Matroska
+    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
 
 
-def clip_seconds(total, rate, stamped):
-    """A clip's duration in seconds: its frames over their rate, or what its time stamps say where that
-    differs by two frames or more (a variable rate)."""
-    seconds = total / rate
-    return stamped if stamped > 0 and abs(stamped - seconds) * rate >= 2 else seconds
+def pick_frames(path, clip, num_frames, max_pixels):
+    """The sampled frames of a clip, uint8 (H, W, 3) each, resized as they are decoded. Keyframes are sought,
+    and None says that a frame is not where its packet said; without keyframes, frames are counted."""
+    frames, at, size, index = [], -1, None, {pts: i for i, pts in enumerate(clip.ticks)}
+    with open_video(path) as (container, stream):
+        decoded = container.decode(stream)
+        back = 2 if container.format.name in ("mpegts", "mpeg") else 1  # these go to the keyframe after it
+        for i in sample_indices(clip.starts, clip.end, num_frames):
+            before = [k for k in clip.keyframes if k <= i]
+            if len(before) >= back and before[-1] > at + SEEK_OVER:
+                container.seek(clip.ticks[before[-back]], stream=stream)
+                decoded, at = container.decode(stream), None
+            while at is None or at < i:
+                frame = next(decoded, None)
+                place = index.get(frame.pts) if frame and clip.keyframes else at + 1
+                if frame is None or place is None or place > i or at not in (None, place - 1):
+                    return None
+                at = place
+            pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+            if size is None:  # of all frames, even if theirs changes on the way
+                sides = [frame.height, frame.width * float(stream.sample_aspect_ratio or 1)]
+                size = fit_size(*(sides[::-1] if frame.rotation % 180 else sides), max_pixels)
+            frames.append(np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.BICUBIC)))
+    return frames
 
 
 def read_image(path, max_pixels=IMAGE_PIXELS[1]):
-    """A still image as frames uint8 (1, H, W, 3), sides as in `fit_size`. Raises MediaError."""
+    """A still image as frames uint8 (1, H, W, 3), turned as its EXIF data say, sides as in `fit_size`. Raises
+    MediaError."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_IMAGE:
+                raise ValueError(f"{image.width} x {image.height} pixels are too many: make it smaller")
+            if image.mode in ("I", "F"):
+                raise ValueError("what is white in 32 bits is not known: save it with 8 or 16 bits a channel")
+            image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):  # convert() would clip it to white
                 image = image.point(lambda value: value / 256).convert("L")
             if image.has_transparency_data:  # on white, where what it shows is usually meant to be seen
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            frames = np.asarray(image.convert("RGB"))[None]
+            height, width = fit_size(image.height, image.width, max_pixels)
+            return np.asarray(image.convert("RGB").resize((width, height), Image.BICUBIC))[None]
     except Exception as error:  # Pillow's plug-ins raise many kinds on damaged files
         raise MediaError(f"{path} can't be read as an image ({type(error).__name__}: {error}).") from None
-    return resize(frames, max_pixels)
-
-
-def resize(frames, max_pixels):
-    """Frames uint8 (T, H, W, 3) resized (bicubic) to sides within the budget."""
-    height, width = fit_size(*frames.shape[1:3], max_pixels)
-    if frames.shape[1:3] == (height, width):
-        return frames
-    return np.stack([np.asarray(Image.fromarray(f).resize((width, height), Image.BICUBIC)) for f in frames])
 
 
 def read_media(record, num_frames=16, max_pixels=128):
@@ -656,7 +687,7 @@ def init_worker():
     gc.freeze()
 
 
-def read_ahead(records, args, read=read_media):
+def read_ahead(records, args, read=read_media, timeout=None):
     """Decode the records' media in worker processes, ahead of whoever takes them; `records` may be endless.
 
     A medium that hangs or crashes its decoder costs its own record and one worker, which is replaced.
@@ -675,7 +706,7 @@ def read_ahead(records, args, read=read_media):
         while True:
             for record in itertools.islice(records, 4 * args.workers - len(waiting)):
                 waiting.append((record, pool.schedule(
-                    read, (record, args.num_frames, args.max_pixels), timeout=DECODE_TIMEOUT)))
+                    read, (record, args.num_frames, args.max_pixels), timeout=timeout or DECODE_TIMEOUT)))
             if not waiting:
                 break
             record, future = waiting.popleft()
@@ -684,7 +715,8 @@ def read_ahead(records, args, read=read_media):
             except MediaError as error:
                 media = error
             except TimeoutError:
-                media = MediaError(f"{record['media']} can't be decoded within {DECODE_TIMEOUT:g} s.")
+                limit = timeout or DECODE_TIMEOUT
+                media = MediaError(f"{record['media']} takes more than {limit:g} s to decode.")
             except ProcessExpired as error:
                 media = MediaError(f"{record['media']} crashes the decoder (exit code {error.exitcode}).")
             yield record, media

@@ -34,12 +34,12 @@ def get_args():
 
 
 def main(args):
-    gen_cot.DECODE_TIMEOUT = 600  # seconds: all frames of an hour take longer than the stages' few
     records = gen_cot.load_records(args.data, args.media_root)
     media = {record["media"]: record for record in records}  # each once, whoever asks about it
     there = [record for path, record in media.items() if os.path.isfile(path)]
     usable = set()
-    for record, found in tqdm(gen_cot.read_ahead(there, args, check_media), "media", len(there)):
+    results = gen_cot.read_ahead(there, args, check_media, timeout=600)  # all frames take longer than a few
+    for record, found in tqdm(results, "media", len(there)):
         if isinstance(found, gen_cot.MediaError):
             tqdm.write(str(found))
         else:
@@ -65,9 +65,7 @@ def check_media(record, num_frames, max_pixels):
 
 def decode_strictly(path):
     """Decode a clip from its first frame to its last; an exception where the decoder notices damage."""
-    import av
-    with av.open(path) as container:
-        stream = container.streams.video[0]
+    with gen_cot.open_video(path) as (container, stream):
         stream.codec_context.options = {"err_detect": "explode"}  # else damage is concealed
         for i, frame in enumerate(container.decode(stream)):
             if frame.is_corrupt:

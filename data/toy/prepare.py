@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the stages live two folders up
 
-from gen_cot import PROMPT, build_prompt, frame_indices, write_jsonl  # noqa: E402
+from gen_cot import PROMPT, build_prompt, sample_indices, write_jsonl  # noqa: E402
 from rewards import OBSERVATION_OPENING, THINK_OPENING, accuracy_reward  # noqa: E402
 
 SIZE, FPS = 56, 8  # pixels a side; frames per second of the clips
@@ -504,7 +504,7 @@ def encode_practice(sample, tokenizer, config, gap=0):
         prompt = sft.encode_prompt(text, draw_frames(scene, [0]), None, tokenizer, config)
     else:
         seconds = len(scene["colours"])
-        times = frame_indices(seconds * FPS, seconds) / FPS
+        times = sample_indices(np.arange(seconds * FPS) / FPS, seconds) / FPS
         prompt = sft.encode_prompt(text, draw_frames(scene, times), len(times) / seconds, tokenizer, config)
     prompt.positions = prompt.positions.clone()
     prompt.positions[:, -5:] += gap  # <|im_end|>, and the tokens that open the assistant's turn
