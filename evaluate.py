@@ -43,7 +43,7 @@ def get_args():
     gen_cot.add_judge_args(add, default="rule")
     add("--max-completion-tokens", type=gen_cot.positive, default=1024, help="completions are cut here")
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=int, default=0, help="seed of the draw of --limit")
+    add("--seed", type=gen_cot.number(0, int), default=0, help="seed of the draw of --limit")
     add("--batch-size", type=gen_cot.positive, default=4, help="questions decoded together")
     add("--output", type=Path,
         help="folder for results.json and completions (default: runs/<model>/evaluate)")
@@ -61,6 +61,9 @@ def main(args):
     for adapter in args.adapters:
         if adapter != "none":
             sft.check_adapter(adapter)
+    if any(args.output.glob("completions-*.jsonl")):
+        gen_cot.move_aside(args.output)
+    gen_cot.check_writable(args.output)
     rows = {"constant": summarise(constant_answers(records, args.scoring))}
     for adapter, name in row_names(args.adapters).items():
         model, tokenizer = sft.load_model(args.base, None if adapter == "none" else adapter, not args.no_4bit,
@@ -184,4 +187,4 @@ def row_names(adapters):
 
 
 if __name__ == "__main__":
-    main(get_args())
+    gen_cot.run_script(main, get_args)

@@ -34,6 +34,8 @@ import argparse
 import ast
 import collections
 import contextlib
+import ctypes
+import errno
 import gc
 import glob
 import gzip
@@ -44,8 +46,10 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import zlib
 from concurrent.futures import TimeoutError
@@ -76,10 +80,10 @@ def get_args():
     add("--teacher-max-calls", type=positive, help="the run stops after so many requests")
     add("--teacher-extra", type=json_object, help="more fields of a request, as JSON (default for a server "
         "named by its URL: {\"temperature\": 0}, the paper's; for others none, as newer models refuse it)")
-    add("--threshold", type=float, default=0.6, help="least answer score that is kept (paper: 0.6)")
+    add("--threshold", type=number(0), default=0.6, help="least answer score that is kept (paper: 0.6)")
     add_judge_args(add, default=None)
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=int, default=0, help="seed of the draw of --limit")
+    add("--seed", type=number(0, int), default=0, help="seed of the draw of --limit")
     add("--output", type=Path, help="file for the kept records (default: runs/<model>/gen_cot/cot.jsonl)")
     args = parse_args(parser, TINY)
     args.output = args.output or args.run_dir / "gen_cot" / "cot.jsonl"
@@ -91,6 +95,7 @@ def get_args():
 def main(args):
     if args.judge is None or (args.traces is None and args.teacher is None):
         raise UserError("gen_cot.py needs a teacher and a judge: pass --teacher or --traces, and --judge.")
+    check_writable(args.output.parent)
     records = select_records(args, need_media=args.teacher is not None)
     judge = judge_from(args)
     if args.teacher:
@@ -337,11 +342,16 @@ def parse_args(parser, tiny):
     return args
 
 
-def positive(text):
-    """The type of a flag that counts something."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too few")
-    return int(text)
+def number(low, kind=float):
+    """The type of a flag that is a finite number from `low` on."""
+    def parse(text):
+        if not low <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is no number from {low} on")
+        return kind(text)
+    return parse
+
+
+positive = number(1, int)
 
 
 def json_object(text):
@@ -358,6 +368,36 @@ def judge_from(args, generate=None, max_refused=30):
     if args.judge not in ("rule", "self") and judge([trial], ["The car is red."]) == [None]:
         raise UserError(f"The judge {args.judge} gave no verdict on a question of trial: see above.")
     return judge
+
+
+def run_script(main, get_args):
+    """A script from its command line on. Ctrl-C, SIGTERM, a full or read-only disk end it in one sentence."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main(get_args())
+    except KeyboardInterrupt:
+        raise UserError("Stopped.") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        raise UserError(f"{error.filename or 'A file'} can't be written: {error.strerror}.") from None
+
+
+def check_writable(folder):
+    """Makes the folder. Raises UserError where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"Nothing can be written to {folder} ({error.strerror}): pass another "
+                        "--output.") from None
+
+
+def move_aside(folder):
+    """Keeps what an earlier run left in a folder, under another name."""
+    name = next(name for n in itertools.count(1) if not os.path.exists(name := f"{folder}.{n}"))
+    os.rename(folder, name)
+    print(f"{folder} held an earlier run, which is now in {name}.")
 
 
 def print_stats(name, client):
@@ -682,8 +722,13 @@ def read_media(record, num_frames=16, max_pixels=128):
 
 def init_worker():
     """What a worker process does first: no decoder chatter on the screen, errors go back to the parent as
-    they are; and no collecting of the parent's garbage: freeing a decoder waits for threads that it has."""
+    they are; Ctrl-C is the parent's to answer, whose end is its own, too; and no collecting of the parent's
+    garbage: freeing a decoder waits for threads that it has."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     gc.freeze()
 
 
@@ -759,4 +804,4 @@ def load_template(args):
 
 
 if __name__ == "__main__":
-    main(get_args())
+    run_script(main, get_args)

@@ -96,8 +96,9 @@ def get_args():
         help="completions of a group per training pass (default: all; fewer, less memory)")
     add("--max-completion-tokens", type=positive, default=768,
         help="completions are cut here (Video-R1: 768)")
-    add("--clip-eps", type=float, default=0.2, help="ε of Eq. 7")
-    add("--beta", type=float, default=0.04, help="β of Eq. 7 (Video-R1: 0.04); 0 skips the reference pass")
+    add("--clip-eps", type=gen_cot.number(1e-12), default=0.2, help="ε of Eq. 7")
+    add("--beta", type=gen_cot.number(0), default=0.04,
+        help="β of Eq. 7 (Video-R1: 0.04); 0 skips the reference pass")
     add("--loss-average", choices=["segment", "completion"],
         help="P2 (default: segment; completion where all tokens have one advantage)")
     add("--perception-length", type=int, nargs=2, default=(128, 320), metavar=("LOW", "HIGH"),
@@ -120,6 +121,9 @@ def get_args():
     args.loss_average = args.loss_average or ("completion" if one_advantage else "segment")
     if args.num_generations < 2:
         raise UserError("--num-generations 1 leaves nothing to compare a completion with: pass 2 or more.")
+    for low, high in (args.perception_length, args.reasoning_length):
+        if not 0 <= low <= high:
+            raise UserError(f"No length is from {low} to {high}: pass the lower end first.")
     args.prompts_per_rollout = args.prompts_per_rollout or args.prompts_per_update
     if args.adapter is None and (args.run_dir / "sft" / "adapter_config.json").exists():
         args.adapter = str(args.run_dir / "sft")
@@ -159,38 +163,34 @@ def train(model, reference, tokenizer, records, args):
     optimizer = sft.setup_training(model, args)
     judge = gen_cot.judge_from(args, lambda prompts: self_judge(model, tokenizer, prompts, args),
                                max_refused=10 * args.num_generations)
-    start, skipped = sft.load_checkpoint(model, optimizer, args)
+    start, named = sft.load_checkpoint(model, optimizer, args), set()
     media = gen_cot.read_ahead(endless(records, args.seed, args.prompts_per_update, start), args)
-    with sft.open_log(args.output, start) as log, sft.progress("PA-GRPO", start, args.updates) as bar:
+    with (sft.open_log(args.output, start) as log, sft.progress("PA-GRPO", start, args.updates) as bar,
+          sft.Ending(start, model, optimizer, args) as ending):
         for step in bar:
             if step > start and step % args.save_every == 0:
-                sft.save_checkpoint(step, model, optimizer, gather_object(skipped), args)
-            since = time.time()
-            batch = islice(media, sft.shard_size(args.prompts_per_update))  # decoded during the last update
-            encoded = sft.encode_batch(batch, template, tokenizer, config, skipped)
+                sft.save_checkpoint(sft.checkpoint_bytes(step, model, optimizer, args), args.output)
+            since, share = time.time(), sft.shard_size(args.prompts_per_update)
+            encoded = sft.encode_batch(islice(media, share), template, tokenizer, config, named)
             row = {"step": step, "lr": sft.cosine_lr(step, args.updates, args.lr), "scoring": args.scoring,
-                   "sec/media": time.time() - since}
-            if not any(gather_object([len(encoded)])):
-                continue
-            try:
+                   "sec/media": time.time() - since}  # media were decoded during the last update
+            row["skipped_media"] = sum(gather_object([share - len(encoded)]))
+            groups = []
+            if any(gather_object([len(encoded)])):
                 groups, metrics = update(model, reference, tokenizer, optimizer, encoded, judge, row["lr"],
                                          args)
-            except UserError:  # no memory, or a judge that refuses: stop, and keep what has been learnt
-                sft.save_adapter(model, args.output)  # by any process: all have the same weights
-                sft.save_checkpoint(step, model, optimizer, skipped, args)
-                raise
-            sft.log_row(log, row | metrics)
-            bar.set_postfix({"reward": metrics["reward"], "P": metrics["rewards/perception_accuracy"],
-                             "R": metrics["rewards/reasoning_accuracy"], "kl": metrics["kl"]})
+                row |= metrics
+                bar.set_postfix({"reward": row["reward"], "P": row["rewards/perception_accuracy"],
+                                 "R": row["rewards/reasoning_accuracy"], "kl": row["kl"]})
+            sft.log_row(log, row)
+            ending.updated(step + 1)
             if step % args.show_every == 0 and groups:
                 show(groups[0], tokenizer)
             del groups, encoded  # their embeddings would be in the next update's way
-    lost = len(gather_object(skipped))
-    if lost == args.updates * args.prompts_per_update:
-        raise UserError("None of the media can be read, so nothing was learnt: see the list above.")
-    sft.finish(model, CURVES, args.output)
+        sft.save_checkpoint(sft.checkpoint_bytes(args.updates, model, optimizer, args), args.output)
+    lost = sft.finish(model, CURVES, args.updates * args.prompts_per_update, args.output)
     gen_cot.print_stats("judge", judge)
-    print(f"{args.updates} updates, {lost} records skipped; "
+    print(f"{args.updates} updates, {lost} media skipped; "
           f"adapter, metrics.jsonl, curves.png in {args.output}")
 
 
@@ -327,10 +327,11 @@ def update_policy(model, reference, optimizer, groups, lr, args):
             metrics["logprob_gap"] = float((old - piece.sampled_logprobs).abs().sum() / tokens)
             for key, value in metrics.items():  # means over tokens
                 totals[key] += tokens / all_tokens * value
-        grad_norm = sft.optimiser_step(model, optimizer, lr, args.max_grad_norm)
+        shares = gather_object([totals])
+        metrics = {key: sum(share[key] for share in shares) for key in totals}
+        metrics |= sft.optimiser_step(model, optimizer, lr, args.max_grad_norm, metrics["loss"])
     model.eval()
-    shares = gather_object([totals])
-    return dict({key: sum(share[key] for share in shares) for key in totals}, grad_norm=grad_norm)
+    return metrics
 
 
 def reward_metrics(groups):
@@ -610,10 +611,11 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
 
 
 def sample_from(logits, numbers):
-    """One token a row (N,): the first whose cumulative probability exceeds the row's number.
-    In float64, where rounding gives no banned token a chance."""
+    """One token a row (N,): the first whose cumulative probability exceeds the row's number; in float64, where
+    rounding gives no banned token a chance. Of logits that are NaN, the last: that update will not be taken."""
     cumulative = logits.double().softmax(-1).cumsum(-1)  # (N, V)
-    return torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    token = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return token.clamp(max=logits.shape[-1] - 1)
 
 
 def uniforms(seed, sample_index, *shape):
@@ -766,4 +768,4 @@ def worst_prompt(tokenizer, config, args, words=300):
 
 
 if __name__ == "__main__":
-    main(get_args())
+    gen_cot.run_script(main, get_args)

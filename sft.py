@@ -21,16 +21,20 @@ S2. A batch's loss is the mean over all its completion tokens, however it is spl
 S3. `--process-agnostic` (Table 2) removes the observation block from the target; the prompt stays the same.
 """
 import contextlib
+import io
 import json
 import logging
 import math
 import os
 import random
 import resource
+import shlex
+import signal
 import sys
 import tempfile
 import time
 import warnings
+import zipfile
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -49,8 +53,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from gen_cot import (MediaError, build_prompt, load_template, make_parser, open_jsonl, parse_args, positive,
-                     read_ahead, select_records)
+from gen_cot import (MediaError, build_prompt, check_writable, load_template, make_parser, move_aside, number,
+                     open_jsonl, parse_args, positive, read_ahead, run_script, select_records)
 from rewards import UserError, parse_trace, write_atomically
 
 TINY = dict(data="runs/tiny/gen_cot/cot.jsonl", media_root="data/toy", lr=2e-3, lora_rank=32, micro_batch=16,
@@ -94,34 +98,32 @@ def train(model, tokenizer, records, args):
     for epoch in range(args.epochs):
         order += random.Random(args.seed + epoch).sample(records, len(records))
     steps = math.ceil(len(order) / args.batch_size)
-    start, skipped = load_checkpoint(model, optimizer, args)
-    media, row = read_ahead(shard(order[start * args.batch_size:], args.batch_size), args), {}
-    with open_log(args.output, start) as log, progress("SFT", start, steps) as bar:
+    start, named = load_checkpoint(model, optimizer, args), set()
+    media = read_ahead(shard(order[start * args.batch_size:], args.batch_size), args)
+    with (open_log(args.output, start) as log, progress("SFT", start, steps) as bar,
+          Ending(start, model, optimizer, args) as ending):
         for step in bar:
             if step > start and step % args.save_every == 0:
-                save_checkpoint(step, model, optimizer, gather_object(skipped), args)
-            since = time.time()
-            batch = islice(media, shard_size(args.batch_size))
-            encoded = encode_batch(batch, template, tokenizer, unwrap(model).config, skipped)
-            waited = time.time() - since
-            if not any(gather_object([len(encoded)])):
-                continue
-            row = {"step": step, "lr": cosine_lr(step, steps, args.lr), "sec/media": waited}
-            with measured("step", "lower --micro-batch, then --lora-rank, --num-frames or --max-pixels", row):
-                row |= sft_step(model, tokenizer, optimizer, encoded, row["lr"], args)
+                save_checkpoint(checkpoint_bytes(step, model, optimizer, args), args.output)
+            since, share = time.time(), shard_size(len(order[step * args.batch_size:][:args.batch_size]))
+            encoded = encode_batch(islice(media, share), template, tokenizer, unwrap(model).config, named)
+            row = {"step": step, "lr": cosine_lr(step, steps, args.lr), "sec/media": time.time() - since}
+            row["skipped_media"] = sum(gather_object([share - len(encoded)]))
+            if any(gather_object([len(encoded)])):
+                with measured("step", "lower --micro-batch, then --lora-rank or --num-frames", row):
+                    row |= sft_step(model, tokenizer, optimizer, encoded, row["lr"], args)
+                bar.set_postfix(loss=f"{row['loss']:.3f}")
             log_row(log, row)
-            bar.set_postfix(loss=f"{row['loss']:.3f}")
-    lost = len(gather_object(skipped))
-    if lost == len(order):
-        raise UserError(f"None of the {len(records)} media can be read: see the list above.")
-    finish(model, {"loss": ["loss"], "gradient norm": ["grad_norm"]}, args.output)
-    print(f"SFT on {len(records) - lost // args.epochs} traces, {lost // args.epochs} skipped; last loss "
-          f"{row.get('loss', math.nan):.3f}; adapter, metrics.jsonl, curves.png in {args.output}")
+            ending.updated(step + 1)
+        save_checkpoint(checkpoint_bytes(steps, model, optimizer, args), args.output)  # lest the end be lost
+    lost = finish(model, {"loss": ["loss"], "gradient norm": ["grad_norm"]}, len(order), args.output)
+    print(f"SFT on {len(order) - lost} traces, {lost} skipped; adapter, metrics.jsonl, curves.png in "
+          f"{args.output}")
 
 
 def sft_step(model, tokenizer, optimizer, encoded, lr, args):
     """One optimiser step on pairs (record, Prompt); returns its metrics: `loss`, the mean over the completion
-    tokens of all processes (S2), and `grad_norm`."""
+    tokens of all processes (S2), and those of `optimiser_step`."""
     encoded = sorted(encoded, key=lambda pair: len(pair[1].input_ids))  # like lengths together pad less
     targets = [target_ids(record, tokenizer, args.process_agnostic) for record, _ in encoded]
     tokens, loss = sum(gather_object([sum(map(len, targets))])), 0.0
@@ -133,9 +135,9 @@ def sft_step(model, tokenizer, optimizer, encoded, lr, args):
         part = sft_loss(model, prompts, targets[i:i + args.micro_batch]) / tokens
         part.backward()
         loss += part.item()
-    grad_norm = optimiser_step(model, optimizer, lr, args.max_grad_norm)
     model.eval()
-    return {"loss": sum(gather_object([loss])), "grad_norm": grad_norm}
+    loss = sum(gather_object([loss]))
+    return {"loss": loss, **optimiser_step(model, optimizer, lr, args.max_grad_norm, loss)}
 
 
 def sft_loss(model, prompts, completions):
@@ -289,9 +291,16 @@ def check_adapter_fits(model, adapter):
     if unexpected:
         raise UserError(f"The adapter in {adapter} does not fit this base: {len(unexpected)} weights are "
                         f"missing or have no place, for example {min(unexpected)}.")
+    check_finite(model, f"The adapter in {adapter}")
     if any(p.abs().max() == 0 for n, p in model.named_parameters() if "lora_B" in n):
         raise UserError(f"The adapter in {adapter} has no effect on this base: "
                         "it was trained for another model or version.")
+
+
+def check_finite(model, name):
+    """Raises UserError where the LoRA weights hold NaN or infinities."""
+    if not all(p.isfinite().all() for n, p in model.named_parameters() if "lora_" in n):
+        raise UserError(f"{name} holds numbers that are not finite: train again with a lower --lr.")
 
 
 def unwrap(model):
@@ -302,6 +311,7 @@ def unwrap(model):
 def save_adapter(model, folder):
     """Write the policy adapter in peft's own format; each of its files appears whole or not at all."""
     folder = Path(folder)
+    check_finite(model, "The trained adapter")
     with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
         model.save_pretrained(partial, selected_adapters=["policy"])
         folder.mkdir(exist_ok=True)
@@ -482,17 +492,17 @@ def add_training_args(parser, model, stage, lr):
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lora-rank", type=positive, default=64,
                        help="rank of the LoRA adapters; their alpha is twice the rank")
-    group.add_argument("--lr", type=float, default=lr,
+    group.add_argument("--lr", type=number(1e-12), default=lr,
                        help="peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)")
-    group.add_argument("--max-grad-norm", type=float, default=5.0,
+    group.add_argument("--max-grad-norm", type=number(1e-12), default=5.0,
                        help="gradients are clipped to this norm (Video-R1: 5)")
     parser.set_defaults(checkpointing=True)  # activations are recomputed: slower, less memory
     run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, default=0,
+    run.add_argument("--seed", type=number(0, int), default=0,
                      help="seed of the order of the data, of a fresh adapter and of the sampling")
     run.add_argument("--output", type=Path,
                      help=f"folder for adapter, metrics and curves (default: runs/<model>/{stage})")
-    run.add_argument("--memory-limit", type=float, metavar="GIB",
+    run.add_argument("--memory-limit", type=number(0.1), metavar="GIB",
                      help="let PyTorch have so much of the GPU; the CUDA context comes on top")
     run.add_argument("--save-every", type=positive, default=100, help="steps between two checkpoints")
     run.add_argument("--resume", action="store_true",
@@ -509,9 +519,19 @@ def parse_training_args(parser, tiny, stage):
 
 
 def setup_process(args):
-    """What a training process does first. Raises UserError where its memory can't be limited."""
+    """What a training process does first: keeps or makes its output folder, seeds, limits its memory. Raises
+    UserError where it can't, SystemExit where --resume finds a finished run."""
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # one voice is enough
+    with process().main_process_first():
+        saved = list(args.output.glob("checkpoint*.pt"))
+        finished = (args.output / "adapter_model.safetensors").exists()
+        if args.resume and finished and not saved:
+            print(f"{args.output} holds a finished run: nothing to do.")
+            raise SystemExit(0)
+        if not args.resume and (finished or saved) and is_first():
+            move_aside(args.output)
+        check_writable(args.output)
     seed_everything(args.seed)
     if args.memory_limit is not None:
         if not torch.cuda.is_available():
@@ -534,7 +554,8 @@ def setup_training(model, args):
     """
     if args.checkpointing:
         unwrap(model).activation_checkpointing_enable({"use_reentrant": False})
-    return torch.optim.AdamW(trainable_parameters(model), lr=args.lr, weight_decay=WEIGHT_DECAY)
+    group = dict(params=trainable_parameters(model), skipped_steps=0, skipped_in_a_row=0)
+    return torch.optim.AdamW([group], lr=args.lr, weight_decay=WEIGHT_DECAY)
 
 
 def trainable_parameters(model):
@@ -549,69 +570,140 @@ def cosine_lr(step, steps, lr, warmup=WARMUP):
     return lr * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
 
 
-def optimiser_step(model, optimizer, lr, clip):
-    """One step of AdamW at this learning rate on the gradients summed over the processes; returns their norm
-    before clipping."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    for parameter in trainable_parameters(model):
+def optimiser_step(model, optimizer, lr, clip, loss=0.0):
+    """One step of AdamW at this learning rate on the gradients summed over the processes; returns
+    `grad_norm`, before clipping, and `skipped_steps`, how many so far were not taken, since their loss or norm
+    was not finite.
+
+    Raises UserError for three of these in a row, and for a step that leaves every LoRA B at its first 0.
+    """
+    group, parameters = optimizer.param_groups[0], trainable_parameters(model)
+    group["lr"] = lr
+    for parameter in parameters:
         own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         parameter.grad = reduce(own, "sum")
-    norm = torch.nn.utils.clip_grad_norm_(trainable_parameters(model), clip)
-    optimizer.step()
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
+    if math.isfinite(loss + norm):
+        group["skipped_in_a_row"] = 0
+        optimizer.step()
+    else:
+        group["skipped_in_a_row"] += 1
+        group["skipped_steps"] += 1
+        tqdm.write(f"step not taken: the loss is {loss:.3g}, the gradient's norm {norm:.3g}", file=sys.stderr)
     optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    if group["skipped_in_a_row"] == 3:
+        raise UserError("Three steps in a row were not finite and not taken: lower --lr.")
+    if 0 < norm < math.inf and not any(p.any() for n, p in model.named_parameters() if "lora_B" in n):
+        raise UserError("Every LoRA B is still 0 after a step with a gradient: this run would learn nothing.")
+    return {"grad_norm": norm, "skipped_steps": group["skipped_steps"]}
 
 
-def encode_batch(batch, template, tokenizer, config, skipped):
-    """Pairs (record, Prompt) of a batch of pairs of `read_ahead`. Records whose media can't be read are
-    listed in `skipped`, never replaced, and named the first time."""
+def encode_batch(batch, template, tokenizer, config, named):
+    """Pairs (record, Prompt) of a batch of pairs of `read_ahead`. Records whose media can't be read are left
+    out, never replaced, and named once; `named` are those so far."""
     encoded = []
     for record, media in batch:
         if isinstance(media, MediaError):
-            if str(media) not in skipped:
+            if str(media) not in named:
                 tqdm.write(f"skipped: {media}", file=sys.stderr)  # which all processes have
-            skipped.append(str(media))
+            named.add(str(media))
         else:
             encoded.append((record, encode_prompt(build_prompt(record, template), *media, tokenizer, config)))
     return encoded
 
 
-def save_checkpoint(step, model, optimizer, skipped, args):
-    """Write checkpoint.pt, all that a run needs to go on with this step. The order of the data and the random
-    numbers of the sampling follow from seed and step. skipped: of all processes."""
+def checkpoint_bytes(step, model, optimizer, args):
+    """All that a run needs to go on with this step, as torch.save has it. The order of the data and the
+    random numbers of the sampling follow from seed and step. UserError for weights that are not finite."""
+    check_finite(model, "The model")
+    buffer = io.BytesIO()
+    torch.save(dict(step=step, weights=[p.detach().cpu() for p in trainable_parameters(model)],
+                    optimizer=optimizer.state_dict(), args=settings(args)), buffer)
+    return buffer.getbuffer()
+
+
+def save_checkpoint(data, folder):
+    """Write checkpoint.pt; the one before it stays beside it."""
     if is_first():
-        state = dict(step=step, weights=[p.detach().cpu() for p in trainable_parameters(model)],
-                     optimizer=optimizer.state_dict(), skipped=skipped, args=settings(args))
-        with write_atomically(args.output / "checkpoint.pt") as partial:
-            torch.save(state, partial)
+        path = folder / "checkpoint.pt"
+        with write_atomically(path) as partial:
+            partial.write_bytes(data)
+            if path.exists():
+                os.replace(path, folder / "checkpoint-before.pt")
 
 
 def load_checkpoint(model, optimizer, args):
-    """(step, skipped) to go on with, weights and AdamW's moments being put back; (0, []) for a run that
-    begins. Says which settings differ. Raises UserError for a checkpoint that can't be read."""
-    path = args.output / "checkpoint.pt"
-    if args.resume and not path.exists():
-        print(f"No {path}: starting from the beginning.")
-    if not args.resume or not path.exists():
-        return 0, []
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail anywhere in the library
-        raise UserError(f"{path} can't be read ({type(error).__name__}): start again without "
-                        "--resume.") from None
-    if state["args"]["lora_rank"] != str(args.lora_rank):
-        raise UserError(f"{path} is of a run with --lora-rank {state['args']['lora_rank']}: go on with that, "
-                        "or start again without --resume.")
-    with torch.no_grad():
-        for parameter, weight in zip(trainable_parameters(model), state["weights"], strict=True):
-            parameter.copy_(weight)
+    """The step to go on with, weights and AdamW's moments being put back; 0 for a run that begins. A damaged
+    checkpoint is named and the one before it taken. Says which settings differ. UserError where none fits."""
+    paths = [args.output / "checkpoint.pt", args.output / "checkpoint-before.pt"]
+    paths = [path for path in paths if args.resume and path.exists()]
+    for path in paths:
+        try:
+            if zipfile.ZipFile(path).testzip():  # torch.load doesn't look at the checksums
+                raise ValueError
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.no_grad():
+                for parameter, weight in zip(trainable_parameters(model), state["weights"], strict=True):
+                    parameter.copy_(weight)
+            break
+        except Exception as error:  # a damaged file can fail anywhere in the library
+            print(f"{path} is damaged, or of another --lora-rank ({type(error).__name__}).")
+    else:
+        if paths:
+            raise UserError(f"No checkpoint in {args.output} fits: start again without --resume.")
+        return 0
     optimizer.load_state_dict(state["optimizer"])
     print(f"Going on from step {state['step']}.")
     for name, value in settings(args).items():
         if state["args"].get(name) != value and name != "resume":
             print(f"Before, {name.replace('_', ' ')} was {state['args'].get(name)}; now it is {value}.")
-    return state["step"], state["skipped"] if is_first() else []
+    return state["step"]
+
+
+class Ending:
+    """Whatever ends a run's loop, Ctrl-C, SIGTERM or an error, leaves a checkpoint of its last whole update
+    and one sentence that says how to go on.
+
+    From AdamW's step until `updated`, when the update stands in the log, signals are held back. With several
+    steps an update (μ > 1) the weights before it are kept. Nothing here is collective: the other processes
+    may be gone.
+    """
+
+    def __init__(self, step, model, optimizer, args):
+        self.state, self.several = (model, optimizer, args), getattr(args, "num_iterations", 1) > 1
+        self.changing, self.asked, self.folder = False, False, args.output
+        self.updated(step)
+
+    def updated(self, step):
+        self.step, self.changing = step, False
+        self.kept = checkpoint_bytes(step, *self.state) if self.several else None
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def receive(self, *signal_and_frame):
+        if self.asked or not self.changing:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __enter__(self):
+        self.hook = self.state[1].register_step_pre_hook(lambda *_: setattr(self, "changing", True))
+        self.handlers = {n: signal.signal(n, self.receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.hook.remove()
+        for signal_number, handler in self.handlers.items():
+            signal.signal(signal_number, handler)
+        if error is None or not is_first():
+            return
+        # after an error between AdamW's step and the log the update is whole all the same
+        save_checkpoint(self.kept or checkpoint_bytes(self.step + self.changing, *self.state), self.folder)
+        reason = "Stopped" if kind is KeyboardInterrupt else str(error).removesuffix(".")
+        again = shlex.join(["python", *(a for a in sys.argv if a != "--resume"), "--resume"])
+        sentence = f"{reason}. {self.folder} holds a checkpoint: go on with `{again}`."
+        if issubclass(kind, (KeyboardInterrupt, UserError)):
+            raise UserError(sentence) from None
+        print(sentence, file=sys.stderr)
 
 
 def settings(args):
@@ -637,26 +729,36 @@ def open_log(folder, step):
 
 
 def log_row(file, row):
-    """Append a row to the log, floats with six digits."""
-    short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+    """Append a row to the log, floats with six digits, null for what is not finite."""
+    short = {}
+    for key, value in row.items():
+        if isinstance(value, float):
+            value = float(f"{value:.6g}") if math.isfinite(value) else None
+        short[key] = value
     file.write(json.dumps(short).encode() + b"\n")
     file.flush()
 
 
-def finish(model, curves, folder):
-    """What a run leaves beside its metrics.jsonl: the adapter and curves.png, but no checkpoint."""
+def finish(model, curves, media, folder):
+    """What a run leaves: the adapter, metrics.jsonl and curves.png, but no checkpoint. Returns how many of so
+    many `media` were skipped. Raises UserError where all were."""
+    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")] if is_first() else []
+    lost = sum(row.get("skipped_media", 0) for row in rows)
+    if lost == media:
+        raise UserError("None of the media can be read, so nothing was learnt: see the list above.")
     if is_first():
         save_adapter(model, folder)
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-        plot_curves(folder, curves)
+        plot_curves(rows, curves, folder)
+        for path in folder.glob("checkpoint*.pt"):
+            path.unlink()
+    return lost
 
 
-def plot_curves(folder, curves, window=15):
-    """Draw `curves.png` from `metrics.jsonl`, running means; curves: {title: its keys in the log}."""
+def plot_curves(rows, curves, folder, window=15):
+    """Draw `curves.png` from the log's rows, running means; curves: {title: its keys in the log}."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     lines, columns = math.ceil(len(curves) / 3), min(len(curves), 3)
     figure, axes = pyplot.subplots(lines, columns, figsize=(4 * columns, 3 * lines), layout="constrained")
     for axis, (title, keys) in zip(axes.flat, curves.items()):
@@ -712,4 +814,4 @@ def print_phases(row):
 
 
 if __name__ == "__main__":
-    main(get_args())
+    run_script(main, get_args)
