@@ -19,10 +19,10 @@ the output before anything is made of it, and is not asked for again. Steps 2 an
 that file; what the judge said is in its cache.
 
 Our choices where the paper is silent:
-G1. Frames are sampled at 2 per second, an even number T between 4 and `--num-frames` (never more than the
-    clip has, rounded down to even; a clip of one frame gives it twice): at T even times from the middle of
-    the first frame to the middle of the last, each time the frame that a player shows then. The sampled rate
-    that later sets the positions is T over the duration of the pictures.
+G1. Frames are sampled at 2 per second, T of them, between 4 and `--num-frames`, never more than the clip has,
+    and rounded down to a multiple of two (a clip of one frame gives it twice): at T evenly spaced times from
+    the middle of the first frame to the middle of the last, each time the frame that a player shows then.
+    The sampled rate that later sets the positions is T over the duration of the pictures.
 G2. Both sides of a frame are rounded to multiples of 28 (patch 14 × merge 2) within the pixel budget, aspect
     kept.
 G3. The options stand once in the prompt: they are appended unless the question already holds them.
@@ -57,6 +57,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from pebble import ProcessExpired, ProcessPool
 from PIL import Image, ImageOps
 from tqdm import tqdm
@@ -127,8 +128,9 @@ def generate(records, teacher, args):
     """Step 1: the raw trace (str) of each record; None without a reply, MediaError for an unreadable medium.
 
     Every reply is appended to traces.jsonl beside the output as it comes, a row {question, request,
-    problem_id, output}; what stands there for the same request is not asked again. Raises UserError, once the
-    requests in flight are through, where the teacher refuses or the first 30 replies all break the template.
+    problem_id, output}: `question` names the question, for --traces; `request` also holds teacher, prompt and
+    frames, and what stands there for the same request is not asked again. Raises UserError, once the requests
+    in flight are through, where the teacher refuses or the first 30 replies all break the template.
     """
     path, template = args.output.with_name("traces.jsonl"), load_template(args)
     file, lock, waiting, broken = open_jsonl(path), threading.Lock(), collections.deque(), 0
@@ -154,7 +156,7 @@ def generate(records, teacher, args):
         broken += outputs[key] is not None and format_rewards(outputs[key]) != (1.0, 1.0)
         bar.set_postfix(broken=broken, tokens=teacher.stats["tokens_out"], refresh=False)
         bar.update()
-        if broken == bar.n == 30:
+        if broken == bar.n == 30:  # all that are settled so far
             raise UserError("None of the first 30 replies is in the template; the last one is "
                             f"{str(outputs[key])[:300]!r}.")
 
@@ -573,8 +575,8 @@ class MediaError(Exception):
 
 
 def sample_indices(starts, end, num_frames=16, fps=2.0, min_frames=4):
-    """Indices, int64 (T,), of the frames that a player shows at T even times, from the middle of the first
-    to the middle of the last (G1). Where N frames follow at a constant rate: linspace(0, N - 1, T), rounded.
+    """Indices, int64 (T,), of the frames that a player shows at T evenly spaced times, from the middle of the
+    first to the middle of the last (G1). Of N frames at a constant rate: linspace(0, N - 1, T), rounded.
 
     Args:
         starts: (N,) seconds at which each frame appears, ascending. end: second at which the last one goes.
@@ -591,7 +593,7 @@ def fit_size(height, width, max_pixels, min_pixels=IMAGE_PIXELS[0]):
     h, w = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
     if h * w > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
-        longest = max_pixels // FACTOR**2 * FACTOR  # of a strip that is one block wide
+        longest = max_pixels // FACTOR**2 * FACTOR  # that a strip one block wide may be
         h, w = (min(max(FACTOR, math.floor(side / scale / FACTOR) * FACTOR), longest)
                 for side in (height, width))
     elif h * w < min_pixels:
@@ -669,10 +671,11 @@ def promised_end(stream):
 def pick_frames(path, clip, num_frames, max_pixels):
     """The sampled frames of a clip, uint8 (H, W, 3) each, resized as they are decoded. Keyframes are sought,
     and None says that a frame is not where its packet said; without keyframes, frames are counted."""
-    frames, at, size, index = [], -1, None, {pts: i for i, pts in enumerate(clip.ticks)}
+    frames, size, index = [], None, {pts: i for i, pts in enumerate(clip.ticks)}
+    at, to_rgb = -1, VideoReformatter()  # the index of the frame decoded last, None right after a seek
     with open_video(path) as (container, stream):
         decoded = container.decode(stream)
-        back = 2 if container.format.name in ("mpegts", "mpeg") else 1  # these go to the keyframe after it
+        back = 2 if container.format.name in ("mpegts", "mpeg") else 1  # which land a keyframe too late
         for i in sample_indices(clip.starts, clip.end, num_frames):
             before = [k for k in clip.keyframes if k <= i]
             if len(before) >= back and before[-1] > at + SEEK_OVER:
@@ -684,7 +687,7 @@ def pick_frames(path, clip, num_frames, max_pixels):
                 if frame is None or place is None or place > i or at not in (None, place - 1):
                     return None
                 at = place
-            pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+            pixels = np.rot90(to_rgb.reformat(frame, format="rgb24").to_ndarray(), frame.rotation // 90)
             if size is None:  # of all frames, even if theirs changes on the way
                 sides = [frame.height, frame.width * float(stream.sample_aspect_ratio or 1)]
                 size = fit_size(*(sides[::-1] if frame.rotation % 180 else sides), max_pixels)

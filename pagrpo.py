@@ -1,12 +1,14 @@
 """PA-GRPO: each token of a completion gets the advantage of its own process and of no other
 (VideoP2R, Sec. 3.2).
 
-A completion is perception o_P, the observation, and reasoning o_R, think and answer. Each has its own reward,
+A completion has two segments, one for each process: perception o_P, the observation block, and reasoning o_R,
+the think and answer blocks. Each has its own reward,
 
     R_P = judge finds the observation sufficient (0/1)  + format (0/1) + length bonus              (Eq. 3, 5)
     R_R = metric of the problem type in [0, 1]          + format (0/1) + length bonus              (Eq. 4, 5)
 
-and its own group-normalised advantage over the G completions of a prompt,
+where the bonus is 0.2 if accuracy and format are above 0 and the segment's tokens are in range; and its own
+group-normalised advantage over the G completions of a prompt,
 
     A_{i,k} = (R_{i,k} - mean_j R_{j,k}) / std_j R_{j,k}                                           (Eq. 6)
 
@@ -14,39 +16,46 @@ which goes to the tokens of o_{i,k} alone:
 
     J = E[ 1/G Σ_i Σ_k ( min(ρ A, clip(ρ, 1-ε, 1+ε) A) - β KL(π_θ || π_ref) ) ]                    (Eq. 7)
 
-with ρ the likelihood ratio of the policy to the policy that sampled, per token, and π_ref the frozen model
-after SFT. Eq. 7 leaves the average over a segment's tokens open; ours is choice P2.
+with ρ = π_θ / π_old per token, π_old being the policy that sampled, and π_ref the frozen model that RL starts
+from: the one after SFT, or the base where there was no SFT (`add_reference`). Eq. 7 leaves the average over a
+segment's tokens open; ours is choice P2.
 
     python pagrpo.py --model tiny              # a laptop's CPU: 2 to 4 minutes, 1 GiB
     python pagrpo.py --model qwen2.5-vl-7b     # one consumer GPU
 
-Why the loss is about 0: with one gradient step per rollout (μ = 1) ρ is exactly 1, a group's advantages add
-up to 0, and so does the policy term where every completion has both segments. Its gradient, A · ∇ log π, does
-not. Watch the rewards, not the loss.
+Why the loss is about 0: with one gradient step per rollout (μ = 1) ρ is exactly 1 and a group's advantages
+add up to 0, so the policy term is 0 too if every completion has both segments; what is left is β KL. Its
+gradient, A · ∇ log π, is not 0. Watch the rewards, not the loss.
 
-Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens, S packed tokens, D hidden,
-V vocabulary.
+Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens, S tokens of a `Pack`, D
+hidden, V vocabulary. "Process" is perception or reasoning; of several processes of the system each one is a
+rank.
 
 Our choices where the paper is silent:
-P1. Segments partition the completion. P is everything up to and including the token that completes the first
-    `</observation>`; R is the rest, end-of-sequence included. Never closed: P runs to the first `<think>`,
-    else to the end. Never opened: all is R. Boundaries are found on the sampled ids, never by re-tokenising.
-P2. A completion's loss is the mean over each process's tokens, summed over the two: our reading of Eq. 7. An
-    empty segment contributes 0. `--loss-average completion` takes one mean over all tokens, as the peers do
-    and as is right where all of them have one advantage (P7).
+P1. o_P is everything up to and including the token that completes the first `</observation>`; o_R is the
+    rest, end-of-sequence included. Never closed: o_P runs to the first `<think>`, else to the end. Never
+    opened: all is o_R. Boundaries are found on the sampled ids, never by re-tokenising.
+P2. A completion's loss is the mean over each segment's tokens, summed over the two: our reading of Eq. 7. An
+    empty segment contributes 0. `--loss-average completion` takes one mean over all tokens, as other GRPO
+    code does. It is the default where all tokens have one advantage (P7).
 P3. std is the unbiased estimate plus 1e-4; a group with equal rewards gets exact zeros.
-P4. KL per token is exp(x) - x - 1, x = log π_ref - log π clamped to ±10 (k3), in the segment's mean.
+P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3), in the segment's mean.
 P5. Completions are sampled at temperature 1 from all tokens but the visual and chat-control ones; the sampled
-    ids are kept and trained on as they are; completions cut at the limit count as truncated. Log-probs are
-    those of the whole vocabulary, banned tokens included, in rollout and training alike: ρ compares two
-    policies, and neither of them knows of the ban.
-P6. A judge that fails yields "unknown": that completion leaves its group's perception mean and std and gets
-    perception advantage 0; it is never scored 0. `--without separation`, where the reward is the sum of both,
-    the whole completion leaves its group and gets advantage 0 on all its tokens.
-P7. Ablations (Table 2). `--algorithm grpo` is `--without perception`: the reasoning reward's advantage on all
-    tokens. `--without reasoning` is its mirror image. `--without separation`: the sum of both rewards on all
-    tokens. In these three all tokens have one advantage, and the loss averages over the completion (P2).
-    `--without length`: no length bonus. The judge is asked in any case, for the log.
+    ids are kept and trained on as they are; completions cut at the limit count as truncated. The ban changes
+    what is sampled and nothing else: every log-prob, the rollout's too, is over the whole vocabulary, and the
+    small mass of the banned tokens is neglected.
+P6. A failed verdict is NaN, never 0. The completion leaves the mean and std of every reward that holds R_P
+    and gets advantage 0 there: on o_P by default, on all its tokens with `--without reasoning` or
+    `separation`, nowhere with `--without perception`. The KL term acts on it as ever.
+P7. The rows of Table 2; in those marked * all tokens have one advantage. The judge is asked in any case, for
+    the log.
+        process-agnostic RL = without R_P *   --algorithm grpo, or --without perception   process_advantages
+        without R_R *                         --without reasoning                         process_advantages
+        without separation *                  --without separation                        process_advantages
+        without R_len                         --without length                            score_groups
+        RL only                               --adapter none                              main
+        SFT only, process-agnostic SFT        no RL: `evaluate.py` on the adapter of `sft.py`, or of `sft.py
+                                              --process-agnostic`
 """
 import contextlib
 import copy
@@ -80,8 +89,8 @@ TINY = dict(data="data/toy/rl.jsonl", media_root="data/toy", max_pixels=4, judge
 
 def get_args():
     parser, model, _ = gen_cot.make_parser(__doc__, "data/VideoP2R-263k_rl.part*.json.gz", "questions")
-    model.add_argument("--adapter", help="folder of the SFT adapter to start from, or none for the base, RL "
-                                         "only (default: runs/<model>/sft where it is)")
+    model.add_argument("--adapter", help="folder of the SFT adapter to start from; none: the base (RL only). "
+                                         "Default: runs/<model>/sft if it exists, else none")
     add = parser.add_argument_group("algorithm").add_argument
     add("--algorithm", default="pa-grpo", choices=["pa-grpo", "grpo"],
         help="grpo is --without perception (P7)")
@@ -91,7 +100,7 @@ def get_args():
     add("--prompts-per-update", type=positive, default=7, help="prompts per optimiser step (paper: 7)")
     add("--num-iterations", type=positive, default=1, help="gradient steps per rollout, μ")
     add("--prompts-per-rollout", type=positive,
-        help="prompts sampled in one loop (default: all of an update's; fewer, less memory)")
+        help="prompts decoded together (default: all of an update's; fewer, less memory)")
     add("--completions-per-pass", type=positive,
         help="completions of a group per training pass (default: all; fewer, less memory)")
     add("--max-completion-tokens", type=positive, default=768,
@@ -141,10 +150,10 @@ def main(args):
     with sft.measured("load", "take a smaller model"):
         model, tokenizer = sft.load_model(args.base, None if args.adapter == "none" else args.adapter,
                                           not args.no_4bit, args.lora_rank)
-        reference = add_reference(model, args)
+        ref_adapter = add_reference(model, args)
     if args.probe:
-        return probe(model, reference, tokenizer, args)
-    train(model, reference, tokenizer, records, args)
+        return probe(model, ref_adapter, tokenizer, args)
+    train(model, ref_adapter, tokenizer, records, args)
     print(f"This run started {started}.")
 
 
@@ -156,13 +165,14 @@ CURVES = {"reward": ["reward"], "KL to the reference": ["kl"],  # the paper's Fi
                                         "frac_reward_zero_std/sum"]}
 
 
-def train(model, reference, tokenizer, records, args):
+def train(model, ref_adapter, tokenizer, records, args):
     """The RL loop: decode a few questions' media, update, log. Writes metrics.jsonl, curves.png and the
     adapter."""
     template, config = gen_cot.load_template(args), sft.unwrap(model).config
     optimizer = sft.setup_training(model, args)
+    # your own perception reward goes here: any f(records, observations) -> list of True, False or None (P6)
     judge = gen_cot.judge_from(args, lambda prompts: self_judge(model, tokenizer, prompts, args),
-                               max_refused=10 * args.num_generations)
+                               max_refused=10 * args.num_generations)  # ten whole groups: it is the judge
     start, named = sft.load_checkpoint(model, optimizer, args), set()
     media = gen_cot.read_ahead(endless(records, args.seed, args.prompts_per_update, start), args)
     with (sft.open_log(args.output, start) as log, sft.progress("PA-GRPO", start, args.updates) as bar,
@@ -177,7 +187,7 @@ def train(model, reference, tokenizer, records, args):
             row["skipped_media"] = sum(gather_object([share - len(encoded)]))
             groups = []
             if any(gather_object([len(encoded)])):
-                groups, metrics = update(model, reference, tokenizer, optimizer, encoded, judge, row["lr"],
+                groups, metrics = update(model, ref_adapter, tokenizer, optimizer, encoded, judge, row["lr"],
                                          args)
                 row |= metrics
                 bar.set_postfix({"reward": row["reward"], "P": row["rewards/perception_accuracy"],
@@ -195,8 +205,8 @@ def train(model, reference, tokenizer, records, args):
 
 
 def endless(records, seed, batch_size, step=0):
-    """This process's share of the records in random order, over and over, each pass in a new order, from this
-    batch on; `sample_index` counts them."""
+    """This rank's share of the records in random order, over and over, each pass in a new order, starting at
+    batch `step`; `sample_index` counts them."""
     def passes():
         rng, index = random.Random(seed), count()
         while True:
@@ -215,18 +225,18 @@ class Group:
     prompt: sft.Prompt
     completion_ids: torch.Tensor  # (G, T)
     completion_mask: torch.Tensor  # (G, T)
-    sampled_logprobs: torch.Tensor  # (G, T), the rollout's own
+    sampled_logprobs: torch.Tensor  # (G, T), by the rollout, for logprob_gap alone
     perception_mask: torch.Tensor  # (G, T)
     reasoning_mask: torch.Tensor  # (G, T)
     texts: list = None  # G of str
     scores: list = None  # G of dict, see `process_rewards`
     perception_advantages: torch.Tensor = None  # (G,)
     reasoning_advantages: torch.Tensor = None  # (G,)
-    old_logprobs: torch.Tensor = None  # (G, T)
+    old_logprobs: torch.Tensor = None  # (G, T), by the training pass before the first step; None where μ = 1
     ref_logprobs: torch.Tensor = None  # (G, T)
 
     def split(self, size):
-        """The group's tensors in pieces of up to `size` completions (None: in one)."""
+        """The group's tensors in pieces of up to `size` completions (None: in one); its lists stay whole."""
         pieces, G = [], len(self.completion_ids)
         for i in range(0, G, size or G):
             part = {k: v[i:i + (size or G)] for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
@@ -234,7 +244,7 @@ class Group:
         return pieces
 
 
-def update(model, reference, tokenizer, optimizer, encoded, judge, lr, args):
+def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
     """Sample, score, learn: one update on pairs (record, Prompt). Returns (groups, metrics)."""
     metrics = {}
     with sft.measured("rollout", "pass --prompts-per-rollout 1, then fewer --num-generations", metrics):
@@ -242,15 +252,15 @@ def update(model, reference, tokenizer, optimizer, encoded, judge, lr, args):
     with sft.measured("judge", "lower --prompts-per-rollout or name another --judge", metrics):
         score_groups(groups, tokenizer, judge, args)
     with sft.measured("update", "lower --completions-per-pass, then --lora-rank from sft.py on", metrics):
-        losses = update_policy(model, reference, optimizer, groups, lr, args)
+        losses = update_policy(model, ref_adapter, optimizer, groups, lr, args)
     metrics["peak_gib"] = max(metrics[f"gib/{phase}"] for phase in ("rollout", "judge", "update"))
     return groups, reward_metrics(gather_object([group.scores for group in groups])) | losses | metrics
 
 
 def sample_groups(model, encoded, tokenizer, args):
-    """Embed the prompts, sample G completions of each, `--prompts-per-rollout` prompts in one loop, and find
-    whose token is whose. encoded: pairs (record, Prompt)."""
-    groups, shape = [], (args.num_generations, args.max_completion_tokens)
+    """Embed the prompts, sample G completions of each, `--prompts-per-rollout` prompts at a time, and find
+    the segment of each token. encoded: pairs (record, Prompt)."""
+    groups, shape = [], (args.num_generations, args.max_completion_tokens)  # (G, T)
     for i in range(0, len(encoded), args.prompts_per_rollout):
         records, prompts = zip(*encoded[i:i + args.prompts_per_rollout])
         with torch.no_grad():
@@ -259,7 +269,7 @@ def sample_groups(model, encoded, tokenizer, args):
         sampled = rollout(model, prompts, tokenizer, *shape, torch.cat(numbers))  # (B·G, T) each
         for record, prompt, ids, mask, logprobs in zip(
                 records, prompts, *(t.split(args.num_generations) for t in sampled)):
-            longest = int(mask.sum(1).max())  # of this group, which need not wait for the others'
+            longest = int(mask.sum(1).max())  # of this group
             ids = ids[:, :longest]
             groups.append(Group(record, prompt, ids, mask[:, :longest], logprobs[:, :longest],
                                 *segment_masks(ids, tokenizer)))
@@ -276,9 +286,8 @@ def score_groups(groups, tokenizer, judge, args):
         records += [group.record] * len(group.texts)
         observations += [parse_trace(text).observation for text in group.texts]
     verdicts = iter(judge(records, observations))
-    bonus, ranges = 0.2, (args.perception_length, args.reasoning_length)
-    if args.without == "length":
-        bonus = 0.0
+    bonus = 0.0 if args.without == "length" else 0.2
+    ranges = args.perception_length, args.reasoning_length
     for group in groups:
         lengths = zip(group.perception_mask.sum(1).tolist(), group.reasoning_mask.sum(1).tolist())
         group.scores = []
@@ -291,16 +300,17 @@ def score_groups(groups, tokenizer, judge, args):
             a.to(group.completion_ids.device) for a in process_advantages(*rewards, args.without))
 
 
-def update_policy(model, reference, optimizer, groups, lr, args):
-    """μ gradient steps on the groups of one rollout, each over all of them; returns the last one's metrics.
-    `logprob_gap` is how far the rollout's log-probs were from those recomputed before the first step.
+def update_policy(model, ref_adapter, optimizer, groups, lr, args):
+    """μ gradient steps on the groups of one rollout, every step on all of them; returns the last one's
+    metrics. `logprob_gap` is how far the rollout's log-probs were from those recomputed before the first
+    step.
 
-    `--completions-per-pass` cuts the groups into smaller passes; as every completion counts 1/G, the loss is
-    the sum of the pieces' losses by their shares.
+    `--completions-per-pass` cuts the groups into pieces. A piece's loss is the mean over its completions;
+    weighted by its share of all completions of the update, on all ranks, each completion counts the same.
     """
     pieces = [piece for group in groups for piece in group.split(args.completions_per_pass)]
     sizes = [(len(piece.completion_ids), int(piece.completion_mask.sum())) for piece in pieces]
-    all_completions, all_tokens = map(sum, zip(*gather_object(sizes)))
+    all_completions, all_tokens = map(sum, zip(*gather_object(sizes)))  # which joins the ranks' lists
 
     def logprobs_of(piece):
         return token_logprobs(model, piece.prompt, piece.completion_ids, piece.completion_mask)
@@ -308,7 +318,7 @@ def update_policy(model, reference, optimizer, groups, lr, args):
     with torch.no_grad():
         for piece in pieces:
             if args.beta:
-                with use_adapter(model, reference):
+                with use_adapter(model, ref_adapter):
                     piece.ref_logprobs = logprobs_of(piece)
             if args.num_iterations > 1:
                 piece.old_logprobs = logprobs_of(piece)
@@ -335,8 +345,8 @@ def update_policy(model, reference, optimizer, groups, lr, args):
 
 
 def reward_metrics(groups):
-    """What an update's completions earned, as logged (names in the README); an unknown verdict counts neither
-    in the means of what depends on it nor in its group's spread. groups: for each prompt a list of its
+    """What an update's completions earned, as logged (names in the README). A completion with an unknown
+    verdict is left out of every mean and spread that needs the verdict. groups: for each prompt a list of its
     completions' `process_rewards`, with `truncated` (bool)."""
     scores = [s for group in groups for s in group]
     metrics = {"reward": nan_mean([s["reward"] for s in scores]),
@@ -382,8 +392,8 @@ def show(group, tokenizer):
 def segment_masks(completion_ids, tokenizer):
     """Which tokens are perception's and which are reasoning's (P1).
 
-    The tags are plain ASCII, so decoding token by token, which garbles multi-byte characters split over
-    tokens, leaves every tag intact and gives each character of it an owner.
+    Tokens are decoded one by one. This garbles characters that are split over tokens, but the tags are ASCII:
+    each of their characters comes from exactly one token.
 
     Args:
         completion_ids: (G, T) int64 as sampled; what follows the first end-of-sequence token is padding.
@@ -398,14 +408,15 @@ def segment_masks(completion_ids, tokenizer):
     for g, row in enumerate(completion_ids.tolist()):
         length = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
         pieces = [text_of[i] for i in row[:length]]
-        ends, text = np.cumsum([len(piece) for piece in pieces]), "".join(pieces)
+        text = "".join(pieces)
+        ends = np.cumsum([len(piece) for piece in pieces])  # characters up to and including each token
         closed, think = text.find("</observation>"), text.find("<think>")
         if "<observation>" not in text:
             split = 0
         elif closed >= 0:
-            split = int(np.searchsorted(ends, closed + len("</observation>"))) + 1  # the tag's last token
+            split = int(np.searchsorted(ends, closed + len("</observation>"))) + 1  # its ">" is still o_P's
         elif think >= 0:
-            split = int(np.searchsorted(ends, think, side="right"))  # the tag's first token is R's
+            split = int(np.searchsorted(ends, think, side="right"))  # its "<" is already o_R's
         else:
             split = length
         perception[g, :split] = True
@@ -426,7 +437,8 @@ def group_advantages(rewards):
 
 def process_advantages(perception_rewards, reasoning_rewards, without=None):
     """(perception_advantages, reasoning_advantages), (G,) each, from the rewards (G,) of a group: Eq. 6, and
-    what the ablations make of it (P7; they set the loss's average in `get_args`, too)."""
+    what `--without` makes of it (P7). `--without length` acts in `score_groups`; the loss's average is set in
+    `get_args`."""
     if without == "perception":  # GRPO
         perception_rewards = reasoning_rewards
     elif without == "reasoning":
@@ -483,17 +495,18 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
     language, device = sft.unwrap(model).model.language_model, prompt.embeds.device
     AttentionInterface.register("shared_prefix", shared_prefix_attention)
     AttentionMaskInterface.register("shared_prefix", sdpa_mask)
-    language.config._attn_implementation = "shared_prefix"  # the library's own wherever there is no pack
+    language.config._attn_implementation = "shared_prefix"  # from here on; the library's own without a pack
     pack = make_pack(len(prompt.input_ids), completion_mask)
     tokens = completion_ids[completion_mask]  # (S - P,), row after row
-    steps = completion_mask.nonzero()[:, 1]  # which of its completion's tokens each one is
+    offsets = completion_mask.nonzero()[:, 1]  # the index of each within its own completion
     embeds = torch.cat([prompt.embeds, language.embed_tokens(tokens)])  # (S, D)
-    after = (prompt.next_position + steps).expand(3, -1)
+    after = (prompt.next_position + offsets).expand(3, -1)  # text has one position on all three axes
     positions = torch.cat([prompt.positions.to(device), after], dim=1)  # (3, S)
     hidden = language(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False,
-                      attention_mask={"full_attention": None}, pack=pack).last_hidden_state[0]  # (S, D)
+                      attention_mask={"full_attention": None},  # a dict is taken as it is: no mask is built
+                      pack=pack).last_hidden_state[0]  # (S, D)
     places = pack.prompt_length + torch.arange(len(tokens), device=device)
-    before = torch.where(steps == 0, pack.prompt_length - 1, places - 1)  # the place that predicts each token
+    before = torch.where(offsets == 0, pack.prompt_length - 1, places - 1)  # the place that predicts each
     logprobs = sft.logprobs_from_hidden(model, hidden[before], tokens)
     return torch.zeros(completion_ids.shape, device=device).masked_scatter(completion_mask, logprobs)
 
@@ -501,23 +514,24 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
 @dataclass
 class Pack:
     """One sequence of S tokens, [prompt, completion 1, …, completion G], and the way from the rows of a group
-    to it and back. For a prompt of 3 tokens and the completions aaa and bb, padded to T = 3:
+    to it and back. A token's own place is its index among the completions' tokens, the prompt not counted.
+    For a prompt ppp and the completions bb and aaa, padded to T = 3:
 
-        rows      aaa        pack        pppaaabb        sees itself, what stands before it in its own
-                  bb.        own place      01234        completion, and all of ppp
+        rows    bb.        pack         pppbbaaa        each completion's token sees all of ppp, itself, and
+                aaa        own place       01234        what stands before it in its own completion
     """
     prompt_length: int  # P
-    to_rows: torch.Tensor  # (G, T) int64, the own place of each row's token, here 012 340; 0 at padding
-    to_pack: torch.Tensor  # (S - P,) int64, where each own place stands in the flattened rows, here 01234
-    visible: torch.Tensor  # (T, P + T) bool, what a completion's tokens see: the prompt, then causal
+    to_rows: torch.Tensor  # (G, T) int64, the own place of each row's token, here 010 and 234; 0 at padding
+    to_pack: torch.Tensor  # (S - P,) int64, where the own places stand in the flattened rows, here 01345
+    visible: torch.Tensor  # (T, P + T) bool, what a row's tokens see: the prompt, then causal
 
 
 def make_pack(prompt_length, completion_mask):
-    """The Pack of a prompt of so many tokens and of completions with this mask (G, T)."""
+    """The Pack of a prompt of this length and of completions with this mask (G, T)."""
     to_pack, T = completion_mask.flatten().nonzero()[:, 0], completion_mask.shape[1]
-    places = torch.arange(len(to_pack), device=completion_mask.device)
+    own_places = torch.arange(len(to_pack), device=completion_mask.device)
     to_rows = torch.zeros(completion_mask.shape, dtype=torch.long, device=completion_mask.device)
-    to_rows = to_rows.masked_scatter(completion_mask, places)
+    to_rows = to_rows.masked_scatter(completion_mask, own_places)
     visible = torch.ones(T, prompt_length + T, dtype=torch.bool, device=completion_mask.device)
     return Pack(prompt_length, to_rows, to_pack, visible.tril(prompt_length))
 
@@ -530,20 +544,23 @@ def shared_prefix_attention(module, query, key, value, attention_mask, pack=None
     """
     if pack is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    prompt, completions = [], []
+    prompt, rows = [], []
     for x in (query, key, value):
-        head, own = x.split([pack.prompt_length, x.shape[2] - pack.prompt_length], dim=2)
+        head, tail = x.split([pack.prompt_length, x.shape[2] - pack.prompt_length], dim=2)
         prompt.append(head)  # (1, heads, P, d)
-        completions.append(take(own[0].transpose(0, 1), pack.to_rows).transpose(1, 2))  # (G, heads, T, d)
-    on_prompt, _ = sdpa_attention_forward(module, *prompt, None, **kwargs)  # (1, P, heads, d)
-    q, k, v = completions
-    (G, _, T, _), R = q.shape, module.num_key_value_groups  # R query heads share a key-value head
-    k = torch.cat([prompt[1].expand(G, -1, -1, -1), k], dim=2)  # (G, key-value heads, P + T, d)
-    v = torch.cat([prompt[2].expand(G, -1, -1, -1), v], dim=2)
-    q = q.unflatten(1, (-1, R)).flatten(2, 3)  # (G, key-value heads, R·T, d): no key is copied for R heads
-    own = F.scaled_dot_product_attention(q, k, v, pack.visible.repeat(R, 1), scale=module.scaling)
-    own = own.unflatten(2, (R, T)).flatten(1, 2).transpose(1, 2)  # (G, T, heads, d)
-    return torch.cat([on_prompt, take(own.flatten(0, 1), pack.to_pack)[None]], dim=1), None
+        rows.append(take(tail[0].transpose(0, 1), pack.to_rows).transpose(1, 2))  # (G, heads, T, d)
+    on_prompt, _ = sdpa_attention_forward(module, *prompt, None, **kwargs)  # causal; (1, P, heads, d)
+    (_, prompt_k, prompt_v), (q, k, v) = prompt, rows
+    (G, _, T, _), heads_per_key = q.shape, module.num_key_value_groups
+    k = torch.cat([prompt_k.expand(G, -1, -1, -1), k], dim=2)  # (G, key-value heads, P + T, d)
+    v = torch.cat([prompt_v.expand(G, -1, -1, -1), v], dim=2)
+    # The query heads that share a key-value head stand behind each other, as one head with so many times T
+    # queries: no key or value is copied for them.
+    q = q.unflatten(1, (-1, heads_per_key)).flatten(2, 3)  # (G, key-value heads, heads_per_key · T, d)
+    mask = pack.visible.repeat(heads_per_key, 1)
+    on_rows = F.scaled_dot_product_attention(q, k, v, mask, scale=module.scaling)
+    on_rows = on_rows.unflatten(2, (heads_per_key, T)).flatten(1, 2).transpose(1, 2)  # (G, T, heads, d)
+    return torch.cat([on_prompt, take(on_rows.flatten(0, 1), pack.to_pack)[None]], dim=1), None
 
 
 def take(x, index):
@@ -611,8 +628,8 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
 
 
 def sample_from(logits, numbers):
-    """One token a row (N,): the first whose cumulative probability exceeds the row's number; in float64, where
-    rounding gives no banned token a chance. Of logits that are NaN, the last: that update will not be taken."""
+    """One token a row (N,): the first whose cumulative probability exceeds the row's number; in float64, as
+    rounding could pick a banned one in float32. Of NaN logits the last: that update will not be taken."""
     cumulative = logits.double().softmax(-1).cumsum(-1)  # (N, V)
     token = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)
@@ -625,8 +642,8 @@ def uniforms(seed, sample_index, *shape):
 
 
 def banned_ids(tokenizer, size):
-    """Ids that a completion can't contain: every special token but the end-of-sequence one, and those that
-    stand for nothing, as the released heads have more rows (`size`) than there are tokens."""
+    """Ids that a completion can't contain: every special token but the end-of-sequence one, and unused ids,
+    as the released heads have more rows (`size`) than the tokenizer has tokens."""
     special = [i for i, token in tokenizer.added_tokens_decoder.items()
                if i != tokenizer.eos_token_id and token.content.startswith("<|")]
     return special + list(range(len(tokenizer), size))
@@ -635,7 +652,8 @@ def banned_ids(tokenizer, size):
 @dataclass
 class GroupCache:
     """Keys and values of a decode loop, written in place: growing the tensors would copy all of them at every
-    token. A part of it are some rows (a prompt's G, or all) and the columns up to what is fed now."""
+    token. A part of it is a selection of rows (a prompt's G, or all) and of the columns up to what is fed
+    now. With masks and positions given, `update` is all that the library calls on it."""
     layers: list  # for each layer its keys and values, (rows, key-value heads, columns, d) each
     rows: slice
     columns: slice
@@ -650,8 +668,9 @@ class GroupCache:
         return replace(self, rows=rows, columns=columns)
 
     def update(self, keys, values, layer, *args, **kwargs):
-        """Called by the library's attention with (n, heads, tokens, d) of the new tokens, n = 1 for a prompt,
-        whose group's rows all take it; returns n rows of all columns so far."""
+        """Called by the library's attention with (n, heads, tokens, d) of the new tokens; returns n rows of
+        all columns so far. A prompt's one row goes into all G rows of the part, and one comes back (n = 1);
+        while decoding all rows go in and come back."""
         stop, seen = self.columns.stop, []
         for room, new in zip(self.layers[layer], (keys, values)):
             room[self.rows, :, stop - new.shape[2]:stop] = new
@@ -661,10 +680,10 @@ class GroupCache:
 
 @contextlib.contextmanager
 def merged(model):
-    """Within the block each adapted layer is one dense matrix, its weight plus the change of the adapter that
-    acts now: decoding is bound by the number of calls, and this makes one of four. The layers themselves stay
-    as they are. Exact up to rounding in float32; 16 bits would round away what is small in the change, and
-    nothing is merged there."""
+    """In float32, that is on a CPU: within the block each adapted layer is one dense matrix, its weight plus
+    the change of the adapter that acts now. Decoding is bound by the number of calls, and this makes one of
+    four (dequantise, multiply, LoRA's A and B). The layers themselves stay as they are. Exact up to rounding;
+    16 bits would round away what is small in the change, so nothing is merged there."""
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)] if model.dtype == torch.float32 else []
     for layer in layers:
         weight = dequantize_module_weight(layer.base_layer).float()
@@ -689,7 +708,7 @@ def add_reference(model, args):
         if rank != args.lora_rank:
             raise UserError(f"The adapter in {args.adapter} has rank {rank}: pass --lora-rank {rank}, or "
                             "train another with sft.py.")
-    elif args.probe:  # has one as there will be once sft.py has run
+    elif args.probe:  # a stand-in for the SFT adapter of a real run
         model.add_adapter("ref", model.peft_config["policy"])
     else:
         return None
@@ -713,8 +732,8 @@ def use_adapter(model, name):
 
 
 def self_judge(model, tokenizer, prompts, args, max_tokens=256):
-    """Replies (list of str) of the frozen base, its adapters off, to text prompts, decoded greedily, as many
-    at a time as the completions are."""
+    """Replies (list of str) of the frozen base, its adapters off, to text prompts, decoded greedily in
+    batches as large as the rollout's."""
     replies, batch = [], args.num_generations * args.prompts_per_rollout
     for i in range(0, len(prompts), batch):
         encoded = [sft.encode_text(text, tokenizer) for text in prompts[i:i + batch]]
@@ -725,11 +744,11 @@ def self_judge(model, tokenizer, prompts, args, max_tokens=256):
     return replies
 
 
-def probe(model, reference, tokenizer, args):
-    """An update on long prompts with every completion and judgement at the limit, with all in memory that one
-    in the middle of a run has there; returns the update's metrics."""
-    optimizer, endless_tokenizer = sft.setup_training(model, args), copy.deepcopy(tokenizer)
-    endless_tokenizer.eos_token = None  # so that every completion runs to the limit
+def probe(model, ref_adapter, tokenizer, args):
+    """An update on long prompts with every completion and judgement at the limit, with AdamW's moments and
+    the reference in memory, as in a real run; returns the update's metrics."""
+    optimizer, unending = sft.setup_training(model, args), copy.deepcopy(tokenizer)
+    unending.eos_token = None  # its id is None, which no token equals: completions run to the limit
     sft.optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # allocates AdamW's moments, no more
     record, prompt = worst_prompt(tokenizer, sft.unwrap(model).config, args)
     encoded = [(dict(record, sample_index=i), replace(prompt))
@@ -742,10 +761,10 @@ def probe(model, reference, tokenizer, args):
     def judge(records, observations):
         if args.judge != "self":  # asking another costs none of this memory
             return [None for _ in records]
-        own = gen_cot.judge_from(args, lambda prompts: self_judge(model, endless_tokenizer, prompts, args))
+        own = gen_cot.judge_from(args, lambda prompts: self_judge(model, unending, prompts, args))
         return own(records, ["the " * args.max_completion_tokens for _ in records])
 
-    _, metrics = update(model, reference, endless_tokenizer, optimizer, encoded, judge, args.lr, args)
+    _, metrics = update(model, ref_adapter, unending, optimizer, encoded, judge, args.lr, args)
     sft.print_phases(metrics)
     seconds = sum(metrics[f"sec/{phase}"] for phase in ("rollout", "judge", "update"))
     print(f"{args.updates} such updates take {args.updates * seconds / 3600:.1f} h.")
@@ -755,10 +774,10 @@ def probe(model, reference, tokenizer, args):
 def worst_prompt(tokenizer, config, args, words=300):
     """(record, Prompt) of as many visual tokens as these settings allow a clip or a picture, and a long
     question."""
-    factor, image = gen_cot.FACTOR, gen_cot.IMAGE_PIXELS[1]
+    factor, image_tokens = gen_cot.FACTOR, gen_cot.IMAGE_PIXELS[1] // gen_cot.FACTOR**2
     blocks, frames, fps = args.max_pixels, args.num_frames, 2.0
-    if blocks * factor**2 * (frames // sft.TEMPORAL) < image:  # a picture has a budget of its own
-        blocks, frames, fps = image // factor**2, 1, None
+    if blocks * (frames // sft.TEMPORAL) < image_tokens:  # a picture has a budget of its own
+        blocks, frames, fps = image_tokens, 1, None
     rows = math.gcd(blocks, 8)
     shape = frames, rows * factor, blocks // rows * factor, 3
     pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)

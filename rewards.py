@@ -11,20 +11,23 @@ type (Eq. 4). Every stage imports this file, which needs no torch.
 
 Our choices where the paper is silent:
 R1. Format: the stripped completion is the three blocks in order, each once, none empty, only white space
-    between. Perception answers for one observation block at the start; reasoning for one think, then one
-    answer block at the end, and for anything else behind the observation. A tag quoted in a block faults that
-    block and the half that owns the tag. Tags are case-sensitive.
+    between. Each half is judged on its own: perception on exactly one observation block, at the start;
+    reasoning on exactly one think, then one answer block, nothing after it, and nothing else between the
+    observation and them. An observation that is left open costs perception only. A tag quoted inside a block
+    costs that block's half and the half that the tag belongs to. Tags are case-sensitive.
 R2. The answer is the first answer block after the think block; without a complete think block, the first of
     all, so that `<answer>B</answer>` alone is B. No answer, or an empty one, scores 0 whatever the gold is.
 R3. Scoring "paper" agrees with the metric of Video-R1 and its successors save where that can be exploited:
     NaN, infinities and empty texts score 0. A regression's error is relative to the gold; 0 for 0 scores 1.
 R4. Scoring "lenient" never gives less, and also accepts b, B., (B), B. text, **B** and the option's text for
     B; thousands separators; a trailing unit or per-cent sign on either side (two units must agree).
-R5. A judge that fails after its retries says None, "unknown", never False. No observation is False unasked.
+R5. A judge that gives no verdict, after its retries if it is remote, says None, "unknown", never False. No
+    observation is False unasked.
 R6. The observation is written by a policy that is paid for a Yes. So whatever enters a prompt loses its tags
-    and invisible characters and stands between lines with a digest of it, which no text can hold of itself;
-    and only the last judgement of the judge's own reply counts. This catches neither evidence that the
-    observation makes up (the judge sees no video) nor plain persuasion that a weak judge falls for.
+    and invisible characters and is fenced by lines with a hash of all that is fenced. No text can hold its
+    own hash, so none can fake the line that ends it. And only the last judgement of the judge's own reply
+    counts. This catches neither evidence that the observation makes up (the judge sees no video) nor plain
+    persuasion that a weak judge falls for.
 """
 import base64
 import contextlib
@@ -239,7 +242,9 @@ def process_rewards(record, completion, verdict, num_tokens, length_ranges, bonu
     rewards = {}
     for process, accuracy, form, tokens, (low, high) in zip(
             ("perception", "reasoning"), accuracies, format_rewards(completion), num_tokens, length_ranges):
-        length = accuracy if math.isnan(accuracy) else length_reward(tokens, accuracy, form, low, high, bonus)
+        length = length_reward(tokens, accuracy, form, low, high, bonus)
+        if math.isnan(accuracy):
+            length = math.nan  # unknown as well: the bonus's mean leaves it out
         rewards |= {process: accuracy + form + length, f"{process}_accuracy": accuracy,  # Eq. 5
                     f"{process}_format": form, f"{process}_length": length, f"{process}_tokens": tokens}
     return dict(rewards, reward=rewards["perception"] + rewards["reasoning"])

@@ -232,7 +232,7 @@ def load_base(base, four_bit=True):
     model.requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # on a CPU with bf16 instructions a pass without
-            module.support_avx512bf16_for_cpu = False  # gradients would repack the weights: none could follow
+            module.support_avx512bf16_for_cpu = False  # gradients repacks the weights, and no later one works
     linears = [(name, "4bit" in type(m).__name__)
                for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     quantised = [name for name, is_4bit in linears if is_4bit]
@@ -496,7 +496,7 @@ def add_training_args(parser, model, stage, lr):
                        help="peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)")
     group.add_argument("--max-grad-norm", type=number(1e-12), default=5.0,
                        help="gradients are clipped to this norm (Video-R1: 5)")
-    parser.set_defaults(checkpointing=True)  # activations are recomputed: slower, less memory
+    parser.set_defaults(checkpointing=True)  # of activations, to save memory; no flag, `tiny` turns it off
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=number(0, int), default=0,
                      help="seed of the order of the data, of a fresh adapter and of the sampling")
@@ -572,8 +572,8 @@ def cosine_lr(step, steps, lr, warmup=WARMUP):
 
 def optimiser_step(model, optimizer, lr, clip, loss=0.0):
     """One step of AdamW at this learning rate on the gradients summed over the processes; returns
-    `grad_norm`, before clipping, and `skipped_steps`, how many so far were not taken, since their loss or norm
-    was not finite.
+    `grad_norm`, before clipping, and `skipped_steps`, how many so far were not taken, since their loss or
+    norm was not finite.
 
     Raises UserError for three of these in a row, and for a step that leaves every LoRA B at its first 0.
     """
