@@ -57,7 +57,7 @@ def get_args():
 
 def main(args):
     records = gen_cot.select_records(args)
-    judge = gen_cot.judge_from(args)
+    judge = gen_cot.judge_from(args, records)
     for adapter in args.adapters:
         if adapter != "none":
             sft.check_adapter(adapter)

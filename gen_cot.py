@@ -46,11 +46,13 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import tokenize
 import zlib
 from concurrent.futures import TimeoutError
 from pathlib import Path
@@ -62,8 +64,9 @@ from pebble import ProcessExpired, ProcessPool
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from rewards import (PROBLEM_TYPES, ChatClient, UserError, accuracy_reward, digest, format_rewards,
-                     load_prompt, make_judge, parse_trace, question_text, write_atomically)
+from rewards import (PROBLEM_TYPES, ChatClient, UserError, accuracy_reward, correct_answer, digest,
+                     format_rewards, gold_answer, label_options, load_prompt, make_judge, parse_trace,
+                     question_text, visible, write_atomically)
 
 MODELS = {"tiny": "data/toy/base", "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
           "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct"}
@@ -98,7 +101,7 @@ def main(args):
         raise UserError("gen_cot.py needs a teacher and a judge: pass --teacher or --traces, and --judge.")
     check_writable(args.output.parent)
     records = select_records(args, need_media=args.teacher is not None)
-    judge = judge_from(args)
+    judge = judge_from(args, records)
     if args.teacher:
         extra = args.teacher_extra
         if extra is None and args.teacher.startswith("openai:") and "@" in args.teacher:
@@ -153,7 +156,7 @@ def generate(records, teacher, args):
     def settle(key, job):
         nonlocal broken
         outputs[key] = job.result()
-        broken += outputs[key] is not None and format_rewards(outputs[key]) != (1.0, 1.0)
+        broken += outputs[key] is not None and format_rewards(bare_trace(outputs[key])) != (1.0, 1.0)
         bar.set_postfix(broken=broken, tokens=teacher.stats["tokens_out"], refresh=False)
         bar.update()
         if broken == bar.n == 30:  # all that are settled so far
@@ -217,6 +220,15 @@ def load_traces(path):
 
 # --- steps 2 and 3: what is kept ----------------------------------------------------------------------------
 
+def bare_trace(reply):
+    """The trace in a teacher's reply, without what such models put around it: a closed block of thoughts, a
+    fence, a stop token."""
+    before, tag, rest = reply.partition("<observation>")
+    if re.fullmatch(r"(.*</think>)?\s*(```\w*)?\s*", before, re.DOTALL):
+        reply = tag + rest
+    return re.sub(r"(\s*(```|<\|\w+\|>))+\s*$", "", reply)
+
+
 REASONS = ["unreadable medium", "no trace", "broken template", "wrong answer", "insufficient observation",
            "judge unknown"]
 
@@ -235,14 +247,16 @@ def verify(records, outputs, judge, threshold=0.6, scoring="paper"):
         scores.append(0.0)
         if not isinstance(text, str):
             reasons.append("unreadable medium" if isinstance(text, MediaError) else "no trace")
-        elif format_rewards(text) != (1.0, 1.0):
+            continue
+        text = bare_trace(text)
+        if format_rewards(text) != (1.0, 1.0):
             reasons.append("broken template")
         else:
             scores[-1] = accuracy_reward(record["problem_type"], text, record["solution"], scoring,
                                          record.get("options"))
             reasons.append(None if scores[-1] >= threshold else "wrong answer")
     left = [i for i, reason in enumerate(reasons) if reason is None]
-    observations = [parse_trace(outputs[i]).observation for i in left]
+    observations = [parse_trace(bare_trace(outputs[i])).observation for i in left]
     for i, verdict in zip(left, judge([records[i] for i in left], observations)):
         reasons[i] = {True: None, False: "insufficient observation", None: "judge unknown"}[verdict]
     return reasons, scores
@@ -250,6 +264,7 @@ def verify(records, outputs, judge, threshold=0.6, scoring="paper"):
 
 def kept_record(record, output, score, scoring):
     """A record of the official release's schema from a question and its verified trace."""
+    output = bare_trace(output).encode("utf-8", "ignore").decode()  # half a surrogate pair is no text
     trace = parse_trace(output)
     kept = {k: v for k, v in record.items() if k != "media"}
     return dict(kept, answer=record["solution"].replace("<answer>", "").replace("</answer>", ""),
@@ -333,6 +348,8 @@ def parse_args(parser, tiny):
     if parser.parse_known_args()[0].model == "tiny":
         parser.set_defaults(**tiny)
     args = parser.parse_args()
+    if args.model == "tiny" and not os.path.isdir(MODELS["tiny"]):
+        raise UserError(f"There is no {MODELS['tiny']} here: run it in the clone, {Path(__file__).parent}.")
     if args.model not in MODELS and not os.path.isdir(args.model) and args.model.count("/") != 1:
         raise UserError(f"Unknown model {args.model!r}: pass one of {', '.join(MODELS)}, a local folder or a "
                         "hub id (org/name).")
@@ -361,11 +378,14 @@ def json_object(text):
     return dict(json.loads(text))
 
 
-def judge_from(args, generate=None, max_refused=30):
+def judge_from(args, records, generate=None, max_refused=30):
     """The judge that the arguments of `add_judge_args` ask for. A remote one is tried on an easy question,
     once and for all as its reply is cached. Raises UserError where it gives no verdict."""
     judge = make_judge(args.judge, args.judge_prompt_file, generate, cache_dir="runs/judge-cache",
                        max_calls=args.judge_max_calls, max_refused=max_refused)
+    if args.judge == "rule" and not all(record.get("evidence") for record in records):
+        print("Not all records have `evidence`: of these --judge rule says only whether every word of the "
+              "correct answer stands in the observation.")
     trial = dict(problem="What colour is the car?", problem_type="free-form", solution="red")
     if args.judge not in ("rule", "self") and judge([trial], ["The car is red."]) == [None]:
         raise UserError(f"The judge {args.judge} gave no verdict on a question of trial: see above.")
@@ -373,7 +393,10 @@ def judge_from(args, generate=None, max_refused=30):
 
 
 def run_script(main, get_args):
-    """A script from its command line on. Ctrl-C, SIGTERM, a full or read-only disk end it in one sentence."""
+    """A script from its command line on. Ctrl-C, SIGTERM, a full or read-only disk end it in one sentence,
+    and a terminal that lacks a character shows another."""
+    for screen in (sys.stdout, sys.stderr):
+        screen.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(get_args())
@@ -437,71 +460,112 @@ def load_records(paths, media_root=None):
             raise UserError(f"No data file {pattern}: pass --data, run the stage before, or see the README "
                             "on what to download and where to.")
         files += found
-    records, bad = [], []
+    records, bad = [], {}
     for file in files:
         for i, record in enumerate(read_json(file)):
             try:
                 records.append(parse_record(record, f"{file}, record {i}", media_root))
             except UserError as error:
-                bad.append(str(error))
-    if len(bad) > MAX_BAD * (len(records) + len(bad)):
-        others = f" (the first of {len(bad)} in {len(records) + len(bad)} records)" if len(bad) > 1 else ""
-        raise UserError(f"{bad[0].removesuffix('.')}{others}: mend the file, or leave them out of it.")
-    for reason in bad:
-        print(f"left out: {reason}")
+                reason = re.sub("'.*?'", "'…'", str(error).partition(f"record {i}")[2])
+                bad.setdefault(reason, []).append(str(error))
+    lost = sum(map(len, bad.values()))
+    for examples in bad.values():
+        print(f"left out: {examples[0]}" + f" {len(examples)} such records." * (len(examples) > 1))
+    if not records or lost > MAX_BAD * (len(records) + lost):
+        raise UserError(f"{lost} of the {len(records) + lost} records in {' '.join(files)} can't be used: "
+                        "mend the file, or leave them out of it.")
     return records
 
 
+class BadLine(str):
+    """What is wrong with a line of a JSON Lines file."""
+
+
 def read_json(file):
-    """The list of objects in a JSON or JSON Lines file, plain or gzip."""
+    """The list of objects in a JSON or JSON Lines file, plain or gzip; a BadLine for each line that is
+    none."""
     try:
-        with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
+        with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as f:
             text = f.read()
         if text.lstrip().startswith("["):
             return json.loads(text)
-        return [json.loads(line) for line in text.split("\n") if line.strip()]  # not at U+2028 and its like
-    except (OSError, ValueError, EOFError, zlib.error) as error:
+    except (OSError, ValueError, EOFError, zlib.error, RecursionError) as error:
         raise UserError(f"{file} can't be read as JSON or JSON Lines ({error}): download or make it "
                         "again.") from None
+    rows = []
+    for n, line in enumerate(text.split("\n"), 1):  # not at U+2028 and its like
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                rows.append(BadLine(f"line {n} is no JSON ({error})."))
+    if rows and all(isinstance(row, BadLine) for row in rows):
+        raise UserError(f"{file} is neither JSON nor JSON Lines: it begins {text[:60]!r}.")
+    return rows
 
 
 def parse_record(record, where, media_root=None):
-    """One record with every field in its one form; `where` names it in errors."""
+    """One record with every field in its one form; `where` names it in errors. Raises UserError."""
     if not isinstance(record, dict):
-        raise UserError(f"{where}: expected an object with fields, found {type(record).__name__}.")
+        raise UserError(f"{where}: " + (record if isinstance(record, BadLine) else
+                                        f"expected an object with fields, found {type(record).__name__}."))
     for field in ("problem", "problem_type", "data_type", "path"):
         if not isinstance(record.get(field), str) or not record[field]:
             raise UserError(f"{where}: the field {field!r} is missing or not a text.")
-    if record["problem_type"] not in PROBLEM_TYPES:
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        raise UserError(f"{where}: it holds half a surrogate pair, or is nested too deeply.") from None
+    kinds = {kind.lower(): kind for kind in (*PROBLEM_TYPES, "image", "video")}
+    kind, data_type = (kinds.get(record[field].strip().lower()) for field in ("problem_type", "data_type"))
+    if kind not in PROBLEM_TYPES:
         raise UserError(f"{where}: unknown problem_type {record['problem_type']!r}, "
                         f"known are {', '.join(PROBLEM_TYPES)}.")
-    if record["data_type"] not in ("image", "video"):
+    if data_type not in ("image", "video"):
         raise UserError(f"{where}: data_type is {record['data_type']!r}, not image or video.")
-    record = dict(record, options=parse_options(record.get("options"), where))
-    solution = record.get("solution") or record.get("answer", record.get("solution"))
-    if not isinstance(solution, str):
-        raise UserError(f"{where}: the field 'solution' is missing or not a text.")
-    record["solution"] = solution if "<answer>" in solution else f"<answer>{solution}</answer>"
+    evidence = record.get("evidence") or []
+    if not all(isinstance(item, str) for item in ([evidence] if isinstance(evidence, str) else evidence)):
+        raise UserError(f"{where}: the field 'evidence' is no text or list of texts.")
+    record = dict(record, problem_type=kind, data_type=data_type,
+                  options=parse_options(record.get("options"), where),
+                  problem=visible(re.sub("<(image|video)>", "", record["problem"])))
+    record["solution"] = parse_solution(record, where)
     if media_root is not None:
         record["media"] = media_path(media_root, record["path"], where)
     return record
 
 
+def parse_solution(record, where):
+    """The gold answer with its tags, from a text, number or boolean; an option's letter for its text."""
+    solution = next((record[f] for f in ("solution", "answer") if record.get(f) not in (None, "")), None)
+    if not isinstance(solution, (str, int, float)):
+        raise UserError(f"{where}: the field 'solution' is missing or not a text.")
+    solution = solution if isinstance(solution, str) else json.dumps(solution)
+    letter, _ = correct_answer(dict(record, solution=solution))
+    if record["problem_type"] == "multiple choice" and letter:
+        return f"<answer>{letter}</answer>"
+    return solution if "<answer>" in solution else f"<answer>{solution}</answer>"
+
+
 def parse_options(options, where):
-    """Options as a list of str, from a list, null, an empty string, or a list printed as JSON or Python."""
+    """Options as a list of str, each with its letter, from a list, null, an empty string, or a list printed
+    as JSON or Python."""
+    bad, printed = UserError(f"{where}: the options are no list of texts: {str(options)[:80]!r}."), options
     if isinstance(options, str) and options.strip():
         try:
             options = json.loads(options)
         except ValueError:
             try:
                 options = ast.literal_eval(options)  # parses literals only, evaluates nothing
-            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-                raise UserError(f"{where}: the options can't be parsed as a list: "
-                                f"{options[:80]!r}.") from None
+                tokens = tokenize.generate_tokens(io.StringIO(printed).readline)
+                if sum(token.type == tokenize.STRING for token in tokens) > len(options):
+                    raise bad  # numpy prints no commas, and Python joins such texts
+            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError):
+                raise bad from None
     options = options or []
-    if not isinstance(options, (list, tuple)):
-        raise UserError(f"{where}: the options are no list: {str(options)[:80]!r}.")
-    return [str(option) for option in options]
+    if not isinstance(options, (list, tuple)) or not all(isinstance(o, (str, int, float)) for o in options):
+        raise bad
+    return label_options([visible(str(option)) for option in options])
 
 
 def media_path(media_root, path, where):
@@ -530,7 +594,22 @@ def select_records(args, need_media=True):
         drawn = random.Random(args.seed).sample(range(len(kept)), args.limit)
         kept = [kept[i] for i in sorted(drawn)]
     print(f"{len(kept)} of {len(records)} records of {args.data}")
+    if "scoring" in args:
+        name_lost_golds(kept, args.scoring)
     return kept
+
+
+def name_lost_golds(records, scoring):
+    """Says how many gold answers score 0 against themselves, so that nothing can ever match them."""
+    lost = collections.defaultdict(list)
+    for record in records:
+        kind, gold = record["problem_type"], gold_answer(record["solution"])
+        score = accuracy_reward(kind, f"<answer>{gold}</answer>", gold, scoring, record["options"])
+        if not score or kind == "multiple choice" and not correct_answer(record)[0]:
+            lost[kind].append(record)
+    for kind, some in lost.items():
+        print(f"{len(some)} gold answers of type {kind} can't be matched by any answer, for example that of "
+              f"problem_id {some[0].get('problem_id')}, {gold_answer(some[0]['solution'])!r}.")
 
 
 def json_line(row):
@@ -572,6 +651,9 @@ DECODE_TIMEOUT = 60  # seconds for one medium
 
 class MediaError(Exception):
     """A medium that can't be read, with the reason in one sentence; it costs its one record."""
+
+    def __init__(self, sentence):
+        super().__init__(visible(sentence))
 
 
 def sample_indices(starts, end, num_frames=16, fps=2.0, min_frames=4):
@@ -746,8 +828,11 @@ def read_ahead(records, args, read=read_media, timeout=None):
     Yields:
         (record, media) in the order of the records, where media is what `read` returns, or a MediaError.
     """
-    # Forked workers start at once and share the parent's memory; elsewhere than on Linux forking is unsafe.
+    # Forked workers start at once and share the parent's memory. Elsewhere than on Linux forking is unsafe,
+    # and a new worker would import the whole script, torch included, if it knew where that is.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    if context.get_start_method() == "spawn" and read.__module__ != "__main__":
+        vars(sys.modules["__main__"]).pop("__file__", None)
     pool = ProcessPool(max_workers=args.workers, context=context, initializer=init_worker)
     records, waiting = iter(records), collections.deque()
     try:

@@ -40,13 +40,15 @@ P2. A completion's loss is the mean over each segment's tokens, summed over the 
     code does. It is the default where all tokens have one advantage (P7).
 P3. std is the unbiased estimate plus 1e-4; a group with equal rewards gets exact zeros.
 P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3), in the segment's mean.
-P5. Completions are sampled at temperature 1 from all tokens but the visual and chat-control ones; the sampled
-    ids are kept and trained on as they are; completions cut at the limit count as truncated. The ban changes
-    what is sampled and nothing else: every log-prob, the rollout's too, is over the whole vocabulary, and the
-    small mass of the banned tokens is neglected.
+P5. Completions are sampled at temperature 1 from all tokens but the added ones (visual, chat control, tools;
+    `<|endoftext|>` too, as a turn of the chat format ends with `<|im_end|>` alone); the sampled ids are kept
+    and trained on as they are; completions cut at the limit count as truncated. The ban changes what is
+    sampled and nothing else: every log-prob, the rollout's too, is over the whole vocabulary, and the small
+    mass of the banned tokens is neglected.
 P6. A failed verdict is NaN, never 0. The completion leaves the mean and std of every reward that holds R_P
     and gets advantage 0 there: on o_P by default, on all its tokens with `--without reasoning` or
-    `separation`, nowhere with `--without perception`. The KL term acts on it as ever.
+    `separation`, nowhere with `--without perception`. The KL term acts on it as ever. An update in which a
+    remote judge gave no verdict at all is not taken, and three in a row stop the run.
 P7. The rows of Table 2; in those marked * all tokens have one advantage. The judge is asked in any case, for
     the log.
         process-agnostic RL = without R_P *   --algorithm grpo, or --without perception   process_advantages
@@ -80,7 +82,7 @@ import sft  # before peft, whose import it keeps quiet
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from gen_cot import positive
-from rewards import UserError, parse_trace, process_rewards
+from rewards import UserError, parse_trace, process_rewards, visible
 
 TINY = dict(data="data/toy/rl.jsonl", media_root="data/toy", max_pixels=4, judge="rule", updates=100,
             prompts_per_update=8, max_completion_tokens=112, perception_length=(16, 64),
@@ -171,10 +173,11 @@ def train(model, ref_adapter, tokenizer, records, args):
     template, config = gen_cot.load_template(args), sft.unwrap(model).config
     optimizer = sft.setup_training(model, args)
     # your own perception reward goes here: any f(records, observations) -> list of True, False or None (P6)
-    judge = gen_cot.judge_from(args, lambda prompts: self_judge(model, tokenizer, prompts, args),
+    judge = gen_cot.judge_from(args, records, lambda prompts: self_judge(model, tokenizer, prompts, args),
                                max_refused=10 * args.num_generations)  # ten whole groups: it is the judge
     start, named = sft.load_checkpoint(model, optimizer, args), set()
     media = gen_cot.read_ahead(endless(records, args.seed, args.prompts_per_update, start), args)
+    unanswered = 0  # updates in a row
     with (sft.open_log(args.output, start) as log, sft.progress("PA-GRPO", start, args.updates) as bar,
           sft.Ending(start, model, optimizer, args) as ending):
         for step in bar:
@@ -190,8 +193,11 @@ def train(model, ref_adapter, tokenizer, records, args):
                 groups, metrics = update(model, ref_adapter, tokenizer, optimizer, encoded, judge, row["lr"],
                                          args)
                 row |= metrics
+                unanswered = 0 if "loss" in row else unanswered + 1
+                if unanswered == 3:
+                    raise UserError("The judge was asked in three updates in a row and never answered")
                 bar.set_postfix({"reward": row["reward"], "P": row["rewards/perception_accuracy"],
-                                 "R": row["rewards/reasoning_accuracy"], "kl": row["kl"]})
+                                 "R": row["rewards/reasoning_accuracy"], "kl": row.get("kl")})
             sft.log_row(log, row)
             ending.updated(step + 1)
             if step % args.show_every == 0 and groups:
@@ -245,16 +251,19 @@ class Group:
 
 
 def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
-    """Sample, score, learn: one update on pairs (record, Prompt). Returns (groups, metrics)."""
+    """Sample, score, learn: one update on pairs (record, Prompt). Returns (groups, metrics). Where a remote
+    judge that the advantages need gave no verdict at all, nothing is learnt, and metrics hold no `loss`."""
     metrics = {}
     with sft.measured("rollout", "pass --prompts-per-rollout 1, then fewer --num-generations", metrics):
         groups = sample_groups(model, encoded, tokenizer, args)
     with sft.measured("judge", "lower --prompts-per-rollout or name another --judge", metrics):
-        score_groups(groups, tokenizer, judge, args)
-    with sft.measured("update", "lower --completions-per-pass, then --lora-rank from sft.py on", metrics):
-        losses = update_policy(model, ref_adapter, optimizer, groups, lr, args)
-    metrics["peak_gib"] = max(metrics[f"gib/{phase}"] for phase in ("rollout", "judge", "update"))
-    return groups, reward_metrics(gather_object([group.scores for group in groups])) | losses | metrics
+        verdicts = gather_object(score_groups(groups, tokenizer, judge, args))
+    remote = bool(getattr(judge, "stats", None)) and args.without != "perception"
+    if not remote or any(verdict is not None for verdict in verdicts):
+        with sft.measured("update", "lower --completions-per-pass, then --lora-rank from sft.py on", metrics):
+            metrics |= update_policy(model, ref_adapter, optimizer, groups, lr, args)
+    metrics["peak_gib"] = max(value for key, value in metrics.items() if key.startswith("gib/"))
+    return groups, reward_metrics(gather_object([group.scores for group in groups])) | metrics
 
 
 def sample_groups(model, encoded, tokenizer, args):
@@ -277,7 +286,8 @@ def sample_groups(model, encoded, tokenizer, args):
 
 
 def score_groups(groups, tokenizer, judge, args):
-    """Fill in texts, scores and advantages (Eq. 3-6); the judge sees all observations in one batch."""
+    """Fill in texts, scores and advantages (Eq. 3-6); the judge sees all observations in one batch. Returns
+    its verdicts."""
     records, observations = [], []
     for group in groups:
         group.texts = [tokenizer.decode(ids[mask], skip_special_tokens=True,
@@ -285,19 +295,21 @@ def score_groups(groups, tokenizer, judge, args):
                        for ids, mask in zip(group.completion_ids, group.completion_mask)]
         records += [group.record] * len(group.texts)
         observations += [parse_trace(text).observation for text in group.texts]
-    verdicts = iter(judge(records, observations))
+    verdicts = judge(records, observations)
+    of_completions = iter(verdicts)
     bonus = 0.0 if args.without == "length" else 0.2
     ranges = args.perception_length, args.reasoning_length
     for group in groups:
         lengths = zip(group.perception_mask.sum(1).tolist(), group.reasoning_mask.sum(1).tolist())
         group.scores = []
         for text, ids, num_tokens in zip(group.texts, group.completion_ids.tolist(), lengths):
-            scores = process_rewards(group.record, text, next(verdicts), num_tokens, ranges, bonus,
+            scores = process_rewards(group.record, text, next(of_completions), num_tokens, ranges, bonus,
                                      args.scoring)
             group.scores.append(dict(scores, truncated=tokenizer.eos_token_id not in ids))
         rewards = [torch.tensor([s[k] for s in group.scores]) for k in ("perception", "reasoning")]
         group.perception_advantages, group.reasoning_advantages = (
             a.to(group.completion_ids.device) for a in process_advantages(*rewards, args.without))
+    return verdicts
 
 
 def update_policy(model, ref_adapter, optimizer, groups, lr, args):
@@ -383,7 +395,7 @@ def show(group, tokenizer):
                                      clean_up_tokenization_spaces=False))
         lines.append(f"{s['perception']:5.2f}, {group.perception_advantages[i]:+5.2f}     "
                      f"{s['reasoning']:5.2f}, {group.reasoning_advantages[i]:+5.2f}     "
-                     f"\033[36m{text[:split]}\033[33m{text[split:]}\033[0m")
+                     f"\033[36m{visible(text[:split])}\033[33m{visible(text[split:])}\033[0m")
     tqdm.write("\n".join(lines))
 
 
@@ -642,11 +654,10 @@ def uniforms(seed, sample_index, *shape):
 
 
 def banned_ids(tokenizer, size):
-    """Ids that a completion can't contain: every special token but the end-of-sequence one, and unused ids,
-    as the released heads have more rows (`size`) than the tokenizer has tokens."""
-    special = [i for i, token in tokenizer.added_tokens_decoder.items()
-               if i != tokenizer.eos_token_id and token.content.startswith("<|")]
-    return special + list(range(len(tokenizer), size))
+    """Ids that a completion can't contain: every added token but the end-of-sequence one, and unused ids, as
+    the released heads have more rows (`size`) than the tokenizer has tokens."""
+    added = [i for i in tokenizer.added_tokens_decoder if i != tokenizer.eos_token_id]
+    return added + list(range(len(tokenizer), size))
 
 
 @dataclass
@@ -761,7 +772,7 @@ def probe(model, ref_adapter, tokenizer, args):
     def judge(records, observations):
         if args.judge != "self":  # asking another costs none of this memory
             return [None for _ in records]
-        own = gen_cot.judge_from(args, lambda prompts: self_judge(model, unending, prompts, args))
+        own = gen_cot.judge_from(args, records, lambda prompts: self_judge(model, unending, prompts, args))
         return own(records, ["the " * args.max_completion_tokens for _ in records])
 
     _, metrics = update(model, ref_adapter, unending, optimizer, encoded, judge, args.lr, args)

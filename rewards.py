@@ -61,6 +61,9 @@ PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression
 class UserError(SystemExit):
     """A user's mistake in one sentence: uncaught, the script ends with it on stderr and exit code 1."""
 
+    def __init__(self, sentence):
+        super().__init__(visible(sentence))  # whatever file names and servers put into it
+
 
 # --- the template -------------------------------------------------------------------------------------------
 
@@ -189,14 +192,14 @@ def without_units(answer, gold):
     return a[1].replace(",", ""), b[1].replace(",", "")
 
 
-OPTION = re.compile(r"\s*\(?([A-J])[).:]\s*(.*)", re.DOTALL | re.IGNORECASE)  # "A. text", "A) ", "(A) "
+OPTION = re.compile(r"\s*\(?([A-N])[).:]\s*(.*)", re.DOTALL | re.IGNORECASE)  # "A. text", "A) ", "(A) "
 
 
 def option_key(answer, options):
     """What a multiple-choice answer picks: an option's letter, else its own words, else "" (R4)."""
     answer = answer.replace("*", "").strip()
     words, label = normalise_text(answer), OPTION.fullmatch(answer)
-    if re.fullmatch("[a-j]", words):
+    if re.fullmatch("[a-n]", words):
         return words.upper()
     labelled = list(filter(None, map(OPTION.fullmatch, options or [])))
     for form in (str.lower, normalise_text):  # as written first: a sign can be all that differs
@@ -359,9 +362,16 @@ def fill_prompt(template, **fields):
     return re.sub(r"\{(%s)\}" % "|".join(fields), fenced, template)  # in one pass, which never enters a field
 
 
+def label_options(options):
+    """Options with letters before them, such as "A. red"; as they are where all have one."""
+    if all(map(OPTION.fullmatch, options)):
+        return options
+    return [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
+
+
 def question_text(record):
     """The question with its options, which are appended unless it already holds them."""
-    question, options = record["problem"].strip(), record.get("options") or []
+    question, options = record["problem"].strip(), label_options(record.get("options") or [])
     if all(option in question for option in options):
         return question
     return "\n".join([question, "Options:", *options])
@@ -486,7 +496,8 @@ class ChatClient:
             self.count(calls=1, retries=attempt > 0)
             status, text, retry_after = self.post(body)
             self.trouble = f"HTTP {status}, {server_words(text)}" if status else text
-            if 300 <= status < 500 and status not in (408, 409, 429):
+            used_up = status == 429 and "quota" in text.lower()
+            if used_up or 300 <= status < 500 and status not in (408, 409, 429):
                 self.refused += 1
                 if status not in (400, 413, 422) or self.refused >= self.max_refused:  # not this one alone
                     self.refuse(f"{self.model} refuses, {self.trouble} (check the model's name, the base URL "
@@ -571,16 +582,18 @@ def read_reply(text):
         content = data["choices"][0]["message"]["content"] if "choices" in data else data["content"]
         if not isinstance(content, str):
             content = "".join(block["text"] for block in content if block["type"] == "text")
-        usage = data.get("usage") or {}
-        tokens_in = usage.get("input_tokens") or usage.get("prompt_tokens") or 0
-        tokens_out = usage.get("output_tokens") or usage.get("completion_tokens") or 0
-        return content, int(tokens_in), int(tokens_out)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None, 0, 0
+    usage = data.get("usage") if isinstance(data.get("usage"), dict) else {}
+    tokens = [usage.get(f"{a}_tokens", usage.get(f"{b}_tokens")) for a, b in (("input", "prompt"),
+                                                                              ("output", "completion"))]
+    return content, *(n if isinstance(n, int) else 0 for n in tokens)
 
 
 def server_words(text):
     """What a server says, in one line: the error message of the body where it has one."""
+    if text.startswith(("data:", "event:")):
+        text = f"an event stream, {text}"
     with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         text = json.loads(text)["error"]["message"]
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())[:300]

@@ -27,7 +27,6 @@ import logging
 import math
 import os
 import random
-import resource
 import shlex
 import signal
 import sys
@@ -44,6 +43,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
+from huggingface_hub.utils import enable_progress_bars
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # advertises, as it is imported
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
@@ -188,8 +188,8 @@ def strip_tag(text, tag):
 
 def target_ids(record, tokenizer, process_agnostic=False):
     """The completion's tokens, (T,) int64, the end-of-sequence token included."""
-    text = target_text(record, process_agnostic).replace("<|", "< |")  # it can't write control tokens
-    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])
+    ids = token_ids(defuse(target_text(record, process_agnostic), tokenizer), tokenizer)
+    return torch.cat([ids, torch.tensor([tokenizer.eos_token_id])])
 
 
 # === below: what later stages borrow ========================================================================
@@ -202,6 +202,8 @@ LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(ga
 def pick_device():
     """(device, dtype of the 16-bit parts): bf16 on a GPU, float32 on a CPU, where 16 bits are slow."""
     if torch.cuda.is_available():
+        if torch.cuda.get_device_capability() < (8, 0):
+            print("This card is older than Ampere: it emulates bf16, which is slow.")
         return process().device, torch.bfloat16
     return torch.device("cpu"), torch.float32
 
@@ -212,8 +214,13 @@ def load_base(base, four_bit=True):
     Raises UserError where `base` is no such model or lacks weights, or where the vision tower or the head
     came out in 4 bits.
     """
+    if os.path.isdir(base) and not os.path.exists(f"{base}/config.json"):
+        raise UserError(f"The folder {base} is no model: there is no config.json in it.")
+    print(f"Loading {base}" + ("." if os.path.isdir(base) else ", from the hub if it is not here yet: 17 GB "
+                               "for the 7B, 7.5 GB for the 3B."), flush=True)
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # of loading; the switch is the hub's too
+    enable_progress_bars()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's use of an old name
     device, dtype = pick_device()
     quantization = BitsAndBytesConfig(
@@ -225,7 +232,7 @@ def load_base(base, four_bit=True):
             base, dtype=dtype, quantization_config=quantization, attn_implementation="sdpa",
             device_map={"": device}, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"The model {base} can't be loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(f"The model {base} can't be loaded: {' '.join(str(error).split())}") from None
     if info["missing_keys"]:  # the library would go on with random ones
         raise UserError(f"{base} lacks {len(info['missing_keys'])} of Qwen2.5-VL's weights, for example "
                         f"{min(info['missing_keys'])}: download it again, or name another model.")
@@ -278,9 +285,12 @@ def load_model(base, adapter=None, four_bit=True, lora_rank=64, trainable=True):
 
 
 def check_adapter(adapter):
-    """Raises UserError where the folder holds no saved adapter."""
-    if not (Path(adapter) / "adapter_config.json").exists():
-        raise UserError(f"No adapter in {adapter}: train one with sft.py, or name none for the base.")
+    """Raises UserError where the folder holds no saved adapter; peft would ask the hub for one of its
+    name."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (Path(adapter) / name).exists():
+            raise UserError(f"No adapter in {adapter}, which lacks {name}: train one with sft.py, or name "
+                            "none for the base.")
 
 
 def check_adapter_fits(model, adapter):
@@ -401,8 +411,7 @@ def encode_prompt(text, frames, fps, tokenizer, config):
     pixel_values, grid = pack_frames(frames)
     pad = config.image_token_id if fps is None else config.video_token_id
     placeholder = "<|image_pad|>" if fps is None else "<|video_pad|>"
-    chat = CHAT.format(medium=placeholder, prompt=text.replace("<|", "< |"))  # it can't write control tokens
-    ids = torch.tensor(tokenizer(chat, add_special_tokens=False)["input_ids"])
+    ids = token_ids(CHAT.format(medium=placeholder, prompt=defuse(text, tokenizer)), tokenizer)
     at = int((ids == pad).nonzero()[0])
     visual = torch.full((math.prod(grid) // MERGE**2,), pad)
     ids = torch.cat([ids[:at], visual, ids[at + 1:]])
@@ -412,10 +421,22 @@ def encode_prompt(text, frames, fps, tokenizer, config):
 
 def encode_text(text, tokenizer):
     """A chat prompt without a medium."""
-    chat = CHAT.replace("<|vision_start|>{medium}<|vision_end|>", "").format(prompt=text.replace("<|", "< |"))
-    ids = torch.tensor(tokenizer(chat, add_special_tokens=False)["input_ids"])
+    chat = CHAT.replace("<|vision_start|>{medium}<|vision_end|>", "")
+    ids = token_ids(chat.format(prompt=defuse(text, tokenizer)), tokenizer)
     return Prompt(ids, torch.arange(len(ids)).expand(3, -1),
                   torch.empty(0, 2 * 3 * PATCH**2), torch.empty(0, 3, dtype=torch.long))
+
+
+def token_ids(text, tokenizer):
+    """The tokens of a text, (S,) int64, and no others around them."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def defuse(text, tokenizer):
+    """A text that can't write a control token, such as <|im_end|> or <tool_call>: each gets a space."""
+    for token in tokenizer.added_tokens_decoder.values():
+        text = text.replace(token.content, f"{token.content[0]} {token.content[1:]}")
+    return text
 
 
 def embed_prompts(model, prompts):
@@ -792,6 +813,8 @@ def measured(phase, hint, row=None):
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     figures = {f"sec/{phase}": time.time() - start, f"gib/{phase}": peak_gib()}
+    if torch.cuda.is_available():
+        figures["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     if row is None:
         print_phases(figures)
     else:
@@ -803,6 +826,10 @@ def peak_gib():
     machine without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             * (1 if sys.platform == "darwin" else 1024) / 2**30)
 
