@@ -436,7 +436,7 @@ def print_stats(name, client):
 MAX_BAD = 0.05  # share of bad records that is left out; more says that something else is wrong with the file
 
 
-def load_records(paths, media_root=None):
+def load_records(paths, media_root=None, left_out=()):
     """Read records from JSON lists or JSON Lines, plain or gzip.
 
     A record that can't be used is left out and named with file, index and reason.
@@ -444,6 +444,7 @@ def load_records(paths, media_root=None):
     Args:
         paths: a path, a glob pattern, or a list of them; the files are read in sorted order and concatenated.
         media_root: folder of the media; where given, each record gets `media`, its medium's path below it.
+        left_out: problem types of records that are counted and left out.
 
     Returns:
         list of dict with the data set's field names: `problem_id, problem, data_type, problem_type, options`
@@ -460,14 +461,19 @@ def load_records(paths, media_root=None):
             raise UserError(f"No data file {pattern}: pass --data, run the stage before, or see the README "
                             "on what to download and where to.")
         files += found
-    records, bad = [], {}
+    records, bad, others = [], {}, 0
     for file in files:
         for i, record in enumerate(read_json(file)):
+            if isinstance(record, dict) and record.get("problem_type") in left_out:
+                others += 1
+                continue
             try:
                 records.append(parse_record(record, f"{file}, record {i}", media_root))
             except UserError as error:
                 reason = re.sub("'.*?'", "'…'", str(error).partition(f"record {i}")[2])
                 bad.setdefault(reason, []).append(str(error))
+    if others:
+        print(f"left out: {others} records of type {', '.join(left_out)}.")
     lost = sum(map(len, bad.values()))
     for examples in bad.values():
         print(f"left out: {examples[0]}" + f" {len(examples)} such records." * (len(examples) > 1))
@@ -517,6 +523,7 @@ def parse_record(record, where, media_root=None):
     except (UnicodeEncodeError, RecursionError):
         raise UserError(f"{where}: it holds half a surrogate pair, or is nested too deeply.") from None
     kinds = {kind.lower(): kind for kind in (*PROBLEM_TYPES, "image", "video")}
+    kinds["frame"] = "video"  # MVBench's word for a folder of frames
     kind, data_type = (kinds.get(record[field].strip().lower()) for field in ("problem_type", "data_type"))
     if kind not in PROBLEM_TYPES:
         raise UserError(f"{where}: unknown problem_type {record['problem_type']!r}, "
@@ -569,14 +576,15 @@ def parse_options(options, where):
 
 
 def media_path(media_root, path, where):
-    """The record's path below the media root, with or without a leading `Evaluation/`; it can't leave the
-    root."""
+    """The record's path below the media root, with or without a leading `Evaluation/`, or a folder of frames
+    of that name without its suffix; it can't leave the root."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if path.startswith("/") or ".." in parts:
         raise UserError(f"{where}: the path {path!r} leaves the media root.")
     full = f"{media_root}/{'/'.join(parts)}"
     other = f"{media_root}/{'/'.join(parts[1:] if parts[:1] == ['Evaluation'] else ['Evaluation', *parts])}"
-    return other if os.path.exists(other) and not os.path.exists(full) else full
+    names = [full, other, os.path.splitext(full)[0], os.path.splitext(other)[0]]
+    return next((name for name in names if os.path.exists(name)), full)
 
 
 def select_records(args, need_media=True):
@@ -590,13 +598,18 @@ def select_records(args, need_media=True):
     if len(kept) < len(records):
         print(f"{len(records) - len(kept)} of {len(records)} records left out: their media are not below "
               f"{args.media_root}.")
-    if args.limit is not None and args.limit < len(kept):
-        drawn = random.Random(args.seed).sample(range(len(kept)), args.limit)
-        kept = [kept[i] for i in sorted(drawn)]
+    kept = draw(kept, args.limit, args.seed)
     print(f"{len(kept)} of {len(records)} records of {args.data}")
     if "scoring" in args:
         name_lost_golds(kept, args.scoring)
     return kept
+
+
+def draw(records, limit, seed):
+    """`limit` of the records, drawn with this seed, in their order; None: all."""
+    if limit is None or limit >= len(records):
+        return records
+    return [records[i] for i in sorted(random.Random(seed).sample(range(len(records)), limit))]
 
 
 def name_lost_golds(records, scoring):
@@ -797,11 +810,23 @@ def read_image(path, max_pixels=IMAGE_PIXELS[1]):
         raise MediaError(f"{path} can't be read as an image ({type(error).__name__}: {error}).") from None
 
 
+def read_folder(path, num_frames, max_pixels, rate=3.0):
+    """As `read_frames`, of a folder of pictures at `rate` per second in the order of their names."""
+    names = sorted(os.listdir(path))
+    if not names:
+        raise MediaError(f"{path} is an empty folder.")
+    wanted = sample_indices(np.arange(len(names)) / rate, len(names) / rate, num_frames)
+    frames = [read_image(os.path.join(path, names[i]), max_pixels)[0] for i in wanted]
+    return np.stack(frames), len(frames) * rate / len(names)
+
+
 def read_media(record, num_frames=16, max_pixels=128):
     """The record's frames and sampled fps (None for an image);
     `max_pixels` in units of 28×28. Raises MediaError."""
     if record["data_type"] == "image":
         return read_image(record["media"]), None
+    if os.path.isdir(record["media"]):
+        return read_folder(record["media"], num_frames, max_pixels * FACTOR**2)
     return read_frames(record["media"], num_frames, max_pixels * FACTOR**2)
 
 

@@ -19,10 +19,11 @@ R2. The answer is the first answer block after the think block; without a comple
     all, so that `<answer>B</answer>` alone is B. No answer, or an empty one, scores 0 whatever the gold is.
 R3. Scoring "paper" agrees with the metric of Video-R1 and its successors save where that can be exploited:
     NaN, infinities and empty texts score 0. A regression's error is relative to the gold; 0 for 0 scores 1.
-R4. Scoring "lenient" never gives less, and also accepts b, B., (B), B. text, **B** and the option's text for
-    B; thousands separators; a trailing unit or per-cent sign on either side (two units must agree).
-R5. A judge that gives no verdict, after its retries if it is remote, says None, "unknown", never False. No
-    observation is False unasked.
+R4. Scoring "lenient" never gives less, and also accepts b, B., (B), B. text, **B**, "the answer is B",
+    \\boxed{B}, the option's text or what it is called for B; thousands separators; a trailing unit or
+    per-cent sign, of a short list where only one side has one (two units must agree); and any answer that is
+the gold. R5. A judge that gives no verdict, after its retries if it is remote, says None, "unknown", never
+    False. No observation is False unasked.
 R6. The observation is written by a policy that is paid for a Yes. So whatever enters a prompt loses its tags
     and invisible characters and is fenced by lines with a hash of all that is fenced. No text can hold its
     own hash, so none can fake the line that ends it. And only the last judgement of the judge's own reply
@@ -138,9 +139,16 @@ def accuracy_reward(problem_type, completion, solution, scoring="paper", options
         raise ValueError(f"Unknown problem type {problem_type!r}: known are {', '.join(PROBLEM_TYPES)}.")
     if scoring not in ("paper", "lenient"):
         raise ValueError(f"Unknown scoring {scoring!r}: known are paper, lenient.")
-    answer, gold, lenient = parse_trace(completion).answer, gold_answer(solution), scoring == "lenient"
+    return answer_score(problem_type, parse_trace(completion).answer, gold_answer(solution), scoring, options)
+
+
+def answer_score(problem_type, answer, gold, scoring="paper", options=None):
+    """Score in [0, 1] of an answer (str, or None) against a gold answer, both without tags."""
+    lenient = scoring == "lenient"
     if not answer or not gold:
         return 0.0
+    if lenient and answer == gold:
+        return 1.0
     if problem_type == "multiple choice":
         same = answer == gold or lenient and option_key(answer, options) == option_key(gold, options) != ""
         return float(same)
@@ -180,24 +188,30 @@ def number_score(problem_type, answer, gold):
     return 1 - min(1.0, abs(a - b) / abs(b)) if b else float(a == b)
 
 
-NUMBER_UNIT = re.compile(r"([-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d+)?)"
-                         r"\s*((?:[%°]|[^\W\d_])\D{0,19})?")
+NUMBER_UNIT = re.compile(r"([-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d+)?)"  # 1,200.5
+                         r"\s*((?:[%°]|[^\W\d_])\D{0,19})?")  # % or cm
+UNITS = set("% ° °c °f mm cm m km inch inches feet meter meters metre metres s sec second seconds min minutes "
+            "h hours mg g kg degree degrees percent dollars usd euros years days points times".split())
 
 
 def without_units(answer, gold):
-    """Both without thousands separators and trailing unit; two empty texts if the units differ (R4)."""
-    a, b = NUMBER_UNIT.fullmatch(answer), NUMBER_UNIT.fullmatch(gold)
-    if not a or not b or (a[2] and b[2] and a[2].strip(" .").lower() != b[2].strip(" .").lower()):
+    """Both without thousands separators and trailing unit; two empty texts if the units differ, or if only
+    one of them has a unit and it is none of UNITS, as in "3 million" (R4)."""
+    a, b = (NUMBER_UNIT.fullmatch(text.replace("\u2212", "-")) for text in (answer, gold))
+    units = {(match[2] or "").strip(" .").lower() for match in (a, b) if match}
+    if not a or not b or len(units) > 1 and not ("" in units and units <= UNITS | {""}):
         return "", ""
-    return a[1].replace(",", ""), b[1].replace(",", "")
+    return tuple(re.sub("[, ]", "", match[1]) for match in (a, b))
 
 
 OPTION = re.compile(r"\s*\(?([A-N])[).:]\s*(.*)", re.DOTALL | re.IGNORECASE)  # "A. text", "A) ", "(A) "
+ANSWER_IS = re.compile(r"\b(?:answer|option|choice)\s*(?:is|:)?\s*(?:option\s*)?\(?([A-N])\b(?!\s+[a-z])")
 
 
 def option_key(answer, options):
     """What a multiple-choice answer picks: an option's letter, else its own words, else "" (R4)."""
-    answer = answer.replace("*", "").strip()
+    boxed = re.findall(r"\\boxed\{(?:\\text\{)?(.*?)\}", answer)
+    answer = (boxed[-1] if boxed else answer).replace("*", "").strip()
     words, label = normalise_text(answer), OPTION.fullmatch(answer)
     if re.fullmatch("[a-n]", words):
         return words.upper()
@@ -206,7 +220,13 @@ def option_key(answer, options):
         letters = [o[1].upper() for o in labelled if form(o[2].strip()) == form(answer) != ""]
         if letters:
             return letters[0] if len(letters) == 1 else words
-    return label[1].upper() if label else words
+    said = set(ANSWER_IS.findall(answer))
+    if label or len(said) == 1:
+        return label[1].upper() if label else said.pop()
+    # "Yes, it is" for the option "yes", "Sentence B" for the option "Sentence B: …"
+    clause = normalise_text(re.split("[,.:]", answer)[0])
+    letters = [o[1].upper() for o in labelled if normalise_text(o[2].partition(":")[0]) == clause != ""]
+    return letters[0] if len(letters) == 1 else words
 
 
 def normalise_text(text):

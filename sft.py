@@ -253,14 +253,16 @@ def load_base(base, four_bit=True):
 
 
 def load_model(base, adapter=None, four_bit=True, lora_rank=64, trainable=True):
-    """The base with a LoRA adapter named `policy`: the one saved in the folder `adapter`,
-    or a fresh one (B = 0).
-
-    Returns (model, tokenizer). Raises UserError where the adapter is missing or does not fit the base.
-    """
+    """(model, tokenizer): the base with a LoRA adapter, see `add_adapter`."""
     if adapter is not None:
         check_adapter(adapter)
     model, tokenizer = load_base(base, four_bit)
+    return add_adapter(model, base, adapter, lora_rank, trainable), tokenizer
+
+
+def add_adapter(model, base, adapter=None, lora_rank=64, trainable=True):
+    """The model with a LoRA adapter named `policy`: the one saved in the folder `adapter`, or a fresh one (B
+    = 0). Raises UserError where it does not fit the base."""
     if adapter is None:
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS)
         model = get_peft_model(model, config, adapter_name="policy")
@@ -281,7 +283,7 @@ def load_model(base, adapter=None, four_bit=True, lora_rank=64, trainable=True):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # an adapter from elsewhere can bring some; ρ wants the same policy twice
     model.print_trainable_parameters()
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def check_adapter(adapter):
