@@ -533,8 +533,8 @@ def print_comparison(a, b, scoring):
         tail = sum(math.comb(only_a + only_b, k) for k in range(min(only_a, only_b) + 1))
         p = min(1, 2 * tail / 2 ** (only_a + only_b))
         means = " | ".join(f"{100 * mean:.1f}" for mean in scores.mean(0))
-        print(f"| {file} | {len(some)} | {means} | {100 * gain:+.1f} ± {100 * spread:.1f} | {only_a} | {only_b} "
-              f"| {p:.3g} |")
+        print(f"| {file} | {len(some)} | {means} | {100 * gain:+.1f} ± {100 * spread:.1f} | {only_a} | "
+              f"{only_b} | {p:.3g} |")
 
 
 if __name__ == "__main__":

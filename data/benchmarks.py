@@ -6,7 +6,8 @@
     python data/benchmarks.py tempcompass multi-choice.json yes_no.json OUT/eval_tempcompass.json
 
 The last name is the file to write. Questions without options are "open-ended": counted, not scored. Paths are
-relative to --media-root: MMVU/videos/…, TempCompass/videos/…, and VCR-Bench's as in its file. """
+relative to --media-root: MMVU/videos/…, TempCompass/videos/…, and VCR-Bench's as in its file.
+"""
 import argparse
 import json
 import sys
