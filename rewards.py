@@ -191,7 +191,7 @@ def number_score(problem_type, answer, gold):
 NUMBER_UNIT = re.compile(r"([-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d+)?)"  # 1,200.5
                          r"\s*((?:[%°]|[^\W\d_])\D{0,19})?")  # % or cm
 UNITS = set("% ° °c °f mm cm m km inch inches feet meter meters metre metres s sec second seconds min "
-            "minutes h hours mg g kg degree degrees percent dollars usd euros years days points times".split())
+            "minutes h hours mg g kg degree degrees percent dollars usd euros years days points".split())
 
 
 def without_units(answer, gold):
