@@ -26,6 +26,8 @@ import json
 import math
 import re
 import statistics
+import subprocess
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +39,7 @@ from tqdm import tqdm
 import gen_cot
 import sft
 from pagrpo import rollout
-from rewards import (ChatClient, UserError, answer_score, digest, fill_prompt, format_rewards,
+from rewards import (NEGATION, ChatClient, UserError, answer_score, digest, fill_prompt, format_rewards,
                      gold_answer, option_key, parse_trace, question_text, rule_judge, to_number)
 
 TINY = dict(data="data/toy/test.jsonl", media_root="data/toy", max_pixels=4, max_completion_tokens=112,
@@ -46,13 +48,14 @@ TINY = dict(data="data/toy/test.jsonl", media_root="data/toy", max_pixels=4, max
 
 def get_args():
     parser, model, data = gen_cot.make_parser(
-        __doc__, None, "questions scored by problem type, in place of --bench", num_frames=32, max_pixels=256)
+        __doc__, None, "questions scored by problem type", num_frames=32, max_pixels=256)
     model.add_argument("--no-4bit", action="store_true", help="keep the base in 16 bits (big cards)")
     model.add_argument("--adapters", nargs="+",
                        help="adapter folders to compare, none for the base (default: none, runs/<model>/sft, "
                             "runs/<model>/pagrpo)")
     model.add_argument("--server", help="openai:MODEL@BASE_URL, which decodes in place of base and adapters")
-    data.add_argument("--bench", nargs="+", choices=[*BENCHMARKS, "all"], default=["all"], help="benchmarks")
+    data.add_argument("--bench", nargs="+", choices=[*BENCHMARKS, "all"],
+                      help="benchmarks (default: all, where there is no --data)")
     data.add_argument("--bench-root", default="data/Video-R1-eval", help="folder of their question files")
     data.add_argument("--input", choices=["video", "text"], default="video",
                       help="text: the question without its medium (Table 5)")
@@ -83,6 +86,9 @@ def get_args():
 
 
 def main(args):
+    for path in [*(args.compare or []), args.observations]:
+        if path and not Path(path).exists():
+            raise UserError(f"There are no completions {path}.")
     if args.compare:
         return print_comparison(*args.compare, args.scoring)
     if args.judge_agreement:
@@ -95,7 +101,7 @@ def main(args):
     names = row_names(args.adapters)
     files = {}
     for adapter, name in names.items():
-        stem = adapter if name == adapter else Path(adapter).name  # the whole path where folders share a name
+        stem = adapter if name == adapter else Path(adapter.partition("@http")[0]).name  # else two share it
         files[adapter] = args.output / f"completions-{re.sub('[^A-Za-z0-9.]+', '-', stem).strip('-')}.jsonl"
     runs = {adapter: run_digest(adapter, args) for adapter in args.adapters}
     if not args.rescore:
@@ -106,6 +112,8 @@ def main(args):
     for adapter, name in names.items():
         done = {key_of(row): row for row in read_completions(files[adapter])}
         rows = [done[key_of(record)] for record in records if key_of(record) in done]
+        if len(rows) < len(records):
+            print(f"{name}: {len(records) - len(rows)} questions have no completion yet and count nowhere.")
         results[name] = score_rows(rows, judge, args.scoring)
     summary = {name: {} for name in results}
     for bench in dict.fromkeys(record["file"] for record in records):
@@ -114,8 +122,12 @@ def main(args):
             summary[name][bench] = summarise(rows, bench_of(bench), args)
         print_table(bench, {name: sets[bench] for name, sets in summary.items()})
     gen_cot.print_stats("judge", judge)
-    settings = dict(vars(args), runs=runs, template=digest(gen_cot.load_template(args))[:12],
-                    versions={m.__name__: m.__version__ for m in (torch, np)})
+    hashes = dict(prompt=digest(gen_cot.load_template(args)),
+                  data=digest([[*key_of(record), record["solution"]] for record in records]),
+                  **{adapter: weights_digest(adapter) for adapter in args.adapters})
+    commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
+    settings = dict(vars(args), runs=runs, hashes=hashes, commit=commit.stdout.decode().strip(),
+                    versions={name: version(name) for name in ("torch", "transformers", "peft", "av")})
     rows = json.loads(json.dumps(summary), parse_constant=lambda nan: None)  # a group without questions: null
     text = json.dumps(dict(rows=rows, settings=settings), indent=1, default=str)
     gen_cot.write_text(args.output / "results.json", text)
@@ -196,8 +208,9 @@ def bench_of(file):
 
 def load_questions(args):
     """The records of --data or of the benchmarks, each with `file`; open-ended ones are counted, no more."""
-    names = BENCHMARKS if "all" in args.bench else args.bench
-    paths = [args.data] if args.data else [Path(args.bench_root, BENCHMARKS[name].file) for name in names]
+    names = BENCHMARKS if "all" in (args.bench or ["all"]) else args.bench
+    paths = [Path(args.bench_root, BENCHMARKS[name].file) for name in names]
+    paths = [args.data] if args.data and not args.bench else paths
     records = []
     for path in paths:
         some = gen_cot.load_records(path, args.media_root, left_out=("open-ended",))
@@ -217,23 +230,30 @@ def key_of(row):
 
 
 def read_completions(path):
-    """The rows of a completions file; none where it is not there yet."""
-    return gen_cot.read_json(path) if Path(path).exists() else []
+    """The rows of a completions file but for a line that a kill tore; none where it is not there yet."""
+    rows = gen_cot.read_json(path) if Path(path).exists() else []
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def weights_digest(adapter):
+    """The hash of an adapter's weights; "" for the base and a server."""
+    weights = Path(adapter, "adapter_model.safetensors")
+    return digest(weights.read_bytes().hex()) if weights.exists() else ""
 
 
 def run_digest(adapter, args):
     """What tells completions of these settings from others."""
-    weights = Path(adapter, "adapter_model.safetensors")
     observations = args.observations and Path(args.observations).read_text(encoding="utf-8")
-    return digest([args.base, adapter, digest(weights.read_bytes().hex()) if weights.exists() else "",
-                   gen_cot.load_template(args), args.num_frames, args.max_pixels, args.max_completion_tokens,
-                   args.no_4bit, args.input, observations])[:16]
+    return digest([args.base, adapter, weights_digest(adapter), gen_cot.load_template(args), args.num_frames,
+                   args.max_pixels, args.max_completion_tokens, args.no_4bit, args.input, observations])[:16]
 
 
 def keep_apart(files, runs, folder):
     """Moves the folder aside where it holds completions of other settings."""
     for adapter, path in files.items():
-        if any(row["run"] != runs[adapter] for row in read_completions(path)):
+        if path.exists():
+            gen_cot.open_jsonl(path).close()  # which cuts off a line that a kill tore
+        if any(row.get("run") != runs[adapter] for row in read_completions(path)):
             return gen_cot.move_aside(folder)
 
 
@@ -243,12 +263,13 @@ def complete_all(records, files, runs, args):
              for row in (read_completions(args.observations) if args.observations else [])}
     base = None
     for adapter, path in files.items():
-        done = {key_of(row) for row in read_completions(path)}
+        done = {key_of(row) for row in read_completions(path) if row["completion"] is not None}
         todo = [record for record in records if key_of(record) not in done]
         if not todo:
             continue
         if args.server:
-            client = ChatClient(args.server, timeout=600, extra={"temperature": 0})
+            extra = {"temperature": 0, "max_tokens": args.max_completion_tokens}
+            client = ChatClient(args.server, timeout=600, extra=extra)
             rows = server_rows(client, todo, notes, args)
         else:
             base = base or sft.load_base(args.base, not args.no_4bit)
@@ -431,8 +452,8 @@ def print_table(file, summaries):
         rest = "".join(f"{'-' if s[column] is None else format(s[column], '.1f'):>14}" for column in columns)
         print(f"{name:<{width}}{numbers}{rest}")
         if s["unread"]:
-            print(f"  {s['unread']} media are missing or unreadable and count as wrong; without them "
-                  f"{s['without unread']:.1f}")
+            print(f"  {s['unread']} media are missing or unreadable, or got no reply, and count as wrong; "
+                  f"without them {s['without unread']:.1f}")
         if s["no verdict"]:
             print(f"  {s['no verdict']} observations got no verdict and count in no perception")
         if "mismatch" in s:
@@ -450,7 +471,8 @@ def print_table(file, summaries):
 def row_names(adapters):
     """{adapter: its name in the table}; those whose folders share a name go by their paths."""
     known = {"none": "base", "sft": "SFT", "pagrpo": "SFT + PA-GRPO"}
-    names = [known.get(Path(adapter).name, Path(adapter).name) for adapter in adapters]
+    names = [Path(adapter.partition("@http")[0]).name for adapter in adapters]  # of a server, its model
+    names = [known.get(name, name) for name in names]
     return {adapter: name if names.count(name) == 1 else str(adapter)
             for adapter, name in zip(adapters, names)}
 
@@ -477,7 +499,8 @@ def settled_by_rule(think, options):
     conclusion = re.split(r"\b(?:so|thus|hence|therefore)\b", sentence[-1])[-1]
     letters = set(re.findall(r"\b([A-N])\b(?! [a-z])", conclusion))
     known = {chr(ord("A") + i) for i in range(len(options))}
-    return letters.pop() if len(letters) == 1 and letters <= known else None
+    clear = len(letters) == 1 and letters <= known and not NEGATION.search(conclusion)
+    return letters.pop() if clear else None
 
 
 def mismatch(rows, args):
@@ -504,6 +527,8 @@ def mismatch(rows, args):
 def print_agreement(args):
     """Table 4: the judge's verdicts beside human labels."""
     records = gen_cot.load_records(args.judge_agreement)
+    if not args.judge or not all(isinstance(r.get("label"), bool) and "observation" in r for r in records):
+        raise UserError("Agreement needs --judge, and records with `observation` and `label`, true or false.")
     verdicts = gen_cot.judge_from(args, records)(records, [record["observation"] for record in records])
     labels = [bool(record["label"]) for record in records]
     counts = collections.Counter(zip(labels, verdicts))

@@ -22,8 +22,9 @@ R3. Scoring "paper" agrees with the metric of Video-R1 and its successors save w
 R4. Scoring "lenient" never gives less, and also accepts b, B., (B), B. text, **B**, "the answer is B",
     \\boxed{B}, the option's text or what it is called for B; thousands separators; a trailing unit or
     per-cent sign, of a short list where only one side has one (two units must agree); and any answer that is
-the gold. R5. A judge that gives no verdict, after its retries if it is remote, says None, "unknown", never
-    False. No observation is False unasked.
+    the gold.
+R5. A judge that gives no verdict, after its retries if it is remote, says None, "unknown", never False. No
+    observation is False unasked.
 R6. The observation is written by a policy that is paid for a Yes. So whatever enters a prompt loses its tags
     and invisible characters and is fenced by lines with a hash of all that is fenced. No text can hold its
     own hash, so none can fake the line that ends it. And only the last judgement of the judge's own reply
@@ -205,7 +206,9 @@ def without_units(answer, gold):
 
 
 OPTION = re.compile(r"\s*\(?([A-N])[).:]\s*(.*)", re.DOTALL | re.IGNORECASE)  # "A. text", "A) ", "(A) "
-ANSWER_IS = re.compile(r"\b(?:answer|option|choice)\s*(?:is|:)?\s*(?:option\s*)?\(?([A-N])\b(?!\s+[a-z])")
+ANSWER_IS = re.compile(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)\s*(?:is)?\s*:?\s*(?:option\s*)?"
+                       r"\(?([A-N])\b(?!\s+[a-z])")
+NEGATION = re.compile(r"\bnot\b|n['’]t\b")
 
 
 def option_key(answer, options):
@@ -213,20 +216,21 @@ def option_key(answer, options):
     boxed = re.findall(r"\\boxed\{(?:\\text\{)?(.*?)\}", answer)
     answer = (boxed[-1] if boxed else answer).replace("*", "").strip()
     words, label = normalise_text(answer), OPTION.fullmatch(answer)
-    if re.fullmatch("[a-n]", words):
-        return words.upper()
     labelled = list(filter(None, map(OPTION.fullmatch, options or [])))
+    if re.fullmatch("[a-n]", words) and (not labelled or words.upper() in {o[1].upper() for o in labelled}):
+        return words.upper()
     for form in (str.lower, normalise_text):  # as written first: a sign can be all that differs
         letters = [o[1].upper() for o in labelled if form(o[2].strip()) == form(answer) != ""]
         if letters:
             return letters[0] if len(letters) == 1 else words
-    said = set(ANSWER_IS.findall(answer))
-    if label or len(said) == 1:
-        return label[1].upper() if label else said.pop()
+    if label:
+        return label[1].upper()
     # "Yes, it is" for the option "yes", "Sentence B" for the option "Sentence B: …"
     clause = normalise_text(re.split("[,.:]", answer)[0])
     letters = [o[1].upper() for o in labelled if normalise_text(o[2].partition(":")[0]) == clause != ""]
-    return letters[0] if len(letters) == 1 else words
+    positive = [part for part in re.split("[,.;]", answer) if not NEGATION.search(part)]
+    said = letters or set(ANSWER_IS.findall(". ".join(positive)))
+    return list(said)[0] if len(said) == 1 else words
 
 
 def normalise_text(text):
