@@ -111,8 +111,12 @@ def main(args):
         outputs = generate(records, teacher, args)
         print_stats("teacher", teacher)
     else:
-        traces = load_traces(args.traces)
-        outputs = [traces.get(question_key(r)) or traces.get(str(r.get("problem_id"))) for r in records]
+        traces, ids = load_traces(args.traces), collections.Counter(str(r.get("problem_id")) for r in records)
+        outputs = []
+        for record in records:
+            number = str(record.get("problem_id"))  # names a question within one file only
+            by_number = traces.get(number) if ids[number] == 1 else None
+            outputs.append(traces.get(question_key(record), by_number))
     reasons, scores = verify(records, outputs, judge, args.threshold, args.scoring)
     kept = [kept_record(record, output, score, args.scoring)
             for record, output, reason, score in zip(records, outputs, reasons, scores) if reason is None]
