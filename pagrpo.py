@@ -24,8 +24,9 @@ segment's tokens open; ours is choice P2.
     python pagrpo.py --model qwen2.5-vl-7b     # one consumer GPU
 
 Why the loss is about 0: with one gradient step per rollout (μ = 1) ρ is exactly 1 and a group's advantages
-add up to 0, so the policy term is 0 too if every completion has both segments; what is left is β KL. Its
-gradient, A · ∇ log π, is not 0. Watch the rewards, not the loss.
+add up to 0, so the policy term is 0 too if every completion has both segments (an empty one contributes 0,
+P2, and the advantages no longer cancel); what is left is β KL. Its gradient, A · ∇ log π, is not 0. Watch the
+rewards, not the loss.
 
 Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens, S tokens of a `Pack`, D
 hidden, V vocabulary. "Process" is perception or reasoning; of several processes of the system each one is a
@@ -37,7 +38,7 @@ P1. o_P is everything up to and including the token that completes the first `</
     opened: all is o_R. Boundaries are found on the sampled ids, never by re-tokenising.
 P2. A completion's loss is the mean over each segment's tokens, summed over the two: our reading of Eq. 7. An
     empty segment contributes 0. `--loss-average completion` takes one mean over all tokens, as other GRPO
-    code does. It is the default where all tokens have one advantage (P7).
+    code does, and is the default where all tokens have one advantage (P7).
 P3. std is the unbiased estimate plus 1e-4; a group with equal rewards gets exact zeros.
 P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3), in the segment's mean.
 P5. Completions are sampled at temperature 1 from all tokens but the added ones (visual, chat control, tools;
@@ -47,8 +48,9 @@ P5. Completions are sampled at temperature 1 from all tokens but the added ones 
     mass of the banned tokens is neglected.
 P6. A failed verdict is NaN, never 0. The completion leaves the mean and std of every reward that holds R_P
     and gets advantage 0 there: on o_P by default, on all its tokens with `--without reasoning` or
-    `separation`, nowhere with `--without perception`. The KL term acts on it as ever. An update in which a
-    remote judge gave no verdict at all is not taken, and three in a row stop the run.
+    `separation`, nowhere with `--without perception`. The KL term acts on it as ever. Where a remote judge,
+    asked about an update's observations, gave no verdict at all, that update is not taken (it counts towards
+    `--updates`), and three in a row stop the run; `--without perception` doesn't need them.
 P7. The rows of Table 2; in those marked * all tokens have one advantage. The judge is asked in any case, for
     the log.
         process-agnostic RL = without R_P *   --algorithm grpo, or --without perception   process_advantages
@@ -172,14 +174,15 @@ def train(model, ref_adapter, tokenizer, records, args):
     adapter."""
     template, config = gen_cot.load_template(args), sft.unwrap(model).config
     optimizer = sft.setup_training(model, args)
-    # your own perception reward goes here: any f(records, observations) -> list of True, False or None (P6)
+    # your own perception reward goes here: any f(records, observations) -> list of True, False or None (P6),
+    # or of floats in [0, 1]
     judge = gen_cot.judge_from(args, records, lambda prompts: self_judge(model, tokenizer, prompts, args),
-                               max_refused=10 * args.num_generations)  # ten whole groups: it is the judge
+                               max_refused=10 * args.num_generations)  # in a row: not one question's fault
     start, named = sft.load_checkpoint(model, optimizer, args), set()
     media = gen_cot.read_ahead(endless(records, args.seed, args.prompts_per_update, start), args)
     unanswered = 0  # updates in a row
     with (sft.open_log(args.output, start) as log, sft.progress("PA-GRPO", start, args.updates) as bar,
-          sft.Ending(start, model, optimizer, args) as ending):
+          sft.Ending(start, model, optimizer, args) as ending):  # saves the last whole update, come what may
         for step in bar:
             if step > start and step % args.save_every == 0:
                 sft.save_checkpoint(sft.checkpoint_bytes(step, model, optimizer, args), args.output)
@@ -189,7 +192,7 @@ def train(model, ref_adapter, tokenizer, records, args):
                    "sec/media": time.time() - since}  # media were decoded during the last update
             row["skipped_media"] = sum(gather_object([share - len(encoded)]))
             groups = []
-            if any(gather_object([len(encoded)])):
+            if any(gather_object([len(encoded)])):  # all ranks take part in an update, or none
                 groups, metrics = update(model, ref_adapter, tokenizer, optimizer, encoded, judge, row["lr"],
                                          args)
                 row |= metrics
@@ -258,8 +261,8 @@ def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
         groups = sample_groups(model, encoded, tokenizer, args)
     with sft.measured("judge", "lower --prompts-per-rollout or name another --judge", metrics):
         verdicts = gather_object(score_groups(groups, tokenizer, judge, args))
-    remote = bool(getattr(judge, "stats", None)) and args.without != "perception"
-    if not remote or any(verdict is not None for verdict in verdicts):
+    remote = bool(getattr(judge, "stats", None))  # which only the client of a server has
+    if not remote or not verdicts or args.without == "perception" or any(v is not None for v in verdicts):
         with sft.measured("update", "lower --completions-per-pass, then --lora-rank from sft.py on", metrics):
             metrics |= update_policy(model, ref_adapter, optimizer, groups, lr, args)
     metrics["peak_gib"] = max(value for key, value in metrics.items() if key.startswith("gib/"))
@@ -286,8 +289,8 @@ def sample_groups(model, encoded, tokenizer, args):
 
 
 def score_groups(groups, tokenizer, judge, args):
-    """Fill in texts, scores and advantages (Eq. 3-6); the judge sees all observations in one batch. Returns
-    its verdicts."""
+    """Fill in texts, scores (Eq. 3-5, `process_rewards`) and advantages (Eq. 6); the judge sees all
+    observations in one batch. Returns its verdicts on those that are not empty."""
     records, observations = [], []
     for group in groups:
         group.texts = [tokenizer.decode(ids[mask], skip_special_tokens=True,
@@ -309,7 +312,7 @@ def score_groups(groups, tokenizer, judge, args):
         rewards = [torch.tensor([s[k] for s in group.scores]) for k in ("perception", "reasoning")]
         group.perception_advantages, group.reasoning_advantages = (
             a.to(group.completion_ids.device) for a in process_advantages(*rewards, args.without))
-    return verdicts
+    return [verdict for verdict, observation in zip(verdicts, observations) if visible(observation or "")]
 
 
 def update_policy(model, ref_adapter, optimizer, groups, lr, args):
@@ -421,14 +424,14 @@ def segment_masks(completion_ids, tokenizer):
         length = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
         pieces = [text_of[i] for i in row[:length]]
         text = "".join(pieces)
-        ends = np.cumsum([len(piece) for piece in pieces])  # characters up to and including each token
+        ends = np.cumsum([len(piece) for piece in pieces])  # characters up to the end of each token
         closed, think = text.find("</observation>"), text.find("<think>")
         if "<observation>" not in text:
             split = 0
         elif closed >= 0:
-            split = int(np.searchsorted(ends, closed + len("</observation>"))) + 1  # its ">" is still o_P's
+            split = int(np.searchsorted(ends, closed + len("</observation>"))) + 1  # with its ">"
         elif think >= 0:
-            split = int(np.searchsorted(ends, think, side="right"))  # its "<" is already o_R's
+            split = int(np.searchsorted(ends, think, side="right"))  # without its "<"
         else:
             split = length
         perception[g, :split] = True
@@ -611,6 +614,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
     with torch.no_grad(), merged(model):
         hidden = []
         for b, prompt in enumerate(prompts):
+            # a prompt stands at the right of columns [0, width), in all G rows of its group at once
             part = cache.part(slice(b * G, (b + 1) * G), slice(int(padding[b]), width))
             hidden.append(feed(prompt.embeds[None], prompt.positions[:, None].to(device), part))
         hidden = torch.cat(hidden).repeat_interleave(G, dim=0)  # (B·G, D)
@@ -760,7 +764,7 @@ def probe(model, ref_adapter, tokenizer, args):
     the reference in memory, as in a real run; returns the update's metrics."""
     optimizer, unending = sft.setup_training(model, args), copy.deepcopy(tokenizer)
     unending.eos_token = None  # its id is None, which no token equals: completions run to the limit
-    sft.optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # allocates AdamW's moments, no more
+    sft.optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # of zeros: allocates AdamW's moments
     record, prompt = worst_prompt(tokenizer, sft.unwrap(model).config, args)
     encoded = [(dict(record, sample_index=i), replace(prompt))
                for i in range(sft.shard_size(args.prompts_per_update))]
@@ -787,7 +791,7 @@ def worst_prompt(tokenizer, config, args, words=300):
     question."""
     factor, image_tokens = gen_cot.FACTOR, gen_cot.IMAGE_PIXELS[1] // gen_cot.FACTOR**2
     blocks, frames, fps = args.max_pixels, args.num_frames, 2.0
-    if blocks * (frames // sft.TEMPORAL) < image_tokens:  # a picture has a budget of its own
+    if blocks * (frames // sft.TEMPORAL) < image_tokens:  # visual tokens; a picture has its own
         blocks, frames, fps = image_tokens, 1, None
     rows = math.gcd(blocks, 8)
     shape = frames, rows * factor, blocks // rows * factor, 3

@@ -101,7 +101,7 @@ def train(model, tokenizer, records, args):
     start, named = load_checkpoint(model, optimizer, args), set()
     media = read_ahead(shard(order[start * args.batch_size:], args.batch_size), args)
     with (open_log(args.output, start) as log, progress("SFT", start, steps) as bar,
-          Ending(start, model, optimizer, args) as ending):
+          Ending(start, model, optimizer, args) as ending):  # saves the last whole step, come what may
         for step in bar:
             if step > start and step % args.save_every == 0:
                 save_checkpoint(checkpoint_bytes(step, model, optimizer, args), args.output)
@@ -609,6 +609,9 @@ def optimiser_step(model, optimizer, lr, clip, loss=0.0):
     if math.isfinite(loss + norm):
         group["skipped_in_a_row"] = 0
         optimizer.step()
+        if norm > 0 and not any(p.any() for n, p in model.named_parameters() if "lora_B" in n):
+            raise UserError("Every LoRA B is still 0 after a step with a gradient: this run would learn "
+                            "nothing.")
     else:
         group["skipped_in_a_row"] += 1
         group["skipped_steps"] += 1
@@ -616,8 +619,6 @@ def optimiser_step(model, optimizer, lr, clip, loss=0.0):
     optimizer.zero_grad(set_to_none=True)
     if group["skipped_in_a_row"] == 3:
         raise UserError("Three steps in a row were not finite and not taken: lower --lr.")
-    if 0 < norm < math.inf and not any(p.any() for n, p in model.named_parameters() if "lora_B" in n):
-        raise UserError("Every LoRA B is still 0 after a step with a gradient: this run would learn nothing.")
     return {"grad_norm": norm, "skipped_steps": group["skipped_steps"]}
 
 
@@ -719,7 +720,7 @@ class Ending:
             signal.signal(signal_number, handler)
         if error is None or not is_first():
             return
-        # after an error between AdamW's step and the log the update is whole all the same
+        # μ = 1: once AdamW has stepped, the update is whole, logged or not; μ > 1: the copy from before it
         save_checkpoint(self.kept or checkpoint_bytes(self.step + self.changing, *self.state), self.folder)
         reason = "Stopped" if kind is KeyboardInterrupt else str(error).removesuffix(".")
         again = shlex.join(["python", *(a for a in sys.argv if a != "--resume"), "--resume"])
