@@ -39,7 +39,7 @@ from tqdm import tqdm
 import gen_cot
 import sft
 from pagrpo import rollout
-from rewards import (NEGATION, ChatClient, UserError, answer_score, digest, fill_prompt, format_rewards,
+from rewards import (ChatClient, UserError, answer_score, digest, fill_prompt, format_rewards,
                      gold_answer, option_key, parse_trace, question_text, rule_judge, to_number)
 
 TINY = dict(data="data/toy/test.jsonl", media_root="data/toy", max_pixels=4, max_completion_tokens=112,
@@ -499,8 +499,8 @@ def settled_by_rule(think, options):
     conclusion = re.split(r"\b(?:so|thus|hence|therefore)\b", sentence[-1])[-1]
     letters = set(re.findall(r"\b([A-N])\b(?! [a-z])", conclusion))
     known = {chr(ord("A") + i) for i in range(len(options))}
-    clear = len(letters) == 1 and letters <= known and not NEGATION.search(conclusion)
-    return letters.pop() if clear else None
+    unclear = len(letters) != 1 or re.search(r"\bnot\b|n['’]t\b|\b[A-N],? (?:or|and)\b", conclusion)
+    return letters.pop() if not unclear and letters <= known else None
 
 
 def mismatch(rows, args):

@@ -407,7 +407,7 @@ def run_script(main, get_args):
     except KeyboardInterrupt:
         raise UserError("Stopped.") from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise
         raise UserError(f"{error.filename or 'A file'} can't be written: {error.strerror}.") from None
 
@@ -425,7 +425,11 @@ def check_writable(folder):
 def move_aside(folder):
     """Keeps what an earlier run left in a folder, under another name."""
     name = next(name for n in itertools.count(1) if not os.path.exists(name := f"{folder}.{n}"))
-    os.rename(folder, name)
+    try:
+        os.rename(folder, name)
+    except OSError as error:  # a mount, for example
+        raise UserError(f"{folder} holds an earlier run and can't be moved aside ({error.strerror}): pass "
+                        "another --output.") from None
     print(f"{folder} held an earlier run, which is now in {name}.")
 
 

@@ -28,6 +28,7 @@ import math
 import os
 import random
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -324,9 +325,12 @@ def save_adapter(model, folder):
     """Write the policy adapter in peft's own format; each of its files appears whole or not at all."""
     folder = Path(folder)
     check_finite(model, "The trained adapter")
-    with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
-        model.save_pretrained(partial, selected_adapters=["policy"])
-        folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=folder) as partial:
+        try:
+            model.save_pretrained(partial, selected_adapters=["policy"])
+        except SafetensorError as error:
+            raise UserError(f"The adapter can't be written: {error}.") from None
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             os.replace(Path(partial) / "policy" / name, folder / name)
 
@@ -617,7 +621,7 @@ def optimiser_step(model, optimizer, lr, clip, loss=0.0):
         group["skipped_steps"] += 1
         tqdm.write(f"step not taken: the loss is {loss:.3g}, the gradient's norm {norm:.3g}", file=sys.stderr)
     optimizer.zero_grad(set_to_none=True)
-    if group["skipped_in_a_row"] == 3:
+    if group["skipped_in_a_row"] >= 3:
         raise UserError("Three steps in a row were not finite and not taken: lower --lr.")
     return {"grad_norm": norm, "skipped_steps": group["skipped_steps"]}
 
@@ -695,33 +699,39 @@ class Ending:
 
     def __init__(self, step, model, optimizer, args):
         self.state, self.several = (model, optimizer, args), getattr(args, "num_iterations", 1) > 1
-        self.changing, self.asked, self.folder = False, False, args.output
+        self.asked, self.folder = False, args.output
         self.updated(step)
 
     def updated(self, step):
-        self.step, self.changing = step, False
+        self.step, self.changing, self.stepped = step, False, False
         self.kept = checkpoint_bytes(step, *self.state) if self.several else None
         if self.asked:
             raise KeyboardInterrupt
 
     def receive(self, *signal_and_frame):
-        if self.asked or not self.changing:
+        if not self.changing or self.asked and self.several:
             raise KeyboardInterrupt
         self.asked = True
 
     def __enter__(self):
-        self.hook = self.state[1].register_step_pre_hook(lambda *_: setattr(self, "changing", True))
+        optimizer = self.state[1]
+        self.hooks = [
+            optimizer.register_step_pre_hook(lambda *_: vars(self).update(changing=True, stepped=False)),
+            optimizer.register_step_post_hook(lambda *_: vars(self).update(stepped=True))]
         self.handlers = {n: signal.signal(n, self.receive) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, kind, error, traceback):
-        self.hook.remove()
+        for hook in self.hooks:
+            hook.remove()
         for signal_number, handler in self.handlers.items():
             signal.signal(signal_number, handler)
         if error is None or not is_first():
             return
         # μ = 1: once AdamW has stepped, the update is whole, logged or not; μ > 1: the copy from before it
-        save_checkpoint(self.kept or checkpoint_bytes(self.step + self.changing, *self.state), self.folder)
+        if self.kept or self.stepped or not self.changing:  # else AdamW failed half-way: the last one stays
+            data = self.kept or checkpoint_bytes(self.step + self.stepped, *self.state)
+            save_checkpoint(data, self.folder)
         reason = "Stopped" if kind is KeyboardInterrupt else str(error).removesuffix(".")
         again = shlex.join(["python", *(a for a in sys.argv if a != "--resume"), "--resume"])
         sentence = f"{reason}. {self.folder} holds a checkpoint: go on with `{again}`."
@@ -773,8 +783,8 @@ def finish(model, curves, media, folder):
     if is_first():
         save_adapter(model, folder)
         plot_curves(rows, curves, folder)
-        for path in folder.glob("checkpoint*.pt"):
-            path.unlink()
+        for path in sorted(folder.glob("checkpoint*")):  # the newest one last; torn ones, too
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     return lost
 
 

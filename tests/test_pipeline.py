@@ -18,7 +18,7 @@ import evaluate
 import gen_cot
 import sft
 from conftest import ROOT
-from rewards import UserError, process_rewards, rule_judge
+from rewards import UserError, accuracy_reward, process_rewards, rule_judge
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +76,14 @@ def test_all_stages_in_order(fresh_clone):
     assert (fresh_clone / "runs/tiny/pagrpo/curves.png").stat().st_size > 10_000
 
     table = run(fresh_clone, "evaluate.py --model tiny --limit 20").splitlines()
-    names = [line[:16].strip() for line in table if line.count("±") == 2]
+    names = [line[:16].strip() for line in table if " ± " in line]
     assert names == ["constant", "base", "SFT", "SFT + PA-GRPO"]
     results = json.loads((fresh_clone / "runs/tiny/evaluate/results.json").read_text())
-    assert results["questions"] == 20 and results["settings"]["scoring"] == "paper"
+    row = results["rows"]["SFT + PA-GRPO"]["test.jsonl"]
+    assert row["questions"] == 20 and results["settings"]["scoring"] == "paper"
     completions = gen_cot.read_json(fresh_clone / "runs/tiny/evaluate/completions-pagrpo.jsonl")
-    percent = results["rows"]["SFT + PA-GRPO"]["answer"][0]
-    assert len(completions) == 20 and abs(5 * sum(c["answer"] for c in completions) - percent) < 0.01
+    total = sum(accuracy_reward(c["problem_type"], c["completion"], c["solution"]) for c in completions)
+    assert len(completions) == 20 and abs(5 * total - row["numbers"]["answer"][0]) < 0.01
 
 
 def test_the_readme_takes_the_model_away(clone, monkeypatch):
@@ -293,36 +294,15 @@ def test_records_that_teach_nothing_leave_no_adapter(clone, monkeypatch, change,
 
 @pytest.mark.parametrize("scoring, score", [("paper", 0.0), ("lenient", 1.0)])
 def test_every_stage_takes_an_options_text_for_its_letter_where_scoring_is_lenient(scoring, score):
-    record = dict(path="1.png", problem_type="multiple choice", problem="Which?", evidence=["blue"],
+    record = dict(path="1.png", problem_type="multiple choice", problem="Which?", evidence=["blue"], file="q",
                   options=["A. red", "B. dark blue"], solution="<answer>B</answer>")
     text = "<observation>blue.</observation> <think>so blue</think><answer>dark blue</answer>"
     assert gen_cot.verify([record], [text], rule_judge, scoring=scoring)[1] == [score]
     rewards = process_rewards(record, text, True, (9, 9), ((1, 2), (1, 2)), scoring=scoring)
     assert rewards["reasoning_accuracy"] == score
-    assert evaluate.score_completions([record], [text], rule_judge, scoring)[0]["answer"] == score
+    assert evaluate.score_rows([dict(record, completion=text)], rule_judge, scoring)[0]["score"] == score
     rival = dict(record, solution="<answer>dark blue</answer>")  # as good a guess for both, if it counts as B
-    assert [r["answer"] for r in evaluate.constant_answers([record, rival], scoring)].count(1.0) == 1 + score
-
-
-def test_what_has_no_verdict_or_no_media_stands_below_its_row(capsys):
-    records = [dict(problem_id=i, path=f"{i}.png", problem_type="numerical", problem="How many?", options=[],
-                    solution="<answer>1</answer>") for i in range(4)]
-    texts = ["<observation>o</observation> <think>t</think><answer>1</answer>"] * 3 + [None]
-    results = evaluate.score_completions(
-        records, texts, lambda records, observations: [True, None, None, False], "paper")
-    row = evaluate.summarise(results)
-    assert row["answer"][0] == 75 and row["answer, readable media only"][0] == 100 and row["unread"] == 1
-    assert row["perception"][0] == 50 and row["judge unknown"] == 2
-    evaluate.print_table({"mine": row}, records)
-    text = capsys.readouterr().out
-    assert "1 media could not be read" in text and "2 observations got no verdict" in text
-
-
-def test_adapters_whose_folders_share_a_name_keep_a_row_each():
-    assert evaluate.row_names(["none", "runs/a/pagrpo", "runs/b/sft"]) == {
-        "none": "base", "runs/a/pagrpo": "SFT + PA-GRPO", "runs/b/sft": "SFT"}
-    assert evaluate.row_names(["runs/a/pagrpo", "runs/b/pagrpo", "mine"]) == {
-        "runs/a/pagrpo": "runs/a/pagrpo", "runs/b/pagrpo": "runs/b/pagrpo", "mine": "mine"}
+    assert [r["score"] for r in evaluate.constant_answers([record, rival], scoring)].count(1.0) == 1 + score
 
 
 def test_a_mistake_on_the_command_line_shows_no_traceback(clone):

@@ -185,6 +185,12 @@ OPTIONS = ["A. a red car", "B) a blue van", "C. 12", "D. A. Smith"]
     ("A", "B", 0), ("a red car", "B", 0), ("A. a blue van", "B", 0), ("A or B", "B", 0), ("a car", "A", 0),
     ("BB", "B", 0),
     ("B, C", "B", 0), ("?!", "!?", 0), ("yes", "Yes.", 1),
+    ("The answer is B.", "B", 1), ("The best option is B. It is blue.", "B", 1), ("Option B", "B", 1),
+    ("Answer: (B)", "B", 1), ("The final answer is: **(B)**", "B", 1), (r"\boxed{B}", "B", 1),
+    (r"So \boxed{\text{B}}.", "B", 1), ("The answer is B, not A.", "B", 1), ("B or not B: B", "B", 0),
+    ("not B", "B", 0), ("The answer is not B.", "B", 0), ("It's not option B.", "B", 0),
+    ("I wouldn't say option B", "B", 0), ("The answer is A red one", "A", 0),
+    ("Option A, option B", "B", 0), ("The answer is B", "A", 0),
 ])
 def test_lenient_multiple_choice(answer, gold, expected):
     assert score("multiple choice", answer, gold, "lenient", OPTIONS) == expected
@@ -195,6 +201,14 @@ def test_lenient_multiple_choice(answer, gold, expected):
     (["A. 12", "B. -12"], "A", "12", "-12"), (["A. 12", "B. -12"], "B", "-12", "12"),
     (["A. <", "B. >", "C. ="], "C", "=", "<"), (["A. <", "B. >", "C. ="], "C", "=", "!!!"),
     (["A. x", "B. y"], "A", "x", "y"),
+    # options that are letters themselves: a letter that labels an option comes first, else an option's text
+    (["A. c", "B. a", "C. b"], "C", "c", "a"), (["A. c", "B. a"], "A", "c", "b"),
+    (["A. e", "B. g", "C. h"], "B", "g", "h"),
+    # what an option is called, or how it begins
+    (["A. yes", "B. no"], "A", "Yes, it does.", "No, it doesn't."),
+    (["A. Sentence A: it falls", "B. Sentence B: it rises"], "B", "Sentence B", "Sentence A"),
+    (["A. Option 1: it falls", "B. Option 2: it rises"], "B", "Option 2", "Option 1: it falls"),
+    (["A. Option B: it falls", "B. Option A: it rises"], "B", "Option A", "Option B"),
 ])
 def test_an_option_is_named_by_its_text_however_short(options, gold, right, wrong):
     assert score("multiple choice", right, gold, "lenient", options) == 1
@@ -206,8 +220,11 @@ def test_an_option_is_named_by_its_text_however_short(options, gold, right, wron
     ("50", "50 %", 1),
     ("5 cm", "5", 1), ("5", "5 cm", 1), ("5 cm", "5 cm.", 1), ("5 cm", "5 m", 0), ("5 or 6", "5", 0),
     ("$5", "5", 0),
-    ("5", "5.0", 0), ("1000.0", "1,000", 1), ("3,14", "314", 0), ("cm", "cm", 0), ("1e3 m", "1000", 1),
-    ("20°C", "20", 1),
+    ("5", "5.0", 0), ("1000.0", "1,000", 1), ("3,14", "314", 0), ("cm", "cm", 1), ("1e3 m", "1000", 1),
+    ("20°C", "20", 1), ("3 million", "3", 0), ("3", "3 million", 0), ("2π", "2", 0), ("5k", "5", 0),
+    ("5 K", "5", 0), ("3 million", "3 million", 1), ("3 million", "3 billion", 0), ("50 percent", "50", 1),
+    ("1 200 m", "1200", 1), ("\u22123", "-3", 1), ("5 minutes", "5", 1), ("$5", "$5", 1), ("nan", "nan", 1),
+    ("", "", 0), ("cm", "m", 0),
 ])
 def test_lenient_numerical(answer, gold, expected):
     assert score("numerical", answer, gold, "lenient") == expected

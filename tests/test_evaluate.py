@@ -1,0 +1,506 @@
+"""Every number of the tables against sheets of answers scored by hand; then the runs themselves."""
+import json
+import math
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+import gen_cot
+import sft
+from conftest import ROOT, Fault
+from rewards import UserError, accuracy_reward, question_text
+
+sys.path.append(str(ROOT / "data"))
+import benchmarks  # noqa: E402
+
+TRACE = "<observation>o</observation> <think>t</think><answer>{}</answer>"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty place to run in that has the small model's base."""
+    (tmp_path / "data/toy").mkdir(parents=True)
+    (tmp_path / "data/toy/base").symlink_to(ROOT / "data/toy/base")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*flags):
+    """`evaluate.py` with these flags; returns the rows of results.json where it writes one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["evaluate.py", "--model", "tiny", *map(str, flags)])
+        args = evaluate.get_args()
+        evaluate.main(args)
+    file = args.output / "results.json"
+    return json.loads(file.read_text())["rows"] if file.exists() else None
+
+
+def question(gold="A", i=1, **fields):
+    """A record in Video-R1's form, multiple choice unless its gold is no letter."""
+    options = [f"{letter}. thing {letter}" for letter in "ABCDEFGHIJKLMN"] if gold.isalpha() else None
+    return dict(problem_id=i, problem=f"What is seen in scene {i}?", data_type="video", options=options,
+                problem_type="multiple choice" if options else "regression", path=f"./Evaluation/x/{i}.mp4",
+                solution=f"<answer>{gold}</answer>", process="", data_source="") | fields
+
+
+def answered(record, completion, file="q.json"):
+    """The row of completions.jsonl that a run writes of a record."""
+    record = gen_cot.parse_record(record, "here")
+    return record | dict(file=file, completion=completion, run="1") | dict(
+        {} if completion is not None else dict(unread="missing"))
+
+
+def rescore(records, completions, *flags, file="q.json", **options):
+    """The figures of these completions by way of the files that a run leaves: the row of the base."""
+    Path(file).write_text(json.dumps(records))
+    used = [pair for pair in zip(records, completions) if pair[0]["problem_type"] != "open-ended"]
+    gen_cot.write_jsonl("out/completions-none.jsonl", [answered(*pair, file=file) for pair in used])
+    return run("--data", file, "--adapters", "none", "--rescore", "--output", "out", *flags)["base"][file]
+
+
+# --- the benchmarks' numbers ---
+
+RIGHT, WRONG = ("A", "A"), ("A", "B")
+VSI = [  # task, gold, answer: of each number the official score, then the strict one
+    ("object_counting", "10", "8.5"), ("object_counting", "10", "10"),  # 0.8, 0.7; 1, 1
+    ("object_abs_distance", "10", "5"),  # 0.1, 0
+    ("object_size_estimation", "10", "9.5"),  # 1, 0.9
+    ("room_size_estimation", "10", "nan"),
+    ("object_rel_distance", *RIGHT), ("object_rel_direction_easy", *RIGHT),
+    ("object_rel_direction_easy", *RIGHT), ("object_rel_direction_medium", *WRONG),
+    ("object_rel_direction_hard", *WRONG), ("route_planning", *WRONG), ("obj_appearance_order", *RIGHT),
+    ("obj_appearance_order", *WRONG)]
+MVBENCH = [(200 * task + 1, "A", "AB"[task % 4 > 0]) for task in range(20)] + [(2, *WRONG), (200, *WRONG)]
+SHEETS = {
+    "vsi": ([(dict(original_question_type=task), gold, answer) for task, gold, answer in VSI],
+            [100 * (4 / 8 + 2.6 / 5) / 2, 100 * (0.9 + 0.1 + 1 + 0 + 1 + 1 / 3 + 0 + 0.5) / 8],
+            dict(object_counting=90, object_abs_distance=10, object_rel_direction_easy=100)),
+    "videommmu": ([(dict(problem_id=1), "J", "J"), (dict(problem_id=300), *WRONG),
+                   (dict(problem_id=301), *RIGHT), (dict(problem_id=600), *RIGHT),
+                   (dict(problem_id=601, problem_type="numerical"), "3.5", "3.50"),
+                   (dict(problem_id=900), *WRONG)],
+                  [100 * 4 / 6], dict(adaptation=50, comprehension=100, perception=50)),
+    "mmvu": ([(dict(subject="Art"), *RIGHT), (dict(subject="Law"), *WRONG), (dict(subject="Law"), "E", "E"),
+              (dict(subject="Law", problem_type="open-ended", options=[]), *RIGHT)],
+             [100 * 2 / 3], dict(Art=100, Law=50)),
+    "vcr": ([(dict(dimension="Plot"), *RIGHT), (dict(dimension="Plot"), *RIGHT),
+             (dict(dimension="Time"), *WRONG)], [100 * 2 / 3], dict(Plot=100, Time=0)),
+    "mvbench": ([(dict(problem_id=i, data_type="frame" if 1600 < i <= 1800 else "video"), gold, answer)
+                 for i, gold, answer in MVBENCH],
+                [100 * (1 / 3 + 4) / 20],
+                {"Action Antonym": 33.33, "Character Order": 0, "Episodic Reasoning": 100}),
+    "tempcompass": ([(dict(dim="speed", options=["A. yes", "B. no"]), *RIGHT), (dict(dim="order"), *RIGHT),
+                     (dict(dim="order", options=["A. only one"]), *WRONG)],
+                    [100 * 2 / 3], dict(order=50, speed=100)),
+    "videomme": ([(dict(duration=name), *pair) for name, pair in
+                  zip(("short", "medium", "medium", "long"), (RIGHT, WRONG, WRONG, RIGHT))],
+                 [50], dict(long=100, medium=0, short=100)),
+}
+
+
+@pytest.mark.parametrize("name", SHEETS)
+def test_a_benchmarks_numbers_equal_those_made_by_hand(folder, capsys, name):
+    """Each row is used or counted as open-ended; the paper's number comes first and stands beside."""
+    sheet, numbers, groups = SHEETS[name]
+    bench = evaluate.BENCHMARKS[name]
+    records = [question(gold, i + 1, **fields) for i, (fields, gold, _) in enumerate(sheet)]
+    texts = [TRACE.format(answer) for _, _, answer in sheet]
+    summary = rescore(records, texts, file=bench.file)
+    assert [value for value, _ in summary["numbers"].values()] == pytest.approx(numbers, abs=0.01)
+    assert list(summary["numbers"]) == list(bench.numbers)
+    assert groups.items() <= summary["groups"].items() and len(summary["groups"]) >= len(groups)
+    open_ended = [record["problem_type"] for record in records].count("open-ended")
+    assert summary["questions"] == len(records) - open_ended
+    text = capsys.readouterr().out
+    assert re.search(rf"paper: VideoP2R 7B +{bench.paper[1]}\n", text)
+    assert ("left out: 1 records of type open-ended." in text) == bool(open_ended)
+
+
+def test_mvbenchs_tasks_stand_in_the_order_of_its_problem_ids():
+    assert evaluate.MVBENCH_TASKS == sorted(evaluate.MVBENCH_TASKS) and len(evaluate.MVBENCH_TASKS) == 20
+    group = evaluate.BENCHMARKS["mvbench"].group
+    assert [group(dict(problem_id=i)) for i in (200, 201, 4000)] == [
+        "Action Antonym", "Action Count", "Unexpected Action"]
+
+
+@pytest.mark.parametrize("answer, official, strict", [
+    ("8.5", 0.8, 0.7), ("9.5", 1, 0.9), ("10.5", 1, 0.9), ("5", 0.1, 0), ("4.99", 0, 0), ("15", 0.1, 0),
+    ("10", 1, 1), ("-10", 0, 0), ("ten", 0, 0), ("inf", 0, 0), ("9", 0.9, 0.8), ("7.5", 0.6, 0.5)])
+def test_relative_accuracy_at_its_thresholds(answer, official, strict):
+    for scale in (1, 0.1, 0.03, 7, 1e6):  # the rounding of floats decides nothing
+        scaled = answer if not answer[-1].isdigit() else repr(float(answer) * scale)
+        gold = repr(10 * scale)
+        assert evaluate.relative_accuracy(scaled, gold) == official
+        assert evaluate.relative_accuracy(scaled, gold, strict=True) == strict
+
+
+@pytest.mark.parametrize("text, gold, in_evaluation", [
+    ("A", "A", 1), (" 12\n", "12", 1), ("<think>t</think> A", "A", 0), ("", "A", 0),
+    ("<answer></answer> A", "A", 0), ("<answer>A</answer>", "A", 1)])
+def test_an_output_without_a_tag_is_scored_as_a_whole_but_never_rewarded(text, gold, in_evaluation):
+    row = answered(question(gold), text)
+    scored = evaluate.score_row(row, "paper")
+    assert scored["score"] == in_evaluation and scored["no_tag"] == ("<answer>" not in text)
+    if scored["no_tag"]:
+        for scoring in ("paper", "lenient"):
+            assert accuracy_reward(row["problem_type"], text, gold, scoring, row["options"]) == 0
+
+
+LETTERED = ["A. rolling", "B. sliding"]
+CAPTIONS = ["Sentence A: The bird lands, then it sings.", "Sentence B: The bird sings, then it lands."]
+NUMBERED = ["Option 1: The kite rises.", "Option 2: The kite falls."]
+
+
+@pytest.mark.parametrize("lines, gold, said, rating", [
+    (LETTERED, "B. sliding", "B", 1), (LETTERED, "B. sliding", "B.", 1), (LETTERED, "B. sliding", "Sliding", 1),
+    (LETTERED, "B. sliding", "The best option is B. sliding.", 1), (LETTERED, "B. sliding", "A. rolling", 0),
+    ([], "yes", "Yes, the lamp is switched on.", 1), ([], "yes", "No, it isn't.", 0), ([], "no", "No", 1),
+    ([], "no", "No. The lamp stays dark.", 1), ([], "no", "yes", 0),
+    (CAPTIONS, CAPTIONS[1], "Sentence B", 1), (CAPTIONS, CAPTIONS[1], CAPTIONS[1], 1),
+    (CAPTIONS, CAPTIONS[1], "B", 1), (CAPTIONS, CAPTIONS[1], "Sentence A.", 0),
+    (NUMBERED, NUMBERED[0], "Option 1", 1), (NUMBERED, NUMBERED[0], "Option 2: The kite falls.", 0)])
+def test_lenient_agrees_with_a_persons_rating_on_the_three_forms_of_tempcompass(lines, gold, said, rating):
+    native = {"clip": {"order": [dict(question="\n".join(["Which?", *lines]), answer=gold)]}}
+    record, = benchmarks.tempcompass(native)
+    assert record["problem"] == "Which?" and record["path"] == "TempCompass/videos/clip.mp4"
+    assert record["solution"] in ("<answer>A</answer>", "<answer>B</answer>")
+    row = answered(record, TRACE.format(said))
+    assert evaluate.score_row(row, "lenient")["score"] == rating
+    assert evaluate.score_row(row, "paper")["score"] == (rating if len(said) == 1 else 0)
+
+
+@pytest.mark.parametrize("name, content, first, kinds", [
+    ("mmvu", [dict(question="Which law?", question_type="multiple-choice", answer="B",
+                   video="https://h.co/main/videos/Law/2.mp4", choices=dict(A="Ohm's", B="Hooke's", C=""),
+                   metadata=dict(subject="Law")),
+              dict(question="O(_)?", question_type="open-ended", answer="n", video="https://h/videos/C/1.mp4",
+                   choices={}, metadata=dict(subject="C"))],
+     dict(problem="Which law?", path="MMVU/videos/Law/2.mp4", subject="Law",
+          options=["A. Ohm's", "B. Hooke's"], solution="<answer>B</answer>", problem_id=0), ["multiple choice", "open-ended"]),
+    ("vcr", [{"question": "Where?\nA. here\nB. there", "multiple-choice": True, "answer": "B",
+              "choices": dict(A="here", B="there", C="", D=""), "video_path": "v/1.mp4", "dimension": "Plot"},
+             {"question": "Why?", "multiple-choice": False, "answer": "so", "choices": dict(A="", B=""),
+              "video_path": "v/1.mp4", "dimension": "Plot"}],
+     dict(problem="Where?", path="v/1.mp4", options=["A. here", "B. there"], dimension="Plot",
+          solution="<answer>B</answer>", problem_id=0), ["multiple choice", "open-ended"]),
+    ("tempcompass", {"7": {"speed": [dict(question="Fast?", answer="no")], "order": [
+        dict(question="Which first?\nA. cat\nB. dog", answer="A. cat")]}},
+     dict(problem="Fast?", path="TempCompass/videos/7.mp4", options=["A. yes", "B. no"], dim="speed",
+          solution="<answer>B</answer>", problem_id=0), ["multiple choice", "multiple choice"])])
+def test_native_forms_become_records_that_load(folder, monkeypatch, capsys, name, content, first, kinds):
+    Path("native.json").write_text(json.dumps(content))
+    monkeypatch.setattr(sys, "argv", ["benchmarks.py", name, "native.json", "native.json", "made.json"])
+    benchmarks.main(benchmarks.get_args())
+    rows = gen_cot.read_json("made.json")
+    assert [row["problem_type"] for row in rows] == 2 * kinds and first.items() <= rows[0].items()
+    assert [row["problem_id"] for row in rows] == [0, 1, 2, 3]
+    records = gen_cot.load_records("made.json", "media", left_out=("open-ended",))
+    assert len(records) == 2 * kinds.count("multiple choice")
+    assert question_text(records[0]).count(first["options"][1]) == 1
+
+
+# --- what stands beside a score ---
+
+def test_every_question_counts_with_and_without_those_whose_media_are_missing(folder, capsys):
+    texts = [TRACE.format("A"), TRACE.format("B"), None, "A", None, TRACE.format("(A)")]
+    records = [question(i=i) for i in range(6)]
+    summary = rescore(records, texts)
+    assert summary["questions"] == 6 and summary["unread"] == 2
+    assert summary["numbers"]["answer"][0] == 33.33 and summary["without unread"] == 50
+    assert summary["no_tag"] == summary["lenient only"] == 16.67 and summary["template"] == 50
+    text = capsys.readouterr().out
+    assert "2 media are missing or unreadable" in text and "without them 50.0" in text
+    assert rescore(records, texts, "--scoring", "lenient")["numbers"]["answer"][0] == 50
+
+
+@pytest.mark.parametrize("evidence, flags, perception, shown", [
+    (None, [], None, "-"), (["red"], [], 50, "50.0"), (None, ["--judge", "rule"], 0, "0.0")])
+def test_perception_is_told_where_a_judge_is_named_or_there_is_evidence(folder, capsys, evidence, flags,
+                                                                        perception, shown):
+    records = [question(i=i, evidence=evidence) for i in range(2)]
+    texts = [TRACE.format("A"), TRACE.format("A").replace(">o<", ">red<")]
+    assert rescore(records, texts, *flags)["perception"] == perception
+    line, = re.findall("^base .*", capsys.readouterr().out, re.MULTILINE)
+    assert line.split()[4] == shown
+
+
+def test_what_has_no_verdict_stands_below_its_row(capsys):
+    rows = [answered(question(i=i), TRACE.format("A")) for i in range(4)]
+    rows = evaluate.score_rows(rows, lambda records, observations: [True, None, None, False], "paper")
+    summary = evaluate.summarise(rows, evaluate.bench_of("q.json"), SimpleNamespace(mismatch=False))
+    assert summary["perception"] == 50 and summary["no verdict"] == 2
+    evaluate.print_table("q.json", {"mine": summary})
+    assert "2 observations got no verdict" in capsys.readouterr().out
+
+
+def test_the_constant_row_takes_the_best_of_frequent_golds_and_median():
+    """Twenty golds of both extremes come first; only the median is near the middle ones."""
+    golds = [*range(1, 11), *range(1001, 1011), *range(101, 112)]
+    records = [question(str(gold), i, file="q.json") for i, gold in enumerate(golds)]
+    records += [question(gold, 50 + i, file="q.json") for i, gold in enumerate("BACBC")]
+    rows = evaluate.constant_answers(records + [question("D", file="r.json")], "paper")
+    said = {(row["file"], row["problem_type"]): row["completion"] for row in rows}
+    assert len(rows) == len(records) + 1 and said == {
+        ("q.json", "regression"): "<answer>106</answer>", ("q.json", "multiple choice"): "<answer>B</answer>",
+        ("r.json", "multiple choice"): "<answer>D</answer>"}
+
+
+def test_intervals_are_the_binomial_ones_and_wider_where_questions_share_a_medium():
+    scores = np.arange(400) % 2
+    columns = {name: dict(score=scores.astype(float), path=np.array(paths)) for name, paths in dict(
+        apart=[str(i) for i in range(400)], together=[str(i % 20) for i in range(400)],
+        mixed=[str(i // 20) for i in range(400)]).items()}
+    value, apart = evaluate.interval(evaluate.pooled, columns["apart"])
+    assert value == 0.5 and apart == pytest.approx(1.96 * math.sqrt(0.25 / 400), rel=0.1)
+    together = evaluate.interval(evaluate.pooled, columns["together"])[1]  # a clip is all right or all wrong
+    assert together == pytest.approx(1.96 * math.sqrt(0.25 / 20), rel=0.15)
+    assert evaluate.interval(evaluate.pooled, columns["mixed"]) == (0.5, 0)  # each clip half right
+
+
+@pytest.mark.parametrize("both, only_a, only_b, p", [
+    (2, 0, 0, "1"), (3, 1, 5, "0.219"), (1, 0, 5, "0.0625"), (0, 3, 3, "1"), (0, 10, 1, "0.0117")])
+def test_a_comparison_is_paired_with_the_exact_test(folder, capsys, both, only_a, only_b, p):
+    """By hand: twice the tail of the binomial, such as 2 (1 + 6) / 2^6 = 0.219 for one against five."""
+    pairs = [("A", "A")] * both + [("A", "B")] * only_a + [("B", "A")] * only_b + [("B", "C")]
+    for side in (0, 1):
+        rows = [answered(question(i=i), TRACE.format(pair[side])) for i, pair in enumerate(pairs)]
+        rows += [answered(question("12", i=99), TRACE.format(12 - 3 * side), "other.json")]
+        rows += [answered(question(i=100 + side), TRACE.format("A"))]  # which the other one doesn't have
+        gen_cot.write_jsonl(f"{side}.jsonl", rows[::1 - 2 * side])
+    run("--compare", "0.jsonl", "1.jsonl")
+    other, mine = [[cell.strip() for cell in line.split("|")[1:-1]]
+                   for line in capsys.readouterr().out.splitlines() if ".json |" in line]
+    n = len(pairs)
+    right = [f"{100 * (both + only) / n:.1f}" for only in (only_a, only_b)]
+    assert mine[:4] == ["q.json", str(n), *right]
+    assert mine[5:] == [str(only_a), str(only_b), p]
+    gain, spread = map(float, mine[4].split(" ± "))
+    assert gain == pytest.approx(100 * (only_b - only_a) / n, abs=0.05)
+    assert (spread > 0) == (only_a + only_b > 0)
+    assert other[1:5] == ["1", "100.0", "75.0", "-25.0 ± 0.0"]
+
+
+# --- the analyses ---
+
+THOUGHTS = [  # think, answer, read by rule, what a judge replies where it is asked
+    ("It can't be A. So the answer is B.", "B", "match", None), ("Blue, so C.", "B", "mismatch", None),
+    ("Therefore thing B fits.", "B", "unknown", "B"), ("Not A. So it is not C.", "B", "unknown", "B"),
+    ("A or C.", "B", "unknown", "C"), ("Hard to say.", "B", "unknown", "No"),
+    ("So Z.", "B", "unknown", "refused"), ("It is the one called thing B", "(B)", "match", None)]
+
+
+def think_rows():
+    texts = [TRACE.format(answer).replace(">t<", f">{think}<") for think, answer, _, _ in THOUGHTS]
+    return [question("B", i) for i in range(len(texts) + 1)], [*texts, "B"]
+
+
+def test_mismatch_reads_clear_conclusions_by_rule(folder):
+    counts = rescore(*think_rows(), "--mismatch")["mismatch"]
+    expected = [rule for _, _, rule, _ in THOUGHTS]
+    assert counts == {kind: expected.count(kind) for kind in ("match", "mismatch", "no", "unknown")}
+
+
+def test_mismatch_asks_the_judge_about_the_rest_and_keeps_no_and_unknown_apart(folder, server):
+    def behave(prompt, attempt):
+        if "settle on" not in prompt:
+            return "<judgement>Yes</judgement>"
+        said, = [said for think, _, _, said in THOUGHTS if f"\n{think}\n" in prompt]
+        return Fault(400, "no") if said == "refused" else f"A? <option>{said}</option>"
+
+    server.behave = behave
+    counts = rescore(*think_rows(), "--mismatch", "--judge", server.spec())["mismatch"]
+    assert counts == dict(match=4, mismatch=2, no=1, unknown=1)
+
+
+def test_a_judges_agreement_with_labels_is_counted(folder, server, capsys):
+    verdicts = ["Yes"] * 4 + ["No"] * 2 + [None]
+    labels = [True, True, True, False, False, True, True]
+    server.behave = lambda prompt, attempt: Fault(400, "no") if "-None-" in prompt else (
+        f"<judgement>{'No' if '-No-' in prompt else 'Yes'}</judgement>")
+    rows = [question(i=i, observation=f"{i} -{verdict}-", label=label)
+            for i, (verdict, label) in enumerate(zip(verdicts, labels))]
+    gen_cot.write_jsonl("labels.jsonl", rows)
+    run("--judge-agreement", "labels.jsonl", "--judge", server.spec())
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["Yes", "3", "1", "1"] in lines and ["No", "1", "1", "0"] in lines
+    assert lines[-1] == "agreement 66.7 % of 6 verdicts".split()
+    for flags, changed in (([], {}), (["--judge", "rule"], dict(label="false"))):
+        gen_cot.write_jsonl("labels.jsonl", [rows[0] | changed])
+        with pytest.raises(UserError, match="Agreement needs --judge, and records"):
+            run("--judge-agreement", "labels.jsonl", *flags)
+
+
+# --- runs ---
+
+@pytest.fixture
+def clips(folder, toy_records):
+    """Toy questions about real clips and pictures, one whose clip is missing and one whose is no video."""
+    root = Path(toy_records[0]["media"]).parents[1]
+    shutil.copytree(root / "media", "media")
+    Path("media/damaged.mp4").write_bytes(b"no video")
+    rows = gen_cot.read_json(root / "records.json")
+    rows += [rows[0] | dict(path=f"media/{name}.mp4", problem_id=name) for name in ("damaged", "missing")]
+    Path("toy.json").write_text(json.dumps(rows))
+    return gen_cot.load_records("toy.json", ".")
+
+
+TOY = "--data toy.json --media-root . --output out".split()
+LOCAL = [*TOY, *"--adapters none --no-4bit --max-completion-tokens 24".split()]
+
+
+def completions(name="none", folder="out"):
+    return {row["problem_id"]: row for row in gen_cot.read_json(f"{folder}/completions-{name}.jsonl")}
+
+
+def test_a_run_over_real_media_is_decoded_once_and_scored_again_without_a_model(clips, monkeypatch, capsys):
+    """In batches and one by one it says the same; other settings move it aside."""
+    first = run(*LOCAL, "--mismatch", "--batch-size", 5)["base"]["toy.json"]
+    rows = completions()
+    assert first["questions"] == len(rows) == 13 and first["unread"] == 2
+    assert {i for i, row in rows.items() if row["completion"] is None} == {"damaged", "missing"}
+    for row in rows.values():
+        if row["completion"] is not None:
+            assert 0 < row["tokens"] <= 24 and row["truncated"] in (True, False) and row["problem"]
+            assert (row["fps"] is None) == (row["data_type"] == "image")
+    run(*LOCAL[:-2], "--max-completion-tokens", 24, "--batch-size", 1, "--output", "single")
+    assert {i: row["completion"] for i, row in completions(folder="single").items()} == {
+        i: row["completion"] for i, row in rows.items()}
+    settings = json.loads(Path("out/results.json").read_text())["settings"]
+    assert settings["num_frames"] == 32 and settings["scoring"] == "paper" and settings["no_4bit"] is True
+    assert len(settings["hashes"]["prompt"]) == len(settings["hashes"]["data"]) == 64
+    assert {"torch", "transformers"} <= set(settings["versions"]) and "commit" in settings
+
+    monkeypatch.setattr(sft, "load_base", lambda *args: pytest.fail("a model was loaded"))
+    before = Path("out/completions-none.jsonl").read_bytes()
+    assert run(*LOCAL, "--rescore", "--mismatch")["base"]["toy.json"] == first
+    row = next(row for row in rows.values() if row["problem_type"] == "multiple choice")
+    changed = dict(row, completion=row["solution"].replace("</", ".</"))
+    texts = [changed if old["problem_id"] == row["problem_id"] else old for old in rows.values()]
+    gen_cot.write_jsonl("out/completions-none.jsonl", texts)
+    tables = [run(*LOCAL, "--rescore", "--scoring", scoring)["base"] for scoring in ("paper", "lenient")]
+    paper, lenient = [table["toy.json"]["numbers"]["answer"][0] for table in tables]
+    assert lenient >= paper + 100 / 13 - 0.01
+    Path("out/completions-none.jsonl").write_bytes(before)
+    capsys.readouterr()
+    with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
+        run(*LOCAL, "--num-frames", 4)
+    assert "out.1" in capsys.readouterr().out and Path("out.1/completions-none.jsonl").read_bytes() == before
+
+
+def teach(server, verdict="Yes"):
+    server.behave = lambda prompt, attempt: TRACE.format("A") if "<observation>" in prompt else (
+        f"<judgement>{verdict}</judgement>")
+
+
+def test_a_server_gets_stamped_frames_and_its_completions_are_scored_and_judged(clips, server, capsys):
+    teach(server)
+    flags = [*TOY, "--server", server.spec(), "--judge", server.spec(), "--max-completion-tokens", 77]
+    summary = run(*flags)["openai:model-1"]["toy.json"]
+    rows = completions("openai-model-1")
+    assert summary["questions"] == 13 and summary["unread"] == 2 and summary["template"] == 84.62
+    assert summary["perception"] == 84.62  # what was not answered is not sufficient
+    asked = [body for _, _, body in server.seen if isinstance(body["messages"][0]["content"], list)]
+    assert len(asked) == 11 and all(body["max_tokens"] == 77 and body["temperature"] == 0 for body in asked)
+    for body in asked:
+        *media, prompt = body["messages"][0]["content"]
+        stamps = [float(part["text"].removesuffix(" s:")) for part in media if part["type"] == "text"]
+        assert stamps == sorted(stamps) and (not stamps or stamps[0] == 0 and len(media) == 2 * len(stamps))
+        assert media[-1]["type"] == "image_url" and "<observation>" in prompt["text"]
+    assert sum(len(body["messages"][0]["content"]) > 2 for body in asked) == sum(
+        row["data_type"] == "video" and row["completion"] is not None for row in rows.values())
+
+
+def test_a_server_that_gives_no_reply_is_asked_again_by_the_next_run(clips, server, capsys):
+    server.behave = lambda prompt, attempt: Fault(400, "busy") if attempt == 0 else TRACE.format("A")
+    flags = [*TOY, "--server", server.spec()]
+    first = run(*flags)["openai:model-1"]["toy.json"]
+    again = run(*flags)["openai:model-1"]["toy.json"]
+    assert (first["questions"], again["questions"]) == (13, 13) and first["unread"] > again["unread"] == 2
+    calls = len(server.seen)
+    run(*flags)
+    assert len(server.seen) == calls
+
+
+@pytest.mark.parametrize("keep, torn", [
+    (0, b""), (4, b'{"file": "toy.js'), (7, b'{"problem": "caf\xc3'), (0, b'{"a')])
+def test_a_file_that_a_kill_tore_is_completed(clips, server, keep, torn):
+    teach(server)
+    flags = [*TOY, "--server", server.spec()]
+    table, path = run(*flags), Path("out/completions-openai-model-1.jsonl")
+    rows, lines = completions("openai-model-1"), path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:keep]) + torn)
+    assert run(*flags) == table and completions("openai-model-1") == rows
+
+
+def test_rows_that_are_not_there_yet_are_told(folder, capsys):
+    records = [question(i=i) for i in range(5)]
+    rescore(records, [TRACE.format("A")] * 3)
+    assert "base: 2 questions have no completion yet" in capsys.readouterr().out
+
+
+def test_another_runs_observations_stand_in_the_text_prompt_of_the_same_question(clips, server):
+    """Table 5: no frame goes out; a row of another file, id or question is not taken."""
+    texts = [TRACE.format("A").replace(">o<", f">seen {i}<") for i in range(4)]
+    notes = [answered(record, text, "toy.json") for record, text in zip(clips, texts)]
+    notes[1]["file"], notes[2]["problem_id"], notes[3]["problem"] = "other.json", 77, "Another question?"
+    gen_cot.write_jsonl("notes.jsonl", notes)
+    teach(server)
+    summary = run(*TOY, "--server", server.spec(), "--input", "text", "--observations", "notes.jsonl")
+    assert summary["openai:model-1"]["toy.json"]["unread"] == 0  # as no medium is needed
+    contents = [body["messages"][0]["content"] for _, _, body in server.seen]
+    assert len(contents) == 13 and all(len(content) == 1 for content in contents)
+    told = [content[0]["text"] for content in contents if "What was observed" in content[0]["text"]]
+    assert len(told) == 1 and f"observed in the {clips[0]['data_type']}: seen 0" in told[0]
+    assert clips[0]["problem"] in told[0]
+    with pytest.raises(UserError, match="no completions nowhere.jsonl"):
+        run(*TOY, "--server", server.spec(), "--observations", "nowhere.jsonl")
+
+
+def test_a_model_reads_a_question_without_its_medium(clips):
+    run(*LOCAL, "--input", "text", "--limit", 2)
+    assert [row["fps"] for row in completions().values()] == [None, None]
+
+
+@pytest.mark.parametrize("form", ["folder", "video"])
+def test_mvbenchs_frames_are_a_folder_at_three_per_second_or_a_video_of_that_name(folder, form):
+    place = Path("media/Evaluation/tvqa/clip")
+    place.mkdir(parents=True)
+    for i in range(12):
+        Image.new("RGB", (56, 56), (20 * i, 0, 0)).save(place / f"{i:05}.png")
+    if form == "video":
+        place.with_suffix(".mp4").write_bytes(b"a video")
+    row = question(data_type="frame", path="./Evaluation/tvqa/clip.mp4")
+    record = gen_cot.parse_record(row, "here", "media")
+    assert record["data_type"] == "video"
+    if form == "video":
+        assert record["media"] == "media/Evaluation/tvqa/clip.mp4"
+        return
+    assert record["media"] == "media/Evaluation/tvqa/clip"
+    frames, fps = gen_cot.read_media(record, num_frames=32, max_pixels=4)
+    assert frames.shape == (8, 56, 56, 3) and fps == 2  # four seconds at two per second
+    shown = frames[:, 0, 0, 0] // 20
+    assert shown[0] == 0 and shown[-1] == 11 and list(shown) == sorted(set(shown))
+
+
+def test_a_benchmark_that_is_named_is_taken_in_place_of_the_toy(folder, capsys):
+    Path("bench").mkdir()
+    Path("bench/eval_mmvu.json").write_text(json.dumps([question(subject="Art")]))
+    run("--bench", "mmvu", "--bench-root", "bench", "--rescore", "--adapters", "none", "--output", "out")
+    assert "eval_mmvu.json: 1 questions" in capsys.readouterr().out
+    with pytest.raises(UserError, match="No data file nowhere/eval_vsibench.json"):
+        run("--bench", "all", "--bench-root", "nowhere", "--rescore", "--output", "out")
+
+
+def test_adapters_whose_folders_share_a_name_keep_a_row_each():
+    assert evaluate.row_names(["none", "runs/a/pagrpo", "runs/b/sft"]) == {
+        "none": "base", "runs/a/pagrpo": "SFT + PA-GRPO", "runs/b/sft": "SFT"}
+    assert evaluate.row_names(["runs/a/pagrpo", "runs/b/pagrpo", "mine"]) == {
+        "runs/a/pagrpo": "runs/a/pagrpo", "runs/b/pagrpo": "runs/b/pagrpo", "mine": "mine"}
+    assert list(evaluate.row_names(["openai:Qwen/Q-7B@http://h:1/v1"]).values()) == ["Q-7B"]
