@@ -36,7 +36,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     os.chdir(ROOT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup all runs would inherit to ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup has its children ignore it
     with tempfile.TemporaryDirectory() as folder:
         if args.leaks:
             return leaks(Path(folder))

@@ -533,7 +533,8 @@ def test_a_run_may_end_with_a_medium_that_cannot_be_read(toy_records, tmp_path, 
     last = random.Random(0).sample(range(3), 3)[-1]
     records[last].update(media="nowhere.mp4", data_type="video")
     sft.train(*fresh(), records, settings(tmp_path / "sft", batch_size=1))
-    assert "SFT on 2 traces, 1 skipped" in capsys.readouterr().out and len(metrics(tmp_path / "sft")) == 2
+    assert "SFT on 2 traces, 1 skipped" in capsys.readouterr().out
+    assert [row["skipped_media"] for row in metrics(tmp_path / "sft")] == [0, 0, 1]
 
 
 def test_logprobs_in_chunks_equal_those_at_once(tiny):
