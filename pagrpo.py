@@ -149,6 +149,8 @@ def main(args):
     if args.adapter == "none":
         started = "from the base, without SFT (Table 2, RL only)"
     print(f"Starting {started}.")
+    if args.judge not in ("rule", "self") and not args.probe:
+        gen_cot.judge_from(args, records)  # whether it can be reached, before the model is loaded
     with sft.measured("load", "take a smaller model"):
         model, tokenizer = sft.load_model(args.base, None if args.adapter == "none" else args.adapter,
                                           not args.no_4bit, args.lora_rank)
@@ -259,7 +261,7 @@ def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
     with sft.measured("judge", "lower --prompts-per-rollout or name another --judge", metrics):
         verdicts = gather_object(score_groups(groups, tokenizer, judge, args))
     remote = bool(getattr(judge, "stats", None)) and args.without != "perception"
-    if not remote or any(verdict is not None for verdict in verdicts):
+    if not remote or not verdicts or any(verdict is not None for verdict in verdicts):
         with sft.measured("update", "lower --completions-per-pass, then --lora-rank from sft.py on", metrics):
             metrics |= update_policy(model, ref_adapter, optimizer, groups, lr, args)
     metrics["peak_gib"] = max(value for key, value in metrics.items() if key.startswith("gib/"))
@@ -287,7 +289,7 @@ def sample_groups(model, encoded, tokenizer, args):
 
 def score_groups(groups, tokenizer, judge, args):
     """Fill in texts, scores and advantages (Eq. 3-6); the judge sees all observations in one batch. Returns
-    its verdicts."""
+    its verdicts on those that are not empty."""
     records, observations = [], []
     for group in groups:
         group.texts = [tokenizer.decode(ids[mask], skip_special_tokens=True,
@@ -309,7 +311,7 @@ def score_groups(groups, tokenizer, judge, args):
         rewards = [torch.tensor([s[k] for s in group.scores]) for k in ("perception", "reasoning")]
         group.perception_advantages, group.reasoning_advantages = (
             a.to(group.completion_ids.device) for a in process_advantages(*rewards, args.without))
-    return verdicts
+    return [verdict for verdict, text in zip(verdicts, observations) if visible(text or "")]
 
 
 def update_policy(model, ref_adapter, optimizer, groups, lr, args):
