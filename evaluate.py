@@ -90,7 +90,7 @@ def main(args):
 
 def complete(model, tokenizer, records, args):
     """Greedy completions (E1): list of str, None for a record whose medium can't be read."""
-    template, config, skipped = gen_cot.load_template(args), sft.unwrap(model).config, []
+    template, config, skipped = gen_cot.load_template(args), sft.unwrap(model).config, set()
     texts, media = {}, gen_cot.read_ahead([dict(record, index=i) for i, record in enumerate(records)], args)
     for _ in tqdm(range(0, len(records), args.batch_size), desc="completions", unit="batch"):
         encoded = sft.encode_batch(islice(media, args.batch_size), template, tokenizer, config, skipped)
