@@ -227,9 +227,8 @@ def load_traces(path):
 def bare_trace(reply):
     """The trace in a teacher's reply, without what such models put around it: a closed block of thoughts, a
     fence, a stop token."""
-    before, tag, rest = reply.partition("<observation>")
-    if re.fullmatch(r"(.*</think>)?\s*(```\w*)?\s*", before, re.DOTALL):
-        reply = tag + rest
+    before = re.match(r"(.*</think>)?\s*(```\w*)?\s*(?=<observation>)", reply, re.DOTALL)
+    reply = reply[before.end():] if before else reply
     return re.sub(r"(\s*(```|<\|\w+\|>))+\s*$", "", reply)
 
 
@@ -471,14 +470,17 @@ def load_records(paths, media_root=None, left_out=()):
         files += found
     records, bad, others = [], {}, 0
     for file in files:
-        for i, record in enumerate(read_json(file)):
+        rows = read_json(file)
+        if not rows:
+            raise UserError(f"{file} holds no records: leave it out, or download or make it again.")
+        for i, record in enumerate(rows):
             if isinstance(record, dict) and record.get("problem_type") in left_out:
                 others += 1
                 continue
             try:
                 records.append(parse_record(record, f"{file}, record {i}", media_root))
             except UserError as error:
-                reason = re.sub("'.*?'", "'…'", str(error).partition(f"record {i}")[2])
+                reason = re.sub(r"""'.*'|".*"|\d+""", "…", str(error).partition(f"record {i}")[2])
                 bad.setdefault(reason, []).append(str(error))
     if others:
         print(f"left out: {others} records of type {', '.join(left_out)}.")
@@ -503,9 +505,10 @@ def read_json(file):
             text = f.read()
         if text.lstrip().startswith("["):
             return json.loads(text)
-    except (OSError, ValueError, EOFError, zlib.error, RecursionError) as error:
-        raise UserError(f"{file} can't be read as JSON or JSON Lines ({error}): download or make it "
-                        "again.") from None
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
+        raise UserError(f"{file} can't be read ({error}): download or make it again, in UTF-8.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no JSON ({error}): it begins {text[:60]!r}.") from None
     rows = []
     for n, line in enumerate(text.split("\n"), 1):  # not at U+2028 and its like
         if line.strip():
@@ -525,7 +528,7 @@ def parse_record(record, where, media_root=None):
                                         f"expected an object with fields, found {type(record).__name__}."))
     for field in ("problem", "problem_type", "data_type", "path"):
         if not isinstance(record.get(field), str) or not record[field]:
-            raise UserError(f"{where}: the field {field!r} is missing or not a text.")
+            raise UserError(f"{where}: the field {field} is missing or not a text.")
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError):
@@ -539,8 +542,8 @@ def parse_record(record, where, media_root=None):
     if data_type not in ("image", "video"):
         raise UserError(f"{where}: data_type is {record['data_type']!r}, not image or video.")
     evidence = record.get("evidence") or []
-    if not all(isinstance(item, str) for item in ([evidence] if isinstance(evidence, str) else evidence)):
-        raise UserError(f"{where}: the field 'evidence' is no text or list of texts.")
+    if not isinstance(evidence, (str, list)) or not all(isinstance(item, str) for item in evidence):
+        raise UserError(f"{where}: the field evidence is no text or list of texts.")
     record = dict(record, problem_type=kind, data_type=data_type,
                   options=parse_options(record.get("options"), where),
                   problem=visible(re.sub("<(image|video)>", "", record["problem"])))
@@ -554,8 +557,8 @@ def parse_solution(record, where):
     """The gold answer with its tags, from a text, number or boolean; an option's letter for its text."""
     solution = next((record[f] for f in ("solution", "answer") if record.get(f) not in (None, "")), None)
     if not isinstance(solution, (str, int, float)):
-        raise UserError(f"{where}: the field 'solution' is missing or not a text.")
-    solution = solution if isinstance(solution, str) else json.dumps(solution)
+        raise UserError(f"{where}: the field solution is missing or not a text.")
+    solution = visible(solution if isinstance(solution, str) else json.dumps(solution))
     letter, _ = correct_answer(dict(record, solution=solution))
     if record["problem_type"] == "multiple choice" and letter:
         return f"<answer>{letter}</answer>"
@@ -569,17 +572,19 @@ def parse_options(options, where):
     if isinstance(options, str) and options.strip():
         try:
             options = json.loads(options)
-        except ValueError:
+        except (ValueError, RecursionError):
             try:
                 options = ast.literal_eval(options)  # parses literals only, evaluates nothing
                 tokens = tokenize.generate_tokens(io.StringIO(printed).readline)
-                if sum(token.type == tokenize.STRING for token in tokens) > len(options):
+                if sum(token.type == tokenize.STRING for token in tokens) > len(options or []):
                     raise bad  # numpy prints no commas, and Python joins such texts
             except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError):
                 raise bad from None
     options = options or []
     if not isinstance(options, (list, tuple)) or not all(isinstance(o, (str, int, float)) for o in options):
         raise bad
+    if len(options) > 14:
+        raise UserError(f"{where}: it has {len(options)} options, more than the letters A to N.")
     return label_options([visible(str(option)) for option in options])
 
 
@@ -626,11 +631,12 @@ def name_lost_golds(records, scoring):
     for record in records:
         kind, gold = record["problem_type"], gold_answer(record["solution"])
         score = accuracy_reward(kind, f"<answer>{gold}</answer>", gold, scoring, record["options"])
-        if not score or kind == "multiple choice" and not correct_answer(record)[0]:
+        no_option = kind == "multiple choice" and record["options"] and not correct_answer(record)[0]
+        if not score or no_option or "answer>" in gold.lower():  # the last: a tag that isn't closed
             lost[kind].append(record)
     for kind, some in lost.items():
         print(f"{len(some)} gold answers of type {kind} can't be matched by any answer, for example that of "
-              f"problem_id {some[0].get('problem_id')}, {gold_answer(some[0]['solution'])!r}.")
+              f"problem_id {some[0].get('problem_id')!r}, {gold_answer(some[0]['solution'])!r}.")
 
 
 def json_line(row):

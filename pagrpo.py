@@ -151,6 +151,8 @@ def main(args):
     if args.adapter == "none":
         started = "from the base, without SFT (Table 2, RL only)"
     print(f"Starting {started}.")
+    if args.judge not in ("rule", "self") and not args.probe:
+        gen_cot.judge_from(args, records)  # whether it can be reached, before the model is loaded
     with sft.measured("load", "take a smaller model"):
         model, tokenizer = sft.load_model(args.base, None if args.adapter == "none" else args.adapter,
                                           not args.no_4bit, args.lora_rank)

@@ -113,8 +113,12 @@ def is_plain(content):
     return bool(visible(content)) and not any(f"<{tag}>" in content or f"</{tag}>" in content for tag in TAGS)
 
 
+BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe00-\ufe0f\uffa0]")  # Hangul fillers and such
+
+
 def visible(text):
-    """`text` without characters that show nothing (Unicode's control and format ones), stripped."""
+    """`text` without characters that show nothing (Unicode's control and format ones, BLANK), stripped."""
+    text = BLANK.sub("", text)
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c)[0] != "C").strip()
 
 

@@ -40,10 +40,12 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import requests
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
+from huggingface_hub import constants
 from huggingface_hub.utils import enable_progress_bars
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # advertises, as it is imported
@@ -224,15 +226,16 @@ def load_base(base, four_bit=True):
     enable_progress_bars()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's use of an old name
     device, dtype = pick_device()
+    local = dict(local_files_only=not os.path.isdir(base) and not hub_answers())
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["model.visual", "lm_head"]) if four_bit else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base, **local)
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             base, dtype=dtype, quantization_config=quantization, attn_implementation="sdpa",
-            device_map={"": device}, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+            device_map={"": device}, output_loading_info=True, **local)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"The model {base} can't be loaded: {' '.join(str(error).split())}") from None
     if info["missing_keys"]:  # the library would go on with random ones
         raise UserError(f"{base} lacks {len(info['missing_keys'])} of Qwen2.5-VL's weights, for example "
@@ -251,6 +254,13 @@ def load_base(base, four_bit=True):
     print(f"{base}: {len(quantised)} linear layers in 4 bits, {len(linears) - len(quantised)} not quantised, "
           f"on {device}.")
     return model, tokenizer
+
+
+def hub_answers():
+    """Whether there is a way to the hub, to whose library it takes a minute to find that there is none."""
+    with contextlib.suppress(requests.RequestException):
+        return constants.HF_HUB_OFFLINE or bool(requests.head(constants.ENDPOINT, timeout=10).status_code)
+    return False
 
 
 def load_model(base, adapter=None, four_bit=True, lora_rank=64, trainable=True):

@@ -1,4 +1,6 @@
 """Records, the prompt and the three-step pipeline, on hand-worked cases."""
+import argparse
+import functools
 import gzip
 import json
 import os
@@ -27,6 +29,9 @@ def changed(**fields):
     return {k: v for k, v in (RECORD | fields).items() if v is not None}
 
 
+NESTED = functools.reduce(lambda inner, _: [inner], range(9999), "x")
+
+
 def dump(path, data):
     path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
     return path
@@ -44,7 +49,7 @@ def error_of(function, *args, **kwargs):
 # --- records ---
 
 def test_all_file_forms_load_alike(tmp_path):
-    rows = [changed(problem_id=i, problem=f"Why {i}? ü\u2028\x85 end") for i in range(7)]  # odd line ends
+    rows = [changed(problem_id=i, problem=f"Why {i}? ü\u2028\n end") for i in range(7)]  # odd line ends
     dump(tmp_path / "list.json", rows)
     gen_cot.write_jsonl(tmp_path / "lines.jsonl", rows)
     dump(tmp_path / "blank.jsonl", "\r\n\r\n".join(json.dumps(row) for row in rows) + "\n\n")
@@ -70,7 +75,9 @@ def test_all_file_forms_load_alike(tmp_path):
     ('["A. it\'s", "B. \\"no\\""]', ["A. it's", 'B. "no"']),  # as JSON prints it
     ("['A. a, b', \"B. it's\"]", ["A. a, b", "B. it's"]),  # as Python prints it
     ("('A) 1', 'B) 2')", ["A) 1", "B) 2"]),
-    ([1, 2.5], ["1", "2.5"]),
+    ([1, 2.5, True], ["A. 1", "B. 2.5", "C. True"]),
+    ("['red', 'blue']", ["A. red", "B. blue"]),
+    (["A. c", "B) x: y"], ["A. c", "B) x: y"]),
 ])
 def test_options_come_in_many_forms(tmp_path, options, expected):
     row = {k: str(v) for k, v in RECORD.items()} | {"options": options}  # all strings, as in the RL file
@@ -80,7 +87,7 @@ def test_options_come_in_many_forms(tmp_path, options, expected):
 
 def test_options_are_parsed_and_never_evaluated(tmp_path):
     text = f"[open({str(tmp_path / 'made')!r}, 'w')]"
-    assert "record 0" in error_of(load_records, dump(tmp_path / "a.json", [changed(options=text)]))
+    assert "record 0: the options are no list" in error_of(gen_cot.parse_options, text, "record 0")
     assert not (tmp_path / "made").exists()
 
 
@@ -89,6 +96,10 @@ def test_options_are_parsed_and_never_evaluated(tmp_path):
     (dict(solution="B"), "<answer>B</answer>"),
     (dict(solution=None, answer="B"), "<answer>B</answer>"),
     (dict(solution="", answer="<answer>B</answer>"), "<answer>B</answer>"),
+    (dict(solution="a Book"), "<answer>B</answer>"), (dict(solution="B. a book"), "<answer>B</answer>"),
+    (dict(problem_type="numerical", solution=4.5), "<answer>4.5</answer>"),
+    (dict(problem_type="numerical", solution=None, answer=0), "<answer>0</answer>"),
+    (dict(problem_type="OCR", solution=False, answer="x"), "<answer>false</answer>"),
 ])
 def test_solution_with_and_without_tags(tmp_path, fields, solution):
     [record] = load_records(dump(tmp_path / "a.json", [changed(**fields)]))
@@ -107,24 +118,29 @@ def test_evaluation_paths_with_and_without_their_first_folder(tmp_path, path, fo
 
 
 @pytest.mark.parametrize("row, says", [
-    (changed(problem=None), "'problem'"),
-    (changed(path=""), "'path'"),
-    (changed(problem_type=None), "'problem_type'"),
-    (changed(solution=None), "'solution'"),  # or every answer would be wrong, without a word
-    (changed(solution=4), "'solution'"),
+    (changed(problem=None), "field problem"),
+    (changed(path=""), "field path"),
+    (changed(problem_type=None), "field problem_type"),
+    (changed(solution=None), "field solution"),  # or every answer would be wrong, without a word
+    (changed(solution=["B"]), "field solution"),
     (changed(problem_type="essay"), "'essay', known are multiple choice, numerical, OCR, free-form, "),
     (changed(data_type="audio"), "not image or video"),
     (changed(options="A. 1, B. 2"), "options"),
-    (changed(options={"A": "1"}), "options"),
+    (changed(options={"A": "1"}), "options"), (changed(options=[["A", "1"], ["B", "2"]]), "options"),
+    (changed(options="['A. a red car' 'B. a blue car']"), "options"),  # as numpy prints them
+    (changed(options="[" * 99999), "options"), (changed(options="['a\0b']"), "options"),
+    (changed(options=[str(i) for i in range(15)]), "15 options"),
+    *[(changed(evidence=evidence), "evidence") for evidence in (5, True, {"a": "b"}, ["a", 1], [["a"]])],
+    (changed(problem="half \ud83d"), "surrogate"), (changed(extra={"deep": NESTED}), "nested"),
     ("What falls?", "an object"),
     (changed(path="/etc/passwd"), "leaves the media root"),
     (changed(path="./STAR/../../secret.mp4"), "leaves the media root"),
     (changed(path="../secret.mp4"), "leaves the media root"),
 ])
 def test_a_bad_record_is_named_with_file_index_and_mend(tmp_path, row, says):
-    file = dump(tmp_path / "data.json", [RECORD, row, RECORD])
-    text = error_of(load_records, file, tmp_path)
-    assert f"{file}, record 1" in text and says in text
+    """Before any model is loaded, and never by a traceback in mid-run."""
+    text = error_of(gen_cot.parse_record, row, "data.json, record 1", tmp_path)
+    assert text.startswith("data.json, record 1: ") and says in text
 
 
 def test_a_bad_file_is_named(tmp_path):
@@ -138,6 +154,14 @@ def test_a_bad_file_is_named(tmp_path):
         (tmp_path / name).write_bytes(data)
         assert name in error_of(load_records, tmp_path / name)
     assert "--data" in error_of(load_records, tmp_path / "nothing*.json")
+    for text in ("# notes\n\x1b[2Jmore", "[{'problem': 'a Python list'}]"):
+        said = error_of(load_records, dump(tmp_path / "some.json", text))
+        assert f"it begins {text[:9]!r}"[:-1] in said and "again" not in said and "\x1b" not in said
+    dump(tmp_path / "good.json", [RECORD])
+    for text in ("", " \n", "[]"):  # also where another file has records
+        dump(tmp_path / "none.json", text)
+        assert "none.json holds no records" in error_of(load_records, [tmp_path / "good.json",
+                                                                       tmp_path / "none.json"])
 
 
 def test_few_bad_records_are_named_and_left_out_and_many_are_an_error(tmp_path, capsys):
@@ -146,14 +170,62 @@ def test_few_bad_records_are_named_and_left_out_and_many_are_an_error(tmp_path, 
     assert len(load_records(file)) == 20
     assert f"left out: {file}, record 20: unknown problem_type 'essay'" in capsys.readouterr().out
     file = dump(tmp_path / "many.json", [RECORD] * 17 + [bad])  # 5.6 %
-    assert f"{file}, record 17" in error_of(load_records, file)
-    file = dump(tmp_path / "more.json", [bad] * 2 + [RECORD] * 17)
-    assert "the first of 2 in 19 records" in error_of(load_records, file)
+    assert f"1 of the 18 records in {file} can't be used" in error_of(load_records, file)
+    assert f"left out: {file}, record 17: unknown" in capsys.readouterr().out
+
+
+def test_left_out_records_are_counted_by_reason_with_one_example(tmp_path, capsys):
+    """A malformed line of JSON Lines is one of them; what differs within a reason is no other reason."""
+    lines = [json.dumps(RECORD)] * 200
+    lines[3:7] = ['{"problem": ', "{'problem': 1}", '["a"]', "[" * 99999]
+    for i, row in enumerate([changed(path=None), changed(problem=None), changed(problem_type="it's"),
+                             changed(problem_type="essay"), changed(options="x 'y'"), changed(options="z")]):
+        lines[10 + i] = json.dumps(row)
+    file = dump(tmp_path / "a.jsonl", "\ufeff" + "\n\n".join(lines))  # a BOM, as Windows has it
+    assert len(load_records(file)) == 190
+    left = capsys.readouterr().out.splitlines()
+    assert left[0].startswith(f"left out: {file}, record 3: line 7 is no JSON (Expecting")
+    said = [re.search(r"record (\d+): (.{12}).*?( \d such records\.)?$", line).groups() for line in left]
+    assert said == [("3", "line 7 is no", None), ("4", "line 9 is no", None), ("5", "expected an ", None),
+                    ("6", "line 13 is n", None), ("10", "the field pa", None), ("11", "the field pr", None),
+                    ("12", "unknown prob", " 2 such records."), ("14", "the options ", " 2 such records.")]
+
+
+def test_types_and_placeholders_are_read_as_what_they_are(tmp_path):
+    row = changed(problem="<image>\nWhat <video>falls\x1b[2J?", problem_type=" Multiple Choice", data_type="Video",
+                  solution="<answer>\x07B</answer>")
+    [record] = load_records(dump(tmp_path / "a.json", [row]))
+    assert record == changed(problem="What falls[2J?")
+
+
+LOST = [("numerical", gold) for gold in ("1/2", "$5", "\u22125", "4 km", "<answer>4", "<ANSWER>4</ANSWER>")]
+LOST += [("OCR", "<answer>STOP"), ("OCR", "<answer> </answer>"), ("free-form", "你好世界"),
+         ("multiple choice", "E"), ("multiple choice", "neither")]
+
+
+def test_golds_that_nothing_can_match_are_counted_among_the_records_that_are_used(tmp_path, capsys):
+    rows = [dict(changed(problem_type=kind, solution=gold), problem_id=f"{gold}\x1b[2J") for kind, gold in LOST]
+    rows += [changed(problem_type=kind, solution=gold) for kind, gold in [
+        ("numerical", "-5"), ("OCR", "STOP"), ("free-form", "a cup"), ("multiple choice", "a cup")]]
+    rows += [changed(options=None), changed(problem_id=8)]  # the options may stand in the question
+    (tmp_path / "STAR").mkdir()
+    (tmp_path / "STAR/a.mp4").write_bytes(b"")
+    file = dump(tmp_path / "a.json", rows)
+    assert len(selected(file, tmp_path, scoring="paper")) == len(rows)
+    said = capsys.readouterr().out
+    assert re.findall(r"^(\d) gold answers of type (.*?) can't be .*problem_id (.*), (.*)\.$", said, re.M) == [
+        ("6", "numerical", repr("1/2\x1b[2J"), "'1/2'"), ("2", "OCR", repr("<answer>STOP\x1b[2J"), "'<answer>STOP'"),
+        ("1", "free-form", repr("你好世界\x1b[2J"), "'你好世界'"), ("2", "multiple choice", repr("E\x1b[2J"), "'E'")]
+    assert "\x1b" not in said
+    selected(file, tmp_path, scoring="lenient")  # which takes 4 km for 4 km
+    assert "5 gold answers of type numerical" in capsys.readouterr().out
+    selected(file, tmp_path, scoring="paper", limit=1, seed=1)  # of those that are used
+    assert "gold answers of type multiple" not in capsys.readouterr().out
 
 
 def selected(file, root, **flags):
     """Which problem_ids `select_records` gives for a stage's flags."""
-    args = SimpleNamespace(**dict(data=str(file), media_root=str(root), limit=None, seed=0) | flags)
+    args = argparse.Namespace(**dict(data=str(file), media_root=str(root), limit=None, seed=0) | flags)
     return [r["problem_id"] for r in gen_cot.select_records(args)]
 
 
@@ -313,7 +385,7 @@ def test_a_mistake_gets_one_sentence_and_leaves_no_file(scripted, tmp_path, flag
     done = run(tmp_path, *flags)
     assert done.returncode == 1 and says in done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/*"))
 
 
 @pytest.mark.parametrize("row", ["text", dict(problem_id=1), dict(output="x"),

@@ -1,5 +1,7 @@
 """The judges, against a real HTTP server on loopback that speaks both APIs and misbehaves on demand."""
 import base64
+import contextlib
+import functools
 import json
 import os
 import random
@@ -12,9 +14,11 @@ import threading
 import time
 import unicodedata
 from email.utils import formatdate
+from types import SimpleNamespace
 
 import pytest
 
+import gen_cot
 import rewards
 from conftest import KEY, ROOT, Fault, reply_body
 from rewards import ChatClient, UserError, make_judge
@@ -102,8 +106,8 @@ def test_the_prompt_holds_question_options_answer_and_observation(server):
 
 def test_an_empty_observation_is_insufficient_unasked(server):
     judge = judge_at(server)
-    empty = [None, "", " \n", "\u200b\u2060 \ufeff"]  # the last shows nothing
-    assert judge([record()] * 5, [*empty, "seen"]) == [False] * 4 + [True]
+    empty = [None, "", " \n", "\u200b\u2060 \ufeff", "\u3164\u2800\ufe0f"]  # the last two show nothing
+    assert judge([record()] * 6, [*empty, "seen"]) == [False] * 5 + [True]
     assert judge([], []) == []
     assert len(server.seen) == 1 == judge.stats["calls"]
     with pytest.raises(ValueError):
@@ -138,6 +142,7 @@ FAULTS = [Fault(429, headers={"Retry-After": "0.01"}), *map(Fault, (408, 409, 50
 
 @both_apis
 def test_a_server_that_fails_three_times_in_ten_loses_nothing(server, api):
+    """Of 1,000 observations none gets a wrong verdict, or a 0 for a failure."""
     def behave(prompt, attempt):
         time.sleep(0.002)
         observation = parts_of(prompt)["OBSERVATION"]
@@ -145,14 +150,14 @@ def test_a_server_that_fails_three_times_in_ten_loses_nothing(server, api):
         return rng.choice(FAULTS) if rng.random() < 0.3 else YES if "described" in observation else NO
 
     server.behave = behave
-    truth = [random.Random(i).random() < 0.5 for i in range(500)]
-    judge = judge_at(server, api, timeout=0.5, concurrency=6)
+    truth = [random.Random(i).random() < 0.5 for i in range(1000)]
+    judge = judge_at(server, api, timeout=0.5, concurrency=16, backoff=0.001)
     observations = [f"{i} {'described' if sufficient else 'left out'}" for i, sufficient in enumerate(truth)]
-    assert judge([record()] * 500, observations) == truth
+    assert judge([record()] * 1000, observations) == truth
     stats = judge.stats
-    assert stats["calls"] == len(server.seen) == 500 + stats["retries"]
-    assert stats["retries"] > 100 and stats["unknown"] == 0
-    assert 2 <= server.most_in_flight <= 6
+    assert stats["calls"] == len(server.seen) == 1000 + stats["retries"]
+    assert stats["retries"] > 200 and stats["unknown"] == 0
+    assert 2 <= server.most_in_flight <= 16
 
 
 def test_a_dead_server_ends_in_unknowns_and_one_message(capfd):
@@ -175,11 +180,12 @@ def test_no_verdict_after_all_retries_is_unknown(server, capfd):
 
 
 @both_apis
-@pytest.mark.parametrize("status", [401, 403, 404, 302])
+@pytest.mark.parametrize("status", [401, 403, 404, 302, 429])
 def test_a_refusal_stops_the_run_with_the_servers_words(server, status, api):
-    body = json.dumps({"error": {"message": f"no, {KEY} won't do"}})
+    more = "You exceeded your current quota." * (status == 429)  # which waiting won't bring back
+    body = json.dumps({"error": {"message": f"no, {KEY} won't do. {more}"}})
     server.behave = lambda prompt, attempt: Fault(status, body, {"Location": f"{server.url}/elsewhere"})
-    words = "" if status == 302 else "no, .key. won't do"  # a redirect's own are of no use
+    words = "" if status == 302 else f"no, .key. won't do. {more}".strip()  # a redirect's own are of no use
     with pytest.raises(UserError, match=f"HTTP {status}, {words} .*base URL.* {api.upper()}_API_KEY"):
         judge_at(server, api, concurrency=3)([record()] * 50, [f"seen {i}" for i in range(50)])
     assert len(server.attempts) == len(server.seen) <= 6  # no retry, and the rest is never sent
@@ -238,6 +244,58 @@ def test_a_reply_that_does_not_end_in_time_is_none(server, trick):
     server.behave = lambda prompt, attempt: Fault(trick=trick, body=reply_body(YES))
     judge = judge_at(server, timeout=0.2, retries=1)
     assert judge([record()], ["seen"]) == [None] and judge.stats["calls"] == 2
+
+
+WORDS = [  # from a server that says what is wrong in a reply with status 200
+    ('{"error": {"message": "No allowed providers", "code": 404}}', "HTTP 200, No allowed providers"),
+    ('data: {"choices": [{"delta": {"content": "Yes"}}]}\n\ndata: [DONE]\n\n', "an event stream, data: "),
+    (json.dumps({"choices": [{"message": {"content": None, "tool_calls": [{"function": {"name": "judge"}}]}}]}),
+     '"tool_calls": [{"function": {"name": "judge"'),
+    ("<html>Log \x1b[2Jin\n</html>", "<html>Log [2Jin </html>"), ("", "HTTP 200, ")]
+
+
+@pytest.mark.parametrize("body, words", WORDS, ids=["error", "stream", "tool call", "login page", "nothing"])
+def test_a_reply_without_a_verdict_is_shown(server, capfd, body, words):
+    server.behave = lambda prompt, attempt: Fault(body=body)
+    assert judge_at(server, retries=1)([record()], ["seen"]) == [None]
+    message = capfd.readouterr().err
+    assert words in message and "\x1b" not in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("usage, tokens", [
+    ('{"prompt_tokens": 1e999, "completion_tokens": 3}', (0, 3)), ('{"input_tokens": "many"}', (0, 0)),
+    ('{"prompt_tokens": null, "output_tokens": [1]}', (0, 0)), ('"many"', (0, 0)), ("null", (0, 0)),
+    ("NaN", (0, 0)), ("[7]", (0, 0)), ('{"prompt_tokens": 7, "completion_tokens": 3}', (7, 3))])
+def test_an_odd_usage_costs_no_reply(server, usage, tokens):
+    message = json.dumps([dict(message=dict(content=YES))])
+    server.behave = lambda prompt, attempt: Fault(body=f'{{"choices": {message}, "usage": {usage}}}')
+    judge = judge_at(server)
+    assert judge([record()], ["seen"]) == [True] and judge.stats["calls"] == 1
+    assert (judge.stats["tokens_in"], judge.stats["tokens_out"]) == tokens
+
+
+@pytest.mark.parametrize("reply, calls, says", [
+    (None, 0, "gave no verdict on a question of trial"), (Fault(401, "who?"), 1, "refuses, HTTP 401, who?"),
+    ("Sure!", 3, "gave no verdict"), (Fault(400, "too long"), 1, "gave no verdict"), (NO, 1, None)])
+def test_a_judge_is_tried_before_anything_is_paid_for(server, tmp_path, monkeypatch, reply, calls, says):
+    """By one question, once: no route, a wrong key, a reply without a verdict end a stage as it starts."""
+    monkeypatch.chdir(tmp_path)
+    spec = server.spec() if reply else "openai:m@http://127.0.0.1:9/v1"
+    server.behave = lambda prompt, attempt: reply
+    monkeypatch.setattr(gen_cot, "make_judge", functools.partial(make_judge, retries=2, backoff=0.001))
+    args = SimpleNamespace(judge=spec, judge_prompt_file=None, judge_max_calls=None)
+    with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
+        for _ in range(2):
+            gen_cot.judge_from(args, [])
+    assert len(server.seen) == calls
+
+
+def test_the_rule_judge_says_what_it_measures_without_evidence(capsys):
+    args = SimpleNamespace(judge="rule", judge_prompt_file=None, judge_max_calls=None)
+    for records, lines in (([record(evidence=["x"])] * 2, 0), ([record(evidence=["x"]), record()], 1)):
+        gen_cot.judge_from(args, records)
+        said = capsys.readouterr().out
+        assert said.count("\n") == lines == said.count("every word of the correct answer stands")
 
 
 # --- cache and limits ---

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
@@ -381,12 +382,43 @@ def test_a_base_that_is_not_there_or_lacks_weights_is_an_error(tmp_path):
     """The library would go on with random ones in their places."""
     with pytest.raises(UserError, match="nowhere/base can't be loaded"):
         sft.load_model("nowhere/base")
+    with pytest.raises(UserError, match="The folder .* is no model: there is no config.json in it"):
+        sft.load_model(str(tmp_path))
     shutil.copytree(BASE, tmp_path / "base")
     (file,) = (tmp_path / "base").glob("*.safetensors")
     kept = {name: weight for name, weight in load_file(file).items() if "visual" not in name}
     save_file(kept, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="lacks 30 of Qwen2.5-VL's weights, for example model.visual"):
         sft.load_base(tmp_path / "base")
+    file.write_bytes(file.read_bytes()[:99_999])
+    with pytest.raises(UserError, match="base can't be loaded: .*metadata") as error:
+        sft.load_base(tmp_path / "base")
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_network_a_base_that_is_not_here_ends_at_once(monkeypatch):
+    """The hub's library would try for a minute. The bars of a download stay on."""
+    monkeypatch.setattr(sft.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sft.constants, "ENDPOINT", "http://127.0.0.1:9")
+    seen = []
+
+    def load(base, **options):
+        seen.append((options["local_files_only"], are_progress_bars_disabled()))
+        raise OSError("no such model\nhere, for two reasons")
+
+    monkeypatch.setattr(sft.AutoTokenizer, "from_pretrained", load)
+    with pytest.raises(UserError, match="Qwen/X can't be loaded: no such model here, for two reasons$"):
+        sft.load_base("Qwen/X")
+    assert seen == [(True, False)]
+
+
+def test_a_card_before_ampere_is_told_that_bf16_is_slow_there(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sft, "process", lambda: SimpleNamespace(device="cuda:0"))
+    for capability, lines in (((7, 5), 1), ((8, 0), 0), ((12, 0), 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        assert sft.pick_device() == ("cuda:0", torch.bfloat16)
+        assert capsys.readouterr().out.count("emulates bf16") == lines
 
 
 def test_an_adapters_dropout_is_off(saved, tmp_path):
@@ -398,16 +430,20 @@ def test_an_adapters_dropout_is_off(saved, tmp_path):
     assert rates and set(rates) == {0.0}
 
 
-def test_a_missing_or_damaged_adapter_is_an_error(saved, tmp_path):
-    with pytest.raises(UserError, match="No adapter in .*nowhere: train one with sft.py"):
+def test_a_missing_or_damaged_adapter_is_an_error(saved, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="No adapter in .*nowhere, which lacks .*: train one with sft.py"):
         sft.load_model(BASE, tmp_path / "nowhere")
     shutil.copytree(saved[2], tmp_path / "cut")
     weights, config = tmp_path / "cut/adapter_model.safetensors", tmp_path / "cut/adapter_config.json"
     half = weights.read_bytes()[:weights.stat().st_size // 2]
-    for damage in (lambda: weights.write_bytes(half), weights.unlink, lambda: config.write_text("{}")):
+    for damage in (lambda: weights.write_bytes(half), lambda: config.write_text("{}")):
         damage()
         with pytest.raises(UserError, match="The adapter in .*cut does not fit"):
             sft.load_model(BASE, tmp_path / "cut")
+    weights.unlink()  # peft would ask the hub for somebody's repository of that name
+    monkeypatch.setattr(sft, "load_base", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="No adapter in .*cut, which lacks adapter_model.safetensors"):
+        sft.load_model(BASE, tmp_path / "cut")
 
 
 def test_an_interrupted_save_leaves_the_last_adapter_whole(saved, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Step 1 against the chat server, which answers from the toy world's script, fails, and is cut off."""
 import base64
 import io
+import itertools
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import gen_cot
 import prepare
 from conftest import ROOT, Fault
 from gen_cot import build_prompt, load_records
-from rewards import ChatClient, UserError
+from rewards import ChatClient, UserError, rule_judge
 
 FLAWS = [None, "wrong answer", "broken template", "insufficient observation"]
 FAULTS = [Fault(500), Fault(429), Fault(trick="drop"), ""]
@@ -71,7 +72,7 @@ def command(world, teacher, output, *flags, data="questions.jsonl"):
 
 def run(world, teacher, output, *flags, **changes):
     """The finished process, started beside the output, where it also puts what judges say."""
-    output.parent.mkdir(exist_ok=True)
+    (output.parent / gen_cot.MODELS["tiny"]).mkdir(parents=True, exist_ok=True)  # or it is no clone
     return subprocess.run(command(world, teacher, output, *flags, **changes), cwd=output.parent,
                           capture_output=True, text=True, timeout=300)
 
@@ -215,6 +216,33 @@ def test_thirty_broken_replies_and_no_other_stop_the_run(world, server, tmp_path
     assert len(rows_of(output)) == len(cut.answered)
 
 
+TRACE = "<observation>It is red.</observation> <think>fine</think><answer>red</answer>"
+
+
+@pytest.mark.parametrize("reply, kept", [
+    ("I see red.\n</think>\n\n" + TRACE, TRACE), ("<think>\n\n</think>\n" + TRACE, TRACE),
+    ("<think>An <observation>, a <think> block, then <answer>.</think>" + TRACE, TRACE),  # plans name tags
+    (f"```xml\n{TRACE}\n```", TRACE), (f"{TRACE}<|im_end|>", TRACE), (f"{TRACE}\n```\n<|endoftext|>\n", TRACE),
+    (f"<think>Hm.</think>\n```\n{TRACE}\n```<|im_end|>", TRACE),
+    (f"Sure! {TRACE}", None), (f"<think>never closed {TRACE}", None), (f"{TRACE} Hope that helps!", None),
+    ("", None), ("</think>", None)])
+def test_what_a_thinking_teacher_puts_around_a_trace_is_cut_off(reply, kept):
+    """And nothing else is: a trace that broke the template still does."""
+    record = dict(problem="Which?", problem_type="free-form", options=[], solution="red", evidence=["red"])
+    (reason,), (score,) = gen_cot.verify([record], [reply], rule_judge)
+    assert reason == (None if kept else "broken template")
+    if kept:
+        row = gen_cot.kept_record(record, reply, score, "paper")
+        assert row["output"] == kept and row["observation"] == "<observation>It is red.</observation>"
+
+
+def test_thoughts_around_the_trace_are_no_broken_replies(world, server, tmp_path):
+    _, records, traces, _ = world
+    server.behave = lambda prompt, attempt: f"Hm.\n</think>\n\n{traces[prompt]}<|im_end|>"
+    records = [record for record, flaw in zip(records, itertools.cycle(FLAWS)) if flaw != "broken template"]
+    assert None not in gen_cot.generate(records[:40], *make_run(server, tmp_path))
+
+
 def test_ctrl_c_ends_in_one_sentence_and_what_is_on_its_way_is_kept(world, server, tmp_path):
     script = server.behave = Script(world[2], delay=0.05)
     process = subprocess.Popen(
@@ -304,6 +332,14 @@ def test_one_problem_id_in_two_files_never_exchanges_traces(world, server, tmp_p
                  "--traces", tmp_path / "traces.jsonl", "--output", tmp_path / "again/cot.jsonl"]
     subprocess.run(elsewhere, cwd=ROOT, check=True, capture_output=True)
     assert load_records(tmp_path / "again/cot.jsonl") == kept
+    first = set(map(gen_cot.question_key, load_records(folder / "twins1.jsonl")))
+    gen_cot.write_jsonl(tmp_path / "traces.jsonl", [dict(problem_id=row["problem_id"], output=row["output"])
+                                                    for row in rows_of(output) if row["question"] in first])
+    elsewhere[5] = folder / "twins1.jsonl"  # whose traces these are can be told with one file alone
+    subprocess.run(elsewhere, cwd=ROOT, check=True, capture_output=True)
+    elsewhere[5] = folder / "twins*.jsonl"
+    done = subprocess.run(elsewhere, cwd=ROOT, capture_output=True, text=True)
+    assert "None of the 40 traces was kept" in sentence(done) and "40 no trace" in done.stderr
 
 
 def test_half_a_surrogate_pair_is_written_as_json_escapes_it(world, server, tmp_path):
@@ -314,7 +350,8 @@ def test_half_a_surrogate_pair_is_written_as_json_escapes_it(world, server, tmp_
         assert gen_cot.generate([record], *make_run(server, tmp_path)) == [text]
     assert len(server.seen) == 1
     gen_cot.write_jsonl(tmp_path / "kept.jsonl", [gen_cot.kept_record(record, text, 1.0, "paper")])
-    assert load_records(tmp_path / "kept.jsonl")[0]["output"] == text
+    assert load_records(tmp_path / "kept.jsonl")[0]["output"] == traces[build_prompt(record)].replace(
+        "<think>", "<think> ")  # and no record holds it
 
 
 def test_a_torn_last_line_is_cut_off_and_the_rest_is_kept(tmp_path):

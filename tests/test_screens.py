@@ -1,0 +1,159 @@
+"""What reaches the screen, and other systems: terminals that lack characters, texts that would steer them, Python
+without what Linux alone has, decoders that are spawned."""
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import gen_cot
+import pagrpo
+import sft
+from conftest import ROOT
+from rewards import UserError
+
+EVIL = "\x1b[2J\x07\x9b2J\r\u202e"  # clears a screen, rings, goes back, turns the text round
+
+
+def run_here(monkeypatch, folder, command, records, root):
+    """`python COMMAND` with small settings on these records, in this process and from the root of the clone."""
+    (folder / f"{EVIL[:4]}.json").write_text(json.dumps(records))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--model", "tiny", "--media-root", str(root), "--data",
+                                      f"{folder}/*.json", "--workers", "1", "--num-frames", "4"])
+    stage = importlib.import_module(command.split(".py")[0])
+    stage.main(stage.get_args())
+
+
+def run_python(folder, text, *arguments, **environment):
+    """A program of this text that knows where the stages are; returns its output, once it has ended well."""
+    (folder / "program.py").write_text(text)
+    path = os.pathsep.join([str(ROOT), str(folder)])
+    done = subprocess.run([sys.executable, str(folder / "program.py"), *map(str, arguments)], cwd=ROOT, timeout=280,
+                          capture_output=True, env=dict(os.environ, PYTHONPATH=path, **environment))
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode("latin-1")
+
+
+# --- screens ---
+
+def test_a_terminal_that_is_not_utf_8_shows_help_and_results(tmp_path, toy_records):
+    """With question marks for what it lacks; a UnicodeEncodeError would end the run at its table."""
+    root = Path(toy_records[0]["media"]).parents[1]
+    said = run_python(tmp_path, """
+import sys, gen_cot, sft, pagrpo, evaluate
+def run(stage, *words):
+    sys.argv = [f"{stage.__name__}.py", *words]
+    try:
+        gen_cot.run_script(stage.main, stage.get_args)
+    except SystemExit as end:
+        assert end.code == 0, end
+for stage in (gen_cot, sft, pagrpo, evaluate):
+    run(stage, "--help")
+run(evaluate, "--model", "tiny", "--adapters", "none", "--data", sys.argv[0] and ARGUMENTS[1], "--media-root",
+    ARGUMENTS[2], "--output", ARGUMENTS[3], "--limit", "2", "--max-completion-tokens", "8", "--workers", "1")
+""".replace("def run", "ARGUMENTS = list(sys.argv)\ndef run", 1), root / "records.json", root, tmp_path / "out",
+                      PYTHONIOENCODING="ascii")
+    assert said.isascii() and all(f"usage: {name}.py" in said for name in ("gen_cot", "sft", "pagrpo", "evaluate"))
+    assert "accuracy in %, ? 95 % interval" in said and "each with ? optimiser steps" in " ".join(said.split())
+
+
+def harmless(text):
+    """Whether nothing of a text steers a terminal but line ends and our own three colours."""
+    text = re.sub("\x1b\\[(36|33|0)m", "", text)
+    return not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]", text) and "\r\n" not in text
+
+
+@pytest.mark.parametrize("command", [
+    "gen_cot.py --traces TRACES --judge rule", "sft.py", "pagrpo.py --adapter none --updates 1 --show-every 1 "
+    "--prompts-per-update 6 --num-generations 2 --max-completion-tokens 8",
+    "evaluate.py --adapters none --max-completion-tokens 8"])
+def test_records_and_file_names_do_not_steer_the_terminal(toy_records, tmp_path, monkeypatch, capfd, command):
+    """Those that are used, those that are left out, those whose medium is damaged or missing."""
+    (tmp_path / f"{EVIL[:4]}.mp4").write_text("no clip")
+    rows = [dict(row, problem=f"{row['problem']} {EVIL}", problem_id=f"{EVIL}{i}", path=row["media"][1:],
+                 solution=f"<answer>{EVIL}red{EVIL}</answer>") for i, row in enumerate(toy_records[:3])]
+    rows.append(dict(rows[0], path=f"{tmp_path}/{EVIL[:4]}.mp4"[1:], data_type="video"))
+    rows.append(dict(rows[0], path=f"{EVIL}.png"))
+    rows += rows[:3] * 20 + [dict(rows[0], problem_type=EVIL), dict(rows[0], options=EVIL)]
+    rows += [dict(rows[0], problem_type="numerical", solution=EVIL + "one", options=[])]
+    gen_cot.write_jsonl(tmp_path / "traces", [dict(problem_id=1, output=EVIL)])
+    command = command.replace("TRACES", str(tmp_path / "traces")) + f" --output {tmp_path}/out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "plot_curves", lambda *args: None)
+        try:
+            run_here(patch, tmp_path, command, rows, "/")
+        except UserError as error:  # gen_cot.py keeps none of these traces
+            print(error, file=sys.stderr)
+    out, err = capfd.readouterr()
+    assert harmless(out) and harmless(err.replace("\x1b[A", "")), repr(out + err)
+    assert len(re.findall("^left out: ", out, re.M)) == 2
+    assert ("gold answers of type numerical" in out) == ("sft" not in command)
+    assert ("skipped: " in err) == ("gen_cot" not in command)
+
+
+def test_completions_replies_and_reasons_do_not_steer_the_terminal(capsys):
+    scores = dict(perception=1.0, reasoning=1.0)
+    group = SimpleNamespace(record=dict(problem="Which?", options=["A. x"], solution="A"), scores=[scores] * 2,
+                            texts=[f"<observation>{EVIL}</observation> <think>{EVIL}", EVIL],
+                            completion_ids=torch.zeros(2, 3), perception_mask=torch.zeros(2, 3, dtype=torch.bool),
+                            perception_advantages=torch.zeros(2), reasoning_advantages=torch.zeros(2))
+    pagrpo.show(group, SimpleNamespace(decode=lambda *args, **options: "<observation>"))
+    said = capsys.readouterr().out
+    assert harmless(said) and said.count("<observation>") == 1 and "\x1b[36m" in said
+    assert harmless(str(UserError(EVIL))) and harmless(str(gen_cot.MediaError(EVIL)))
+
+
+# --- systems ---
+
+@pytest.mark.parametrize("command", ["gen_cot", "sft", "pagrpo", "evaluate"])
+def test_a_run_from_another_folder_says_where_to_go(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{command}.py", "--model", "tiny"])
+    with pytest.raises(UserError, match=f"There is no data/toy/base here: run it in the clone, {ROOT}[.]$"):
+        importlib.import_module(command).get_args()
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_stage_needs_what_linux_alone_has(tmp_path):
+    """Neither modules nor functions that Windows or a Mac lack, as a stage is imported and asked for its memory."""
+    run_python(tmp_path, """
+import math, os, sys
+for name in ("resource", "fcntl"):
+    sys.modules[name] = None
+for name in ("sched_getaffinity", "sched_setaffinity", "fork", "forkpty"):
+    delattr(os, name)
+import rewards, gen_cot, sft, pagrpo, evaluate
+assert math.isnan(sft.peak_gib())
+""")
+
+
+def test_spawned_workers_decode_without_torch(tmp_path, toy_records):
+    """As on Windows and a Mac, where each would import the script that it was started from: 2 s and 0.4 GiB."""
+    (tmp_path / "spy.py").write_text("""
+import sys, gen_cot
+def read(record, num_frames, max_pixels):
+    return gen_cot.read_media(record, num_frames, max_pixels), "torch" in sys.modules
+""")
+    rows = [dict(row, observation=None) for row in toy_records[:4]]
+    gen_cot.write_jsonl(tmp_path / "data.jsonl", rows)
+    said = run_python(tmp_path, """
+import sys
+import sft, gen_cot, spy
+def read_ahead(records, args):
+    for record, (media, has_torch) in gen_cot.read_ahead(records, args, spy.read):
+        print("torch" if has_torch else "no torch", media[0].shape)
+        yield record, media
+if __name__ == "__main__":
+    sys.platform, sft.read_ahead = "darwin", read_ahead
+    sys.argv[1:1] = ["--model", "tiny", "--workers", "1", "--num-frames", "4"]
+    gen_cot.run_script(sft.main, sft.get_args)
+""", "--data", tmp_path / "data.jsonl", "--media-root", Path(rows[0]["media"]).parents[1], "--output", tmp_path / "sft")
+    assert re.findall("^(no torch|torch)", said, re.M) == ["no torch"] * 4 and "SFT on 4 traces" in said
+    assert (tmp_path / "sft/adapter_model.safetensors").exists()
