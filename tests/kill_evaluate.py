@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def start(output, args):
-    command = f"evaluate.py --model tiny --limit {args.limit} --batch-size {args.batch_size} --output {output}"
-    return subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, stdout=subprocess.PIPE,
+    flags = f"--model tiny --limit {args.limit} --batch-size {args.batch_size} --output {output}"
+    return subprocess.Popen([sys.executable, "evaluate.py", *flags.split()], cwd=ROOT, stdout=subprocess.PIPE,
                             stderr=subprocess.DEVNULL)
 
 

@@ -159,8 +159,9 @@ NUMBERED = ["Option 1: The kite rises.", "Option 2: The kite falls."]
 
 
 @pytest.mark.parametrize("lines, gold, said, rating", [
-    (LETTERED, "B. sliding", "B", 1), (LETTERED, "B. sliding", "B.", 1), (LETTERED, "B. sliding", "Sliding", 1),
-    (LETTERED, "B. sliding", "The best option is B. sliding.", 1), (LETTERED, "B. sliding", "A. rolling", 0),
+    (LETTERED, "B. sliding", "B", 1), (LETTERED, "B. sliding", "B.", 1),
+    (LETTERED, "B. sliding", "Sliding", 1), (LETTERED, "B. sliding", "A. rolling", 0),
+    (LETTERED, "B. sliding", "The best option is B. sliding.", 1),
     ([], "yes", "Yes, the lamp is switched on.", 1), ([], "yes", "No, it isn't.", 0), ([], "no", "No", 1),
     ([], "no", "No. The lamp stays dark.", 1), ([], "no", "yes", 0),
     (CAPTIONS, CAPTIONS[1], "Sentence B", 1), (CAPTIONS, CAPTIONS[1], CAPTIONS[1], 1),
@@ -183,7 +184,8 @@ def test_lenient_agrees_with_a_persons_rating_on_the_three_forms_of_tempcompass(
               dict(question="O(_)?", question_type="open-ended", answer="n", video="https://h/videos/C/1.mp4",
                    choices={}, metadata=dict(subject="C"))],
      dict(problem="Which law?", path="MMVU/videos/Law/2.mp4", subject="Law",
-          options=["A. Ohm's", "B. Hooke's"], solution="<answer>B</answer>", problem_id=0), ["multiple choice", "open-ended"]),
+          options=["A. Ohm's", "B. Hooke's"], solution="<answer>B</answer>", problem_id=0),
+     ["multiple choice", "open-ended"]),
     ("vcr", [{"question": "Where?\nA. here\nB. there", "multiple-choice": True, "answer": "B",
               "choices": dict(A="here", B="there", C="", D=""), "video_path": "v/1.mp4", "dimension": "Plot"},
              {"question": "Why?", "multiple-choice": False, "answer": "so", "choices": dict(A="", B=""),

@@ -77,7 +77,7 @@ def test_all_stages_in_order(fresh_clone):
     assert (fresh_clone / "runs/tiny/pagrpo/curves.png").stat().st_size > 10_000
 
     table = run(fresh_clone, "evaluate.py --model tiny --limit 20").splitlines()
-    names = [line[:16].strip() for line in table if " ± " in line]
+    names = [line[:16].strip() for line in table if re.search(r"\d ± \d", line)]
     assert names == ["constant", "base", "SFT", "SFT + PA-GRPO"]
     results = json.loads((fresh_clone / "runs/tiny/evaluate/results.json").read_text())
     row = results["rows"]["SFT + PA-GRPO"]["test.jsonl"]
