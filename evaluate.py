@@ -26,6 +26,7 @@ import json
 import math
 import re
 import statistics
+import sys
 import subprocess
 from importlib.metadata import version
 from itertools import islice
@@ -220,7 +221,9 @@ def load_questions(args):
         raise UserError(f"None of the {len(records)} records has its medium below {args.media_root}: pass "
                         "--media-root, or see the README on what to download and where to.")
     print(f"{len(records)} questions, of which {len(missing)} have no medium below {args.media_root}.")
-    return gen_cot.draw(records, args.limit, args.seed)
+    records = gen_cot.draw(records, args.limit, args.seed)
+    gen_cot.name_lost_golds(records, args.scoring)
+    return records
 
 
 # --- completions --------------------------------------------------------------------------------------------
@@ -309,6 +312,7 @@ def local_rows(model, tokenizer, records, notes, args):
     while batch := list(islice(media, args.batch_size)):
         read = [pair for pair in batch if not isinstance(pair[1], gen_cot.MediaError)]
         for record, error in (pair for pair in batch if isinstance(pair[1], gen_cot.MediaError)):
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
             yield record, dict(completion=None, unread=str(error))
         prompts = []
         for record, frames in read:

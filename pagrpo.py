@@ -150,6 +150,10 @@ def main(args):
     started = f"from the SFT adapter {args.adapter}"
     if args.adapter == "none":
         started = "from the base, without SFT (Table 2, RL only)"
+    if args.adapter != "none":
+        sft.check_adapter(args.adapter, args.lora_rank)
+    if not args.probe:
+        sft.claim_output(args)
     print(f"Starting {started}.")
     if args.judge not in ("rule", "self") and not args.probe:
         gen_cot.judge_from(args, records)  # whether it can be reached, before the model is loaded
@@ -718,13 +722,9 @@ def merged(model):
 
 def add_reference(model, args):
     """π_ref as the frozen adapter `ref`, the SFT adapter once more; returns its name, or None where there is
-    no adapter, i.e. where π_ref is the base. UserError where its rank is not that of the arguments."""
+    no adapter, i.e. where π_ref is the base."""
     if args.adapter != "none":
         model.load_adapter(args.adapter, "ref", is_trainable=False)
-        rank = model.peft_config["policy"].r
-        if rank != args.lora_rank:
-            raise UserError(f"The adapter in {args.adapter} has rank {rank}: pass --lora-rank {rank}, or "
-                            "train another with sft.py.")
     elif args.probe:  # a stand-in for the SFT adapter of a real run
         model.add_adapter("ref", model.peft_config["policy"])
     else:

@@ -113,7 +113,7 @@ def is_plain(content):
     return bool(visible(content)) and not any(f"<{tag}>" in content or f"</{tag}>" in content for tag in TAGS)
 
 
-BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe00-\ufe0f\uffa0]")  # Hangul fillers and such
+BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe00-\ufe0f\uffa0]")  # Hangul fillers
 
 
 def visible(text):

@@ -90,6 +90,7 @@ def main(args):
         if args.process_agnostic and None in parse_trace(target_text(record))[1:]:
             raise UserError(f"{args.data}: the trace of {record['problem'][:60]!r} lacks its think or its "
                             "answer block: leave the record out.")
+    claim_output(args)
     with measured("load", "take a smaller model"):
         model, tokenizer = load_model(args.base, None, not args.no_4bit, args.lora_rank)
     train(model, tokenizer, records, args)
@@ -297,13 +298,20 @@ def add_adapter(model, base, adapter=None, lora_rank=64, trainable=True):
     return model.eval()
 
 
-def check_adapter(adapter):
-    """Raises UserError where the folder holds no saved adapter; peft would ask the hub for one of its
-    name."""
+def check_adapter(adapter, lora_rank=None):
+    """Raises UserError where the folder holds no saved adapter, for which peft would ask the hub, or one of
+    another rank."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (Path(adapter) / name).exists():
             raise UserError(f"No adapter in {adapter}, which lacks {name}: train one with sft.py, or name "
                             "none for the base.")
+    try:
+        rank = json.loads((Path(adapter) / "adapter_config.json").read_text()).get("r", lora_rank)
+    except ValueError:
+        raise UserError(f"The adapter in {adapter} has no readable adapter_config.json.") from None
+    if lora_rank not in (None, rank):
+        raise UserError(f"The adapter in {adapter} has rank {rank}: pass --lora-rank {rank}, or train another "
+                        "with sft.py.")
 
 
 def check_adapter_fits(model, adapter):
@@ -556,10 +564,20 @@ def parse_training_args(parser, tiny, stage):
 
 
 def setup_process(args):
-    """What a training process does first: keeps or makes its output folder, seeds, limits its memory. Raises
-    UserError where it can't, SystemExit where --resume finds a finished run."""
+    """What a training process does first. Raises UserError where its memory can't be limited."""
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # one voice is enough
+    seed_everything(args.seed)
+    if args.memory_limit is not None:
+        if not torch.cuda.is_available():
+            raise UserError("--memory-limit is for a GPU, and there is none.")
+        share = args.memory_limit * 2**30 / torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+
+
+def claim_output(args):
+    """Makes the output folder; an old run in it is moved aside, or, with --resume, ends this one if it is
+    finished (SystemExit). Raises UserError where nothing can be written."""
     with process().main_process_first():
         saved = list(args.output.glob("checkpoint*.pt"))
         finished = (args.output / "adapter_model.safetensors").exists()
@@ -569,12 +587,6 @@ def setup_process(args):
         if not args.resume and (finished or saved) and is_first():
             move_aside(args.output)
         check_writable(args.output)
-    seed_everything(args.seed)
-    if args.memory_limit is not None:
-        if not torch.cuda.is_available():
-            raise UserError("--memory-limit is for a GPU, and there is none.")
-        share = args.memory_limit * 2**30 / torch.cuda.mem_get_info()[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
 
 
 def seed_everything(seed):

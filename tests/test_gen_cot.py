@@ -217,8 +217,8 @@ def test_golds_that_nothing_can_match_are_counted_among_the_records_that_are_use
         ("6", "numerical", repr("1/2\x1b[2J"), "'1/2'"), ("2", "OCR", repr("<answer>STOP\x1b[2J"), "'<answer>STOP'"),
         ("1", "free-form", repr("你好世界\x1b[2J"), "'你好世界'"), ("2", "multiple choice", repr("E\x1b[2J"), "'E'")]
     assert "\x1b" not in said
-    selected(file, tmp_path, scoring="lenient")  # which takes 4 km for 4 km
-    assert "5 gold answers of type numerical" in capsys.readouterr().out
+    selected(file, tmp_path, scoring="lenient")  # which takes 4 km for 4 km, as anything for itself
+    assert "2 gold answers of type numerical" in capsys.readouterr().out
     selected(file, tmp_path, scoring="paper", limit=1, seed=1)  # of those that are used
     assert "gold answers of type multiple" not in capsys.readouterr().out
 

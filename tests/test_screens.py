@@ -1,5 +1,5 @@
-"""What reaches the screen, and other systems: terminals that lack characters, texts that would steer them, Python
-without what Linux alone has, decoders that are spawned."""
+"""What reaches the screen, and other systems: terminals that lack characters, texts that would steer them,
+Python without what Linux alone has, decoders that are spawned."""
 import importlib
 import json
 import os
@@ -18,15 +18,16 @@ import sft
 from conftest import ROOT
 from rewards import UserError
 
+STAGES = ("gen_cot", "sft", "pagrpo", "evaluate")
 EVIL = "\x1b[2J\x07\x9b2J\r\u202e"  # clears a screen, rings, goes back, turns the text round
 
 
 def run_here(monkeypatch, folder, command, records, root):
-    """`python COMMAND` with small settings on these records, in this process and from the root of the clone."""
+    """`python COMMAND` with small settings on these records, in this process, from the clone's root."""
     (folder / f"{EVIL[:4]}.json").write_text(json.dumps(records))
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [*command.split(), "--model", "tiny", "--media-root", str(root), "--data",
-                                      f"{folder}/*.json", "--workers", "1", "--num-frames", "4"])
+    flags = ["--model", "tiny", "--media-root", str(root), "--data", f"{folder}/*.json", "--workers", "1"]
+    monkeypatch.setattr(sys, "argv", [*command.split(), *flags, "--num-frames", "4"])
     stage = importlib.import_module(command.split(".py")[0])
     stage.main(stage.get_args())
 
@@ -35,8 +36,9 @@ def run_python(folder, text, *arguments, **environment):
     """A program of this text that knows where the stages are; returns its output, once it has ended well."""
     (folder / "program.py").write_text(text)
     path = os.pathsep.join([str(ROOT), str(folder)])
-    done = subprocess.run([sys.executable, str(folder / "program.py"), *map(str, arguments)], cwd=ROOT, timeout=280,
-                          capture_output=True, env=dict(os.environ, PYTHONPATH=path, **environment))
+    command = [sys.executable, str(folder / "program.py"), *map(str, arguments)]
+    environment = dict(os.environ, PYTHONPATH=path, **environment)
+    done = subprocess.run(command, cwd=ROOT, timeout=280, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout.decode("latin-1")
 
@@ -46,8 +48,11 @@ def run_python(folder, text, *arguments, **environment):
 def test_a_terminal_that_is_not_utf_8_shows_help_and_results(tmp_path, toy_records):
     """With question marks for what it lacks; a UnicodeEncodeError would end the run at its table."""
     root = Path(toy_records[0]["media"]).parents[1]
+    flags = ["--model", "tiny", "--adapters", "none", "--data", root / "records.json", "--media-root", root,
+             "--output", tmp_path / "out", "--limit", 2, "--max-completion-tokens", 8, "--workers", 1]
     said = run_python(tmp_path, """
 import sys, gen_cot, sft, pagrpo, evaluate
+flags = sys.argv[1:]
 def run(stage, *words):
     sys.argv = [f"{stage.__name__}.py", *words]
     try:
@@ -56,12 +61,11 @@ def run(stage, *words):
         assert end.code == 0, end
 for stage in (gen_cot, sft, pagrpo, evaluate):
     run(stage, "--help")
-run(evaluate, "--model", "tiny", "--adapters", "none", "--data", sys.argv[0] and ARGUMENTS[1], "--media-root",
-    ARGUMENTS[2], "--output", ARGUMENTS[3], "--limit", "2", "--max-completion-tokens", "8", "--workers", "1")
-""".replace("def run", "ARGUMENTS = list(sys.argv)\ndef run", 1), root / "records.json", root, tmp_path / "out",
-                      PYTHONIOENCODING="ascii")
-    assert said.isascii() and all(f"usage: {name}.py" in said for name in ("gen_cot", "sft", "pagrpo", "evaluate"))
-    assert "accuracy in %, ? 95 % interval" in said and "each with ? optimiser steps" in " ".join(said.split())
+run(evaluate, *flags)
+""", *flags, PYTHONIOENCODING="ascii")
+    words = " ".join(said.split())
+    assert said.isascii() and all(f"usage: {name}.py" in words for name in STAGES)
+    assert "in %, ? 95 % interval" in words and "each with ? optimiser steps" in words
 
 
 def harmless(text):
@@ -71,9 +75,10 @@ def harmless(text):
 
 
 @pytest.mark.parametrize("command", [
-    "gen_cot.py --traces TRACES --judge rule", "sft.py", "pagrpo.py --adapter none --updates 1 --show-every 1 "
-    "--prompts-per-update 6 --num-generations 2 --max-completion-tokens 8",
-    "evaluate.py --adapters none --max-completion-tokens 8"])
+    "gen_cot.py --traces TRACES --judge rule", "sft.py",
+    "pagrpo.py --adapter none --updates 1 --show-every 1 --prompts-per-update 42 --num-generations 2 "
+    "--max-completion-tokens 8",
+    "evaluate.py --adapters none --max-completion-tokens 8"], ids=STAGES)
 def test_records_and_file_names_do_not_steer_the_terminal(toy_records, tmp_path, monkeypatch, capfd, command):
     """Those that are used, those that are left out, those whose medium is damaged or missing."""
     (tmp_path / f"{EVIL[:4]}.mp4").write_text("no clip")
@@ -81,7 +86,7 @@ def test_records_and_file_names_do_not_steer_the_terminal(toy_records, tmp_path,
                  solution=f"<answer>{EVIL}red{EVIL}</answer>") for i, row in enumerate(toy_records[:3])]
     rows.append(dict(rows[0], path=f"{tmp_path}/{EVIL[:4]}.mp4"[1:], data_type="video"))
     rows.append(dict(rows[0], path=f"{EVIL}.png"))
-    rows += rows[:3] * 20 + [dict(rows[0], problem_type=EVIL), dict(rows[0], options=EVIL)]
+    rows += rows[:3] * 12 + [dict(rows[0], problem_type=EVIL), dict(rows[0], options=EVIL)]
     rows += [dict(rows[0], problem_type="numerical", solution=EVIL + "one", options=[])]
     gen_cot.write_jsonl(tmp_path / "traces", [dict(problem_id=1, output=EVIL)])
     command = command.replace("TRACES", str(tmp_path / "traces")) + f" --output {tmp_path}/out"
@@ -100,10 +105,11 @@ def test_records_and_file_names_do_not_steer_the_terminal(toy_records, tmp_path,
 
 def test_completions_replies_and_reasons_do_not_steer_the_terminal(capsys):
     scores = dict(perception=1.0, reasoning=1.0)
-    group = SimpleNamespace(record=dict(problem="Which?", options=["A. x"], solution="A"), scores=[scores] * 2,
-                            texts=[f"<observation>{EVIL}</observation> <think>{EVIL}", EVIL],
-                            completion_ids=torch.zeros(2, 3), perception_mask=torch.zeros(2, 3, dtype=torch.bool),
-                            perception_advantages=torch.zeros(2), reasoning_advantages=torch.zeros(2))
+    group = SimpleNamespace(
+        record=dict(problem="Which?", options=["A. x"], solution="A"), scores=[scores] * 2,
+        texts=[f"<observation>{EVIL}</observation> <think>{EVIL}", EVIL], completion_ids=torch.zeros(2, 3),
+        perception_mask=torch.zeros(2, 3, dtype=torch.bool),
+        perception_advantages=torch.zeros(2), reasoning_advantages=torch.zeros(2))
     pagrpo.show(group, SimpleNamespace(decode=lambda *args, **options: "<observation>"))
     said = capsys.readouterr().out
     assert harmless(said) and said.count("<observation>") == 1 and "\x1b[36m" in said
@@ -112,7 +118,7 @@ def test_completions_replies_and_reasons_do_not_steer_the_terminal(capsys):
 
 # --- systems ---
 
-@pytest.mark.parametrize("command", ["gen_cot", "sft", "pagrpo", "evaluate"])
+@pytest.mark.parametrize("command", STAGES)
 def test_a_run_from_another_folder_says_where_to_go(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{command}.py", "--model", "tiny"])
@@ -122,9 +128,10 @@ def test_a_run_from_another_folder_says_where_to_go(tmp_path, monkeypatch, comma
 
 
 def test_no_stage_needs_what_linux_alone_has(tmp_path):
-    """Neither modules nor functions that Windows or a Mac lack, as a stage is imported and asked for its memory."""
+    """Neither modules nor functions that Windows or a Mac lack, while it is imported and measures memory."""
     run_python(tmp_path, """
 import math, os, sys
+import filelock, psutil  # which have other files of their own there
 for name in ("resource", "fcntl"):
     sys.modules[name] = None
 for name in ("sched_getaffinity", "sched_setaffinity", "fork", "forkpty"):
@@ -135,7 +142,7 @@ assert math.isnan(sft.peak_gib())
 
 
 def test_spawned_workers_decode_without_torch(tmp_path, toy_records):
-    """As on Windows and a Mac, where each would import the script that it was started from: 2 s and 0.4 GiB."""
+    """As on Windows and a Mac, where each would import the script that it was started from, torch and all."""
     (tmp_path / "spy.py").write_text("""
 import sys, gen_cot
 def read(record, num_frames, max_pixels):
@@ -154,6 +161,7 @@ if __name__ == "__main__":
     sys.platform, sft.read_ahead = "darwin", read_ahead
     sys.argv[1:1] = ["--model", "tiny", "--workers", "1", "--num-frames", "4"]
     gen_cot.run_script(sft.main, sft.get_args)
-""", "--data", tmp_path / "data.jsonl", "--media-root", Path(rows[0]["media"]).parents[1], "--output", tmp_path / "sft")
+""", "--data", tmp_path / "data.jsonl", "--media-root", Path(rows[0]["media"]).parents[1],
+                      "--output", tmp_path / "sft")
     assert re.findall("^(no torch|torch)", said, re.M) == ["no torch"] * 4 and "SFT on 4 traces" in said
     assert (tmp_path / "sft/adapter_model.safetensors").exists()
