@@ -310,8 +310,8 @@ def check_adapter(adapter, lora_rank=None):
     except ValueError:
         raise UserError(f"The adapter in {adapter} has no readable adapter_config.json.") from None
     if lora_rank not in (None, rank):
-        raise UserError(f"The adapter in {adapter} has rank {rank}: pass --lora-rank {rank}, or train another "
-                        "with sft.py.")
+        raise UserError(f"The adapter in {adapter} has rank {rank}: pass --lora-rank {rank}, or train "
+                        "another with sft.py.")
 
 
 def check_adapter_fits(model, adapter):
