@@ -65,11 +65,7 @@ run(evaluate, *flags)
 """, *flags, PYTHONIOENCODING="ascii")
     words = " ".join(said.split())
     assert said.isascii() and all(f"usage: {name}.py" in words for name in STAGES)
-<<<<<<< HEAD
     assert "in %, ? 95 % interval" in words and "each with ? optimiser steps" in words
-=======
-    assert "accuracy in %, ? 95 % interval" in words and "each with ? optimiser steps" in words
->>>>>>> 9d9f9e9 (The released models' own form, built small: config, names, shards, tokens, chat template; every stage runs on it)
 
 
 def harmless(text):
