@@ -249,7 +249,7 @@ def test_a_reply_that_does_not_end_in_time_is_none(server, trick):
 WORDS = [  # from a server that says what is wrong in a reply with status 200
     ('{"error": {"message": "No allowed providers", "code": 404}}', "HTTP 200, No allowed providers"),
     ('data: {"choices": [{"delta": {"content": "Yes"}}]}\n\ndata: [DONE]\n\n', "an event stream, data: "),
-    ('{"choices": [{"message": {"content": null, "tool_calls": [{"function": {"name": "judge"}}]}}]}',
+    (json.dumps({"choices": [{"message": {"content": None, "tool_calls": [{"function": {"name": "judge"}}]}}]}),
      '"tool_calls": [{"function": {"name": "judge"'),
     ("<html>Log \x1b[2Jin\n</html>", "<html>Log [2Jin </html>"), ("", "HTTP 200, ")]
 

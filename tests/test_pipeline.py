@@ -229,7 +229,7 @@ def free_port():
     ("1000", "", "1000"), ("001001", "", "001001"), ("0000", "--without perception", "1111")])
 def test_an_update_in_which_a_remote_judge_never_answered_is_not_taken(
         clone, monkeypatch, answers, flags, taken):
-    """And three in a row end the run where perception's reward is used: reasoning alone would be learnt."""
+    """And three in a row end the run, where perception's reward is used: it would go on with reasoning alone."""
     updates, weights, step = iter(answers), [], sft.optimiser_step
 
     def judge(records, observations):
@@ -245,10 +245,10 @@ def test_an_update_in_which_a_remote_judge_never_answered_is_not_taken(
     monkeypatch.setattr(gen_cot, "judge_from", lambda *args, **options: judge)
     monkeypatch.setattr(sft, "optimiser_step", kept)
     ends = "000" in taken
-    stopped = pytest.raises(UserError, match="three updates in a row and never answered. .* a checkpoint:")
+    stopped = pytest.raises(UserError, match="three updates in a row and never answered. .* a checkpoint: go on")
     with stopped if ends else contextlib.nullcontext():
-        run_here(clone, monkeypatch, f"pagrpo.py --model tiny --updates {len(answers)} --num-generations 4 "
-                 f"--prompts-per-update 2 --max-completion-tokens 64 --output runs/silent {flags}")
+        run_here(clone, monkeypatch, f"pagrpo.py --model tiny --updates {len(answers)} --prompts-per-update 2 "
+                 f"--num-generations 4 --max-completion-tokens 64 --output runs/silent {flags}")
     rows = gen_cot.read_json(clone / "runs/silent/metrics.jsonl")
     assert "".join("01"["loss" in row] for row in rows) == taken[:3 if ends else None]
     assert len(weights) == taken.count("1") and all(row["judge_unknown"] for row in rows if "loss" not in row)
@@ -257,14 +257,12 @@ def test_an_update_in_which_a_remote_judge_never_answered_is_not_taken(
         assert saved["step"] == 3 and all(map(torch.equal, saved["weights"], weights[0]))
 
 
-@pytest.mark.parametrize("command", ["pagrpo.py", "evaluate.py --adapters none",
-                                     "gen_cot.py --teacher openai:t@URL"])
-def test_a_judge_that_is_not_there_ends_a_run_before_its_model_is_loaded(clone, monkeypatch, server, command):
+@pytest.mark.parametrize("command", ["pagrpo.py", "evaluate.py --adapters none", "gen_cot.py --teacher openai:t@URL"])
+def test_a_judge_that_cannot_be_reached_ends_a_run_before_a_model_is_loaded(clone, monkeypatch, server, command):
     server.behave = lambda prompt, attempt: Fault(404, "no such model")
     monkeypatch.setattr(sft, "load_base", lambda *args: pytest.fail("loaded"))
     with pytest.raises(UserError, match="model-1 refuses, HTTP 404, no such model"):
-        command = command.replace("URL", server.url)
-        run_here(clone, monkeypatch, f"{command} --model tiny --judge {server.spec()}")
+        run_here(clone, monkeypatch, f"{command} --model tiny --judge {server.spec()}".replace("URL", server.url))
     assert len(server.seen) == 1
 
 

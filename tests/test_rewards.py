@@ -55,7 +55,7 @@ def test_parse_trace(text, expected):
     (GOOD.replace("<observation>a red car</observation>", ""), (0, 1)),
     (GOOD.replace("a red car", " \n "), (0, 1)),
     (GOOD.replace("a red car", "\u200b \u2060"), (0, 1)),  # nothing of it shows
-    (GOOD.replace("a red car", "\u3164\u2800 \ufe0f"), (0, 1)),  # nor of a Hangul filler
+    (GOOD.replace("a red car", "\u3164\u2800 \ufe0f"), (0, 1)),  # nor of a Hangul filler, an empty Braille cell
     (GOOD.replace("observation>", "Observation>"), (0, 0)),  # then it is text before the thoughts
     (GOOD.replace("</observation>", ""), (0, 1)),
     (f"Sure! {GOOD}", (0, 1)),

@@ -222,8 +222,7 @@ TRACE = "<observation>It is red.</observation> <think>fine</think><answer>red</a
 @pytest.mark.parametrize("reply, kept", [
     ("I see red.\n</think>\n\n" + TRACE, TRACE), ("<think>\n\n</think>\n" + TRACE, TRACE),
     ("<think>An <observation>, a <think> block, then <answer>.</think>" + TRACE, TRACE),  # plans name tags
-    (f"```xml\n{TRACE}\n```", TRACE), (f"{TRACE}<|im_end|>", TRACE),
-    (f"{TRACE}\n```\n<|endoftext|>\n", TRACE),
+    (f"```xml\n{TRACE}\n```", TRACE), (f"{TRACE}<|im_end|>", TRACE), (f"{TRACE}\n```\n<|endoftext|>\n", TRACE),
     (f"<think>Hm.</think>\n```\n{TRACE}\n```<|im_end|>", TRACE),
     (f"Sure! {TRACE}", None), (f"<think>never closed {TRACE}", None), (f"{TRACE} Hope that helps!", None),
     ("", None), ("</think>", None)])
