@@ -48,14 +48,16 @@ P5. Completions are sampled at temperature 1 from all tokens but the added ones 
     mass of the banned tokens is neglected.
 P6. A failed verdict is NaN, never 0. The completion leaves the mean and std of every reward that holds R_P
     and gets advantage 0 there: on o_P by default, on all its tokens with `--without reasoning` or
-    `separation`, nowhere with `--without perception`. The KL term acts on it as ever. Where a remote judge,
-    asked about an update's observations, gave no verdict at all, that update is not taken (it counts towards
-    `--updates`), and three in a row stop the run; `--without perception` doesn't need them.
+    `separation`, nowhere with `--without perception`; with `--without assignment` only A_R is left of the
+    sum. The KL term acts on it as ever. Where a remote judge, asked about an update's observations, gave no
+    verdict at all, that update is not taken (it counts towards `--updates`), and three in a row stop the run;
+    `--without perception` doesn't need them.
 P7. The rows of Table 2; in those marked * all tokens have one advantage. The judge is asked in any case, for
-    the log.
+    the log. GDPO normalises each reward apart, as PA-GRPO does, and assigns their sum to all tokens.
         process-agnostic RL = without R_P *   --algorithm grpo, or --without perception   process_advantages
         without R_R *                         --without reasoning                         process_advantages
         without separation *                  --without separation                        process_advantages
+        GDPO (not the paper's) *              --without assignment                        process_advantages
         without R_len                         --without length                            score_groups
         RL only                               --adapter none                              main
         SFT only, process-agnostic SFT        no RL: `evaluate.py` on the adapter of `sft.py`, or of `sft.py
@@ -88,7 +90,8 @@ from rewards import UserError, parse_trace, process_rewards, visible
 
 TINY = dict(data="data/toy/rl.jsonl", media_root="data/toy", max_pixels=4, judge="rule", updates=100,
             prompts_per_update=8, max_completion_tokens=112, perception_length=(16, 64),
-            reasoning_length=(16, 64), lr=8e-4, lora_rank=32, checkpointing=False)
+            reasoning_length=(16, 64), lr=8e-4, lora_rank=32, checkpointing=False, show_every=10)
+FIXED = 48  # prompts, or a tenth of all, that are held out to be looked at, the same for every seed
 
 
 def get_args():
@@ -98,8 +101,8 @@ def get_args():
     add = parser.add_argument_group("algorithm").add_argument
     add("--algorithm", default="pa-grpo", choices=["pa-grpo", "grpo"],
         help="grpo is --without perception (P7)")
-    add("--without", choices=["perception", "reasoning", "length", "separation"],
-        help="leave one part of the reward out (Table 2, P7)")
+    add("--without", choices=["perception", "reasoning", "length", "separation", "assignment"],
+        help="leave one part of the method out (Table 2, P7)")
     add("--num-generations", type=positive, default=8, help="completions per prompt, G (paper: 8)")
     add("--prompts-per-update", type=positive, default=7, help="prompts per optimiser step (paper: 7)")
     add("--num-iterations", type=positive, default=1, help="gradient steps per rollout, μ")
@@ -122,7 +125,8 @@ def get_args():
     optimisation, run = sft.add_training_args(parser, model, "pagrpo", lr=1e-5)
     optimisation.add_argument("--updates", type=positive, default=1000,
                               help="rollouts, each with μ optimiser steps (paper: 1000)")
-    run.add_argument("--show-every", type=positive, default=25, help="updates between two groups on screen")
+    run.add_argument("--show-every", type=positive, default=25,
+                     help=f"updates between two looks: groups on screen, accuracies on {FIXED} fixed prompts")
     run.add_argument("--probe", action="store_true",
                      help="only measure an update in the worst case of these settings: seconds, peak memory")
     args = sft.parse_training_args(parser, TINY, "pagrpo")
@@ -130,7 +134,7 @@ def get_args():
         if args.without not in (None, "perception"):
             raise UserError(f"--algorithm grpo is --without perception: leave out --without {args.without}.")
         args.without = "perception"
-    one_advantage = args.without in ("perception", "reasoning", "separation")
+    one_advantage = args.without in ("perception", "reasoning", "separation", "assignment")
     args.loss_average = args.loss_average or ("completion" if one_advantage else "segment")
     if args.num_generations < 2:
         raise UserError("--num-generations 1 leaves nothing to compare a completion with: pass 2 or more.")
@@ -169,6 +173,7 @@ def main(args):
 
 CURVES = {"reward": ["reward"], "KL to the reference": ["kl"],  # the paper's Fig. 6c and 15
           "accuracy": ["rewards/perception_accuracy", "rewards/reasoning_accuracy"],
+          "fixed prompts, greedy": ["fixed/perception", "fixed/reasoning"],
           "format": ["rewards/perception_format", "rewards/reasoning_format"],
           "tokens": ["length/perception", "length/reasoning"],
           "groups with equal rewards": ["frac_reward_zero_std/perception", "frac_reward_zero_std/reasoning",
@@ -185,6 +190,9 @@ def train(model, ref_adapter, tokenizer, records, args):
     judge = gen_cot.judge_from(args, records, lambda prompts: self_judge(model, tokenizer, prompts, args),
                                max_refused=10 * args.num_generations)  # in a row: not one question's fault
     start, named = sft.load_checkpoint(model, optimizer, args), set()
+    fixed, records = hold_out(records)
+    fixed = sft.encode_batch(gen_cot.read_ahead(sft.shard(fixed, FIXED), args), template, tokenizer, config,
+                             named)
     media = gen_cot.read_ahead(endless(records, args.seed, args.prompts_per_update, start), args)
     unanswered = 0  # updates in a row
     with (sft.open_log(args.output, start) as log, sft.progress("PA-GRPO", start, args.updates) as bar,
@@ -197,6 +205,8 @@ def train(model, ref_adapter, tokenizer, records, args):
             row = {"step": step, "lr": sft.cosine_lr(step, args.updates, args.lr), "scoring": args.scoring,
                    "sec/media": time.time() - since}  # media were decoded during the last update
             row["skipped_media"] = sum(gather_object([share - len(encoded)]))
+            if step % args.show_every == 0:
+                row |= fixed_accuracies(model, fixed, tokenizer, judge, args)
             groups = []
             if any(gather_object([len(encoded)])):  # all ranks take part in an update, or none
                 groups, metrics = update(model, ref_adapter, tokenizer, optimizer, encoded, judge, row["lr"],
@@ -229,6 +239,23 @@ def endless(records, seed, batch_size, step=0):
                 yield dict(record, sample_index=next(index))
 
     return sft.shard(islice(passes(), step * batch_size, None), batch_size)
+
+
+def hold_out(records):
+    """(FIXED of the records, or a tenth; the others, which are trained on)."""
+    fixed = gen_cot.draw(records, min(FIXED, len(records) // 10), seed=0)
+    names = set(map(id, fixed))
+    return fixed, [record for record in records if id(record) not in names]
+
+
+def fixed_accuracies(model, fixed, tokenizer, judge, args):
+    """Both accuracies of greedy completions of the fixed prompts, pairs (record, Prompt): a curve without the
+    noise that other prompts in every update bring along."""
+    pairs = [(record, replace(prompt)) for record, prompt in fixed]  # copies, whose embeddings don't stay
+    groups = sample_groups(model, pairs, tokenizer, args, greedy=True)
+    score_groups(groups, tokenizer, judge, args)
+    rewards = reward_metrics(gather_object([group.scores for group in groups]))
+    return {f"fixed/{name}": rewards[f"rewards/{name}_accuracy"] for name in ("perception", "reasoning")}
 
 
 # --- one update: sample, score, learn -----------------------------------------------------------------------
@@ -272,21 +299,25 @@ def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
         with sft.measured("update", "lower --completions-per-pass, then --lora-rank from sft.py on", metrics):
             metrics |= update_policy(model, ref_adapter, optimizer, groups, lr, args)
     metrics["peak_gib"] = max(value for key, value in metrics.items() if key.startswith("gib/"))
+    equal = [not (g.perception_mask * g.perception_advantages[:, None]
+                  + g.reasoning_mask * g.reasoning_advantages[:, None]).any() for g in groups]
+    metrics["frac_no_gradient"] = nan_mean(gather_object(equal))  # but for the KL term (Fig. 6c)
     return groups, reward_metrics(gather_object([group.scores for group in groups])) | metrics
 
 
-def sample_groups(model, encoded, tokenizer, args):
-    """Embed the prompts, sample G completions of each, `--prompts-per-rollout` prompts at a time, and find
-    the segment of each token. encoded: pairs (record, Prompt)."""
-    groups, shape = [], (args.num_generations, args.max_completion_tokens)  # (G, T)
+def sample_groups(model, encoded, tokenizer, args, greedy=False):
+    """Embed the prompts, sample G completions of each (or take the likeliest one), `--prompts-per-rollout`
+    prompts at a time, and find the segment of each token. encoded: pairs (record, Prompt)."""
+    groups, shape = [], (1 if greedy else args.num_generations, args.max_completion_tokens)  # (G, T)
     for i in range(0, len(encoded), args.prompts_per_rollout):
         records, prompts = zip(*encoded[i:i + args.prompts_per_rollout])
         with torch.no_grad():
             sft.embed_prompts(model, prompts)
-        numbers = [uniforms(args.seed, record["sample_index"], *shape) for record in records]
-        sampled = rollout(model, prompts, tokenizer, *shape, torch.cat(numbers))  # (B·G, T) each
+        numbers = None if greedy else torch.cat([uniforms(args.seed, record["sample_index"], *shape)
+                                                 for record in records])
+        sampled = rollout(model, prompts, tokenizer, *shape, numbers)  # (B·G, T) each
         for record, prompt, ids, mask, logprobs in zip(
-                records, prompts, *(t.split(args.num_generations) for t in sampled)):
+                records, prompts, *(t.split(shape[0]) for t in sampled)):
             longest = int(mask.sum(1).max())  # of this group
             ids = ids[:, :longest]
             groups.append(Group(record, prompt, ids, mask[:, :longest], logprobs[:, :longest],
@@ -466,7 +497,8 @@ def process_advantages(perception_rewards, reasoning_rewards, without=None):
         reasoning_rewards = perception_rewards
     elif without == "separation":
         perception_rewards = reasoning_rewards = perception_rewards + reasoning_rewards
-    return group_advantages(perception_rewards), group_advantages(reasoning_rewards)
+    advantages = group_advantages(perception_rewards), group_advantages(reasoning_rewards)
+    return (sum(advantages),) * 2 if without == "assignment" else advantages  # GDPO
 
 
 def pa_grpo_loss(logprobs, old_logprobs, ref_logprobs, perception_mask, reasoning_mask, perception_advantages,

@@ -109,7 +109,8 @@ def test_ablations_are_the_rows_of_the_table():
     p, r = torch.tensor([0.0, 1, 2, 1]), torch.tensor([2.0, 2, 0, 1])
     a = pagrpo.group_advantages
     expected = {None: (a(p), a(r)), "length": (a(p), a(r)), "perception": (a(r), a(r)),
-                "reasoning": (a(p), a(p)), "separation": (a(p + r), a(p + r))}
+                "reasoning": (a(p), a(p)), "separation": (a(p + r), a(p + r)),
+                "assignment": (a(p) + a(r), a(p) + a(r))}
     for without, pair in expected.items():
         got = pagrpo.process_advantages(p, r, without)
         assert torch.equal(got[0], pair[0]) and torch.equal(got[1], pair[1])
@@ -122,6 +123,12 @@ def test_an_unknown_perception_counts_as_nothing(without, known):
     perception, reasoning = pagrpo.process_advantages(p, r, without)
     assert perception.tolist() == pytest.approx([-math.sqrt(0.5), 0, math.sqrt(0.5)], abs=1e-3)
     assert (reasoning[1] != 0) == known and (reasoning[[0, 2]] != 0).all()
+
+
+def test_gdpo_keeps_the_reasoning_advantage_where_the_verdict_is_unknown():
+    p, r = torch.tensor([0.0, math.nan, 2.0]), torch.tensor([1.0, 7.0, 2.0])
+    perception, reasoning = pagrpo.process_advantages(p, r, "assignment")
+    assert torch.equal(perception, reasoning) and perception[1] == pagrpo.group_advantages(r)[1] != 0
 
 
 def slow_objective(logp, old, ref, perception, reasoning, adv_p, adv_r, eps, beta, average):
@@ -163,7 +170,8 @@ def random_case(rng):
         rewards[0, 0] = math.nan
     if rng.random() < 0.3:
         rewards[1] = 1.0
-    adv = pagrpo.process_advantages(*rewards, rng.choice([None, "perception", "reasoning", "separation"]))
+    adv = pagrpo.process_advantages(*rewards, rng.choice(
+        [None, "perception", "reasoning", "separation", "assignment"]))
     return logp.requires_grad_(), old, ref, index < splits, (index >= splits) & (index < lengths), *adv
 
 
@@ -263,6 +271,14 @@ def act(model):
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data.normal_(0, 0.05)
+
+
+def test_prompts_held_out_are_the_same_for_every_run_and_never_trained_on():
+    records = [dict(problem_id=i) for i in range(1000)]
+    fixed, rest = pagrpo.hold_out(records)
+    assert len(fixed) == pagrpo.FIXED and fixed == pagrpo.hold_out(records)[0]
+    assert sorted(r["problem_id"] for r in fixed + rest) == list(range(1000))
+    assert len(pagrpo.hold_out(records[:30])[0]) == 3 and pagrpo.hold_out(records[:5])[0] == []
 
 
 def test_samples_follow_the_probabilities():
@@ -503,6 +519,21 @@ def test_updates_raise_the_likelihood_of_what_was_rewarded_and_leave_the_referen
     assert gain[0] > 0 and gain[0] > gain[1:].max(), gain
     assert metrics["kl"] > 0 and math.isfinite(metrics["grad_norm"])
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if ".ref." in n)
+
+
+def test_groups_without_gradient_are_those_whose_tokens_have_no_advantage(monkeypatch):
+    """Of four groups one has an advantage where it has tokens."""
+    def made(perception_tokens, advantage):
+        mask = torch.arange(4) < perception_tokens
+        return SimpleNamespace(scores=[], perception_mask=mask.expand(2, 4), reasoning_mask=~mask.expand(2, 4),
+                               perception_advantages=torch.tensor(advantage),
+                               reasoning_advantages=torch.zeros(2))
+
+    groups = [made(2, [1.0, -1.0]), made(0, [1.0, -1.0]), made(2, [0.0, 0.0]), made(4, [0.0, 0.0])]
+    monkeypatch.setattr(pagrpo, "sample_groups", lambda *_: groups)
+    monkeypatch.setattr(pagrpo, "score_groups", lambda *_: [])
+    monkeypatch.setattr(pagrpo, "update_policy", lambda *_: {})
+    assert pagrpo.update(None, None, None, None, [], None, 0, make_args())[1]["frac_no_gradient"] == 0.75
 
 
 def test_smaller_passes_give_the_same_step(started, group, toy_records):

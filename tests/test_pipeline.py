@@ -17,6 +17,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 import evaluate
 import gen_cot
+import pagrpo
 import sft
 from conftest import ROOT, Fault
 from rewards import UserError, accuracy_reward, process_rewards, rule_judge
@@ -74,6 +75,7 @@ def test_all_stages_in_order(fresh_clone):
     assert "advantage" in rl and rl.splitlines()[-1] == "This run started from the SFT adapter runs/tiny/sft."
     rows = gen_cot.read_json(fresh_clone / "runs/tiny/pagrpo/metrics.jsonl")
     assert len(rows) == 2 and rows[0]["kl"] >= 0 and 0 < rows[0]["length/reasoning"] <= 112
+    assert all(0 <= row[key] <= 1 for row in rows for key in ("fixed/perception", "fixed/reasoning"))
     assert (fresh_clone / "runs/tiny/pagrpo/curves.png").stat().st_size > 10_000
 
     table = run(fresh_clone, "evaluate.py --model tiny --limit 20").splitlines()
@@ -203,7 +205,7 @@ def test_a_judge_that_refuses_costs_no_update(clone, monkeypatch, capsys):
     calls = itertools.count(1)
 
     def refuses_once(records, observations):
-        if next(calls) == 3:
+        if next(calls) == 4:  # the first one is about the fixed prompts
             raise UserError("The judge has had enough.")
         return rule_judge(records, observations)
 
@@ -233,6 +235,8 @@ def test_an_update_in_which_a_remote_judge_never_answered_is_not_taken(
     updates, weights, step = iter(answers), [], sft.optimiser_step
 
     def judge(records, observations):
+        if len(records) == pagrpo.FIXED:  # the look at them, before the first update
+            return [None for _ in records]
         verdict = True if next(updates) == "1" else None
         return [verdict if observation else False for observation in observations]
 
