@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,6 @@ from rewards import accuracy_reward, parse_trace, rule_judge  # noqa: E402
 
 DOCS, RUNS = ROOT / "docs", Path("runs/toy")
 CLAIM_SEEDS, OTHER_SEEDS = range(3, 11), range(3, 5)
-TEXT_SEEDS = CLAIM_SEEDS  # of the perception examination (Table 5)
 ROWS = {  # name: (flags of sft.py or None, flags of pagrpo.py or None, seeds, the paper's average at 7B)
     "base": (None, None, [0], 52.9),
     "SFT": ([], None, CLAIM_SEEDS, 55.6),
@@ -59,6 +59,8 @@ COLUMNS = {"answers": "{:.1f}", "perception": "{:.1f}", "answers, observation su
 def run_matrix(rows, seeds=None):
     """Runs what docs/toy_runs.jsonl doesn't hold yet, two at a time: SFT, then the rows by seeds."""
     path, lock = DOCS / "toy_runs.jsonl", Lock()
+    if not Path("runs/tiny/gen_cot/cot.jsonl").exists():
+        call("gen_cot.py", "--model", "tiny")
     done = {(row["row"], row["seed"]) for row in (read_json(path) if path.exists() else [])}
     jobs = [(name, seed) for name in rows for seed in (seeds or ROWS[name][2])]
     jobs = [job for job in jobs if job not in done]
@@ -86,9 +88,9 @@ def run_row(name, seed):
         stage(adapter, "sft.py", *common, *sft_flags, "--output", adapter)
     if rl_flags is not None:
         start = [] if "--adapter" in rl_flags else ["--adapter", adapter]
-        adapter = RUNS / f"{name.replace(' ', '-')}-{seed}"
+        adapter = RUNS / f"{re.sub('[^a-zA-Z]+', '-', name)}-{seed}"
         stage(adapter, "pagrpo.py", *common, *start, *rl_flags, "--show-every", "5", "--output", adapter)
-    folder = RUNS / f"evaluate-{name.replace(' ', '-')}-{seed}"
+    folder = RUNS / f"evaluate-{re.sub('[^a-zA-Z]+', '-', name)}-{seed}"
     call("evaluate.py", "--model", "tiny", "--adapters", adapter, "--mismatch", "--output", folder)
     row = dict(row=name, seed=seed) | scores_of(folder)
     if rl_flags is not None:
@@ -99,7 +101,7 @@ def run_row(name, seed):
         row["updates"] = len(metrics)
         for process in ("perception", "reasoning"):
             row[f"tokens of {process}"] = float(np.mean([m[f"length/{process}"] for m in metrics[-10:]]))
-    if name == "PA-GRPO" and seed in TEXT_SEEDS:
+    if name == "PA-GRPO":
         row |= perception_examination(adapter, folder, seed)
     return row
 
@@ -114,7 +116,7 @@ def perception_examination(adapter, folder, seed):
             ("base: text", "none", ["--input", "text"]),
             ("base: text + PA-GRPO's observation", "none", ["--input", "text", "--observations", own]),
             ("base: video + PA-GRPO's observation", "none", ["--observations", own])):
-        part = RUNS / f"evaluate-{name.replace(' ', '-').replace(':', '')}-{seed}"
+        part = RUNS / f"evaluate-{re.sub('[^a-zA-Z]+', '-', name)}{'' if name == 'base: text' else seed}"
         call("evaluate.py", "--model", "tiny", "--adapters", model, *flags, "--mismatch", "--output", part)
         row[name] = scores_of(part)["answers"]
     return row
