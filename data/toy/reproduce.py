@@ -57,7 +57,7 @@ COLUMNS = {"answers": "{:.1f}", "perception": "{:.1f}", "answers, observation su
 # --- the matrix ---------------------------------------------------------------------------------------------
 
 def run_matrix(rows, seeds=None):
-    """Runs what docs/toy_runs.jsonl doesn't hold yet, two at a time: SFT, then the rows by seeds."""
+    """Runs what docs/toy_runs.jsonl doesn't hold yet, two at a time: all SFT, then row by row."""
     path, lock = DOCS / "toy_runs.jsonl", Lock()
     if not Path("runs/tiny/gen_cot/cot.jsonl").exists():
         call("gen_cot.py", "--model", "tiny")
@@ -65,7 +65,7 @@ def run_matrix(rows, seeds=None):
     jobs = [(name, seed) for name in rows for seed in (seeds or ROWS[name][2])]
     jobs = [job for job in jobs if job not in done]
     sft_jobs = [job for job in jobs if ROWS[job[0]][1] is None]
-    rl_jobs = sorted((job for job in jobs if job not in sft_jobs), key=lambda job: job[1])
+    rl_jobs = [job for job in jobs if job not in sft_jobs]
 
     def work(job):
         name, seed = job
