@@ -4,6 +4,7 @@
     python evaluate.py --model qwen2.5-vl-7b --bench all   # the paper's seven benchmarks (Table 1)
     python evaluate.py --model tiny --rescore --scoring lenient --mismatch      # no model is loaded
     python evaluate.py --compare A/completions-pagrpo.jsonl B/completions-pagrpo.jsonl
+    python evaluate.py --html runs/tiny                    # one page of a run's rollouts and completions
 
 Completions are written as they come, one file for each adapter, each row with its whole record. The same
 command goes on where a killed run was; completions made with other settings are moved aside.
@@ -21,9 +22,12 @@ E5. Every question counts. One whose medium is missing or unreadable is answered
 E6. Think and answer mismatch (Table 6) where the option that the think segment settles on is not the answer.
     A conclusion with one letter in it is read by rule; the rest by `--judge`, or is unknown without one.
 """
+import base64
 import collections
+import io
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -35,6 +39,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import gen_cot
@@ -70,6 +75,8 @@ def get_args():
         "Lines of records with `observation` and `label`, true or false")
     add("--compare", nargs=2, metavar=("A", "B"),
         help="only compare two files of completions, question by question")
+    add("--html", type=Path, metavar="FOLDER",
+        help="only write FOLDER/traces.html, a page of the rollouts and completions below the folder")
     add = parser.add_argument_group("run").add_argument
     add("--rescore", action="store_true", help="score the completions that are there, and decode none")
     add("--seed", type=gen_cot.number(0, int), default=0, help="seed of the draw of --limit")
@@ -94,6 +101,8 @@ def main(args):
         return print_comparison(*args.compare, args.scoring)
     if args.judge_agreement:
         return print_agreement(args)
+    if args.html:
+        return write_page(args.html, args)
     records = load_questions(args)
     judge = gen_cot.judge_from(args, records) if args.judge else None
     for adapter in args.adapters if not (args.server or args.rescore) else []:
@@ -133,6 +142,7 @@ def main(args):
     text = json.dumps(dict(rows=rows, settings=settings), indent=1, default=str)
     gen_cot.write_text(args.output / "results.json", text)
     print(f"\nresults.json and every completion in {args.output}")
+    print(f"To read them: python evaluate.py --html {args.run_dir}, then open {args.run_dir / 'traces.html'}")
 
 
 # --- the benchmarks -----------------------------------------------------------------------------------------
@@ -564,6 +574,88 @@ def print_comparison(a, b, scoring):
         means = " | ".join(f"{100 * mean:.1f}" for mean in scores.mean(0))
         print(f"| {file} | {len(some)} | {means} | {100 * gain:+.1f} ± {100 * spread:.1f} | {only_a} | "
               f"{only_b} | {p:.3g} |")
+
+
+# --- the page -----------------------------------------------------------------------------------------------
+
+RIGHT = 0.6  # least score of a right answer, as in gen_cot.py
+
+
+def write_page(folder, args):
+    """Writes traces.html: every rollout and completion below the folder, with thumbnails, in one file."""
+    updates, samples = page_updates(folder), page_samples(folder, args)
+    if not updates and not samples:
+        raise UserError(f"There is no rollouts.jsonl and no completions-*.jsonl below {folder}.")
+    records = {record["path"]: record for record in [row["record"] for row in updates] + samples}
+    data = dict(updates=updates, samples=samples, media=page_media(records.values(), args))
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # in ASCII; no text can end the element
+    template = (Path(__file__).parent / "data/trace_page.html").read_text(encoding="utf-8")
+    gen_cot.write_text(folder / "traces.html", template.replace("DATA", text))
+    print(f"{len(updates)} groups and {len(samples)} completions: open {folder / 'traces.html'} "
+          f"({(folder / 'traces.html').stat().st_size / 1e6:.1f} MB) in a browser.")
+
+
+def page_updates(folder):
+    """The rows of every rollouts.jsonl with their `run`, the gold answer, and mean and std of each reward."""
+    updates = []
+    for path in sorted(folder.rglob("rollouts.jsonl")):
+        for row in read_completions(path):
+            row["record"]["gold"] = gold_answer(row["record"]["solution"])
+            moments = {}
+            for key in ("perception", "reasoning", "reward"):
+                known = [it["scores"][key] for it in row["completions"] if it["scores"][key] is not None]
+                enough = len(known) > 1
+                moments[key] = [statistics.mean(known), statistics.stdev(known)] if enough else [None, None]
+            updates.append(dict(row, run=str(path.parent.relative_to(folder)), moments=moments))
+    return updates
+
+
+def page_samples(folder, args):
+    """What the page tells of each completion, scored anew as in the tables."""
+    samples = []
+    for path in sorted(folder.rglob("completions-*.jsonl")):
+        rows = read_completions(path)
+        judge = gen_cot.judge_from(args, rows) if args.judge else None
+        for row in score_rows(rows, judge, args.scoring):
+            text, trace = row["completion"] or "", parse_trace(row["completion"] or "")
+            letter = None
+            if row["problem_type"] == "multiple choice" and trace.think and trace.answer:
+                letter = settled_by_rule(trace.think, row["options"])
+            pieces = re.split(r"(?s)(<(?:observation|think|answer)>.*?(?:</(?:observation|think|answer)>|$))", text)
+            hues = {"<ob": "perception", "<th": "reasoning", "<an": "answer"}
+            samples.append({key: row[key] for key in (
+                "file", "path", "data_type", "problem", "problem_type", "options", "score", "perception", "no_tag")} | dict(
+                    completions=str(path.relative_to(folder)).removesuffix(".jsonl"), gold=gold_answer(row["solution"]),
+                    right=row["score"] >= RIGHT, truncated=bool(row.get("truncated")),
+                    unread=row["completion"] is None, pieces=[[piece, hues.get(piece[:3], "")] for piece in pieces],
+                    mismatch=letter is not None and letter != option_key(trace.answer, row["options"])))
+    return samples
+
+
+def page_media(records, args):
+    """{path: thumbnails, or a sentence on why there are none} of the records' media, each read once."""
+    todo, media = [], {}
+    for record in records:
+        files = [gen_cot.media_path(root, record["path"], "the page")
+                 for root in (args.media_root, TINY["media_root"])]  # the toy's need no flag
+        todo.append(dict(record, media=next(filter(os.path.exists, files), files[0])))
+    read = gen_cot.read_ahead(todo, args, thumbnails)
+    for record, pictures in tqdm(read, "media", len(todo)):
+        media[record["path"]] = str(pictures) if isinstance(pictures, gen_cot.MediaError) else pictures
+    return media
+
+
+def thumbnails(record, num_frames, max_pixels):
+    """Up to eight frames of a medium, [data URI of a small JPEG, its time] each. Raises MediaError."""
+    frames, fps = gen_cot.read_media(record, min(num_frames, 8), max_pixels)
+    pictures = []
+    for i, frame in enumerate(frames):
+        image, jpeg = Image.fromarray(frame), io.BytesIO()
+        image.thumbnail((256, 256) if fps is None else (128, 128))
+        image.save(jpeg, "JPEG", quality=75)
+        time = "" if fps is None else f"{i * len(frames) / fps / (len(frames) - 1):.1f} s"
+        pictures.append(["data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode(), time])
+    return pictures
 
 
 if __name__ == "__main__":

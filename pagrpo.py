@@ -484,7 +484,8 @@ def show(row):
     for i, completion in enumerate(row["completions"]):
         for k, process, colour in ((0, "perception", cyan), (1, "reasoning", yellow)):
             text = "".join(piece for piece, segment in completion["tokens"] if segment == process[0].upper())
-            head = f"{completion['scores'][process]:5.2f}, {advantages[k][i]:+5.2f}  "
+            number = "  " if k else f"{i + 1:2}"
+            head = f"{number}{completion['scores'][process]:6.2f}, {advantages[k][i]:+5.2f}  "
             lines.append(colour + textwrap.fill(visible(text) or "-", width, initial_indent=head,
                                                 subsequent_indent=" " * len(head)) + plain)
     tqdm.write("\n".join(lines))
