@@ -583,78 +583,77 @@ RIGHT = 0.6  # least score of a right answer, as in gen_cot.py
 
 def write_page(folder, args):
     """Writes traces.html: every rollout and completion below the folder, with thumbnails, in one file."""
-    updates, samples = page_updates(folder), page_samples(folder, args)
-    if not updates and not samples:
+    rollouts, samples = page_rollouts(folder), []
+    for path in sorted(folder.rglob("completions-*.jsonl")):
+        rows, name = read_completions(path), str(path.relative_to(folder)).removesuffix(".jsonl")
+        judge = gen_cot.judge_from(args, rows) if args.judge else None
+        samples += [page_sample(row, name) for row in score_rows(rows, judge, args.scoring)]
+    if not rollouts and not samples:
         raise UserError(f"There is no rollouts.jsonl and no completions-*.jsonl below {folder}.")
-    records = {record["path"]: record for record in [row["record"] for row in updates] + samples}
-    data = dict(updates=updates, samples=samples, media=page_media(records.values(), args))
-    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # in ASCII; no text can end the element
+    records = {record["path"]: record for record in [row["record"] for row in rollouts] + samples}
+    data = dict(rollouts=rollouts, samples=samples, media=page_media(records.values(), args))
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # in ASCII, and without any tag
     template = (Path(__file__).parent / "data/trace_page.html").read_text(encoding="utf-8")
-    gen_cot.write_text(folder / "traces.html", template.replace("DATA", text))
-    print(f"{len(updates)} groups and {len(samples)} completions: open {folder / 'traces.html'} "
-          f"({(folder / 'traces.html').stat().st_size / 1e6:.1f} MB) in a browser.")
+    path = folder / "traces.html"
+    gen_cot.write_text(path, template.replace("DATA", text))
+    print(f"{len(rollouts)} groups of training and {len(samples)} evaluated completions: open {path} "
+          f"({path.stat().st_size / 1e6:.1f} MB) in a browser.")
 
 
-def page_updates(folder):
-    """The rows of every rollouts.jsonl with their `run`, the gold answer, and mean and std of each reward."""
-    updates = []
+def page_rollouts(folder):
+    """The rows of every rollouts.jsonl with their `run`, the gold answer, and (mean, std) of each reward."""
+    rows = []
     for path in sorted(folder.rglob("rollouts.jsonl")):
         for row in read_completions(path):
+            row["run"], row["moments"] = str(path.parent.relative_to(folder)), {}
             row["record"]["gold"] = gold_answer(row["record"]["solution"])
-            moments = {}
             for key in ("perception", "reasoning", "reward"):
-                known = [it["scores"][key] for it in row["completions"] if it["scores"][key] is not None]
+                rewards = [completion["scores"][key] for completion in row["completions"]]
+                known = [reward for reward in rewards if reward is not None]
                 enough = len(known) > 1
-                moments[key] = [statistics.mean(known), statistics.stdev(known)] if enough else [None, None]
-            updates.append(dict(row, run=str(path.parent.relative_to(folder)), moments=moments))
-    return updates
+                row["moments"][key] = enough and (statistics.mean(known), statistics.stdev(known))
+            rows.append(row)
+    return rows
 
 
-def page_samples(folder, args):
-    """What the page tells of each completion, scored anew as in the tables."""
-    samples = []
-    for path in sorted(folder.rglob("completions-*.jsonl")):
-        rows = read_completions(path)
-        judge = gen_cot.judge_from(args, rows) if args.judge else None
-        for row in score_rows(rows, judge, args.scoring):
-            text, trace = row["completion"] or "", parse_trace(row["completion"] or "")
-            letter = None
-            if row["problem_type"] == "multiple choice" and trace.think and trace.answer:
-                letter = settled_by_rule(trace.think, row["options"])
-            pieces = re.split(r"(?s)(<(?:observation|think|answer)>.*?(?:</(?:observation|think|answer)>|$))", text)
-            hues = {"<ob": "perception", "<th": "reasoning", "<an": "answer"}
-            samples.append({key: row[key] for key in (
-                "file", "path", "data_type", "problem", "problem_type", "options", "score", "perception", "no_tag")} | dict(
-                    completions=str(path.relative_to(folder)).removesuffix(".jsonl"), gold=gold_answer(row["solution"]),
-                    right=row["score"] >= RIGHT, truncated=bool(row.get("truncated")),
-                    unread=row["completion"] is None, pieces=[[piece, hues.get(piece[:3], "")] for piece in pieces],
-                    mismatch=letter is not None and letter != option_key(trace.answer, row["options"])))
-    return samples
+def page_sample(row, name):
+    """What the page tells of a scored completion; `pieces` are its text, [text, whose colour it has] each."""
+    trace, letter, pieces = parse_trace(row["completion"] or ""), None, []
+    if row["problem_type"] == "multiple choice" and trace.think and trace.answer:
+        letter = settled_by_rule(trace.think, row["options"])
+    for piece in re.split("(?=<observation>|<think>|<answer>)", row["completion"] or ""):
+        hues = {"<observation": "perception", "<think": "reasoning", "<answer": "answer"}
+        pieces.append((piece, hues.get(piece.partition(">")[0], "")))
+    fields = ("file", "path", "data_type", "problem", "problem_type", "options", "score", "no_tag")
+    return {field: row[field] for field in fields} | dict(
+        completions=name, gold=gold_answer(row["solution"]), right=row["score"] >= RIGHT, pieces=pieces,
+        perception=None if row["perception"] is None else row["perception"] >= RIGHT,
+        mismatch=bool(letter) and letter != option_key(trace.answer, row["options"]),
+        truncated=bool(row.get("truncated")), unread=row["completion"] is None)
 
 
 def page_media(records, args):
     """{path: thumbnails, or a sentence on why there are none} of the records' media, each read once."""
     todo, media = [], {}
     for record in records:
-        files = [gen_cot.media_path(root, record["path"], "the page")
-                 for root in (args.media_root, TINY["media_root"])]  # the toy's need no flag
+        roots = args.media_root, TINY["media_root"]  # the toy's media are found without a flag
+        files = [gen_cot.media_path(root, record["path"], "the page") for root in roots]
         todo.append(dict(record, media=next(filter(os.path.exists, files), files[0])))
-    read = gen_cot.read_ahead(todo, args, thumbnails)
-    for record, pictures in tqdm(read, "media", len(todo)):
+    for record, pictures in tqdm(gen_cot.read_ahead(todo, args, thumbnails), "media", len(todo)):
         media[record["path"]] = str(pictures) if isinstance(pictures, gen_cot.MediaError) else pictures
     return media
 
 
 def thumbnails(record, num_frames, max_pixels):
-    """Up to eight frames of a medium, [data URI of a small JPEG, its time] each. Raises MediaError."""
+    """Up to eight frames of a medium, (data URI of a small JPEG, its time) each. Raises MediaError."""
     frames, fps = gen_cot.read_media(record, min(num_frames, 8), max_pixels)
     pictures = []
     for i, frame in enumerate(frames):
         image, jpeg = Image.fromarray(frame), io.BytesIO()
         image.thumbnail((256, 256) if fps is None else (128, 128))
-        image.save(jpeg, "JPEG", quality=75)
+        image.save(jpeg, "JPEG", quality=70)
         time = "" if fps is None else f"{i * len(frames) / fps / (len(frames) - 1):.1f} s"
-        pictures.append(["data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode(), time])
+        pictures.append((f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}", time))
     return pictures
 
 
