@@ -610,8 +610,7 @@ def page_rollouts(folder):
             for key in ("perception", "reasoning", "reward"):
                 rewards = [completion["scores"][key] for completion in row["completions"]]
                 known = [reward for reward in rewards if reward is not None]
-                enough = len(known) > 1
-                row["moments"][key] = enough and (statistics.mean(known), statistics.stdev(known))
+                row["moments"][key] = len(known) > 1 and (statistics.mean(known), statistics.stdev(known))
             rows.append(row)
     return rows
 

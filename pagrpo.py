@@ -435,29 +435,26 @@ def nan_mean(values):
     return sum(known) / len(known) if known else None
 
 
-# the switch of the page, and what `process_advantages` leaves out for each
-ALGORITHMS = {"PA-GRPO": None, "GRPO": "perception", "GDPO": "assignment", "without separation": "separation"}
+# what `process_advantages` leaves out, and the algorithm that this is: the switch of the page
+ALGORITHMS = {None: "PA-GRPO", "perception": "GRPO", "assignment": "GDPO", "separation": "without separation"}
 
 
 def rollout_row(group, tokenizer, args):
     """A group as rollouts.jsonl holds it: all that `show` and the page of `evaluate.py --html` tell of it,
-    and the advantages, ((G,), (G,)), that it gets under this run's algorithm and under each other one."""
+    and its advantages, ((G,), (G,)), under this run's algorithm and under each other one."""
     rewards = [torch.tensor([s[k] for s in group.scores]) for k in ("perception", "reasoning")]
-    names = {without: name for name, without in ALGORITHMS.items()}
-    ran = names.get(args.without, f"without {args.without}")
-    advantages = {}
-    for name, without in (ALGORITHMS | {ran: args.without}).items():
-        advantages[name] = [a.tolist() for a in process_advantages(*rewards, without)]
+    names = ALGORITHMS | {args.without: ALGORITHMS.get(args.without, f"without {args.without}")}
+    advantages = {name: torch.stack(process_advantages(*rewards, without)).tolist()
+                  for without, name in names.items()}
     completions = []
-    for ids, mask, perception, scores, reply in zip(group.completion_ids, group.completion_mask,
-                                                    group.perception_mask, group.scores, group.replies):
-        tokens = token_pieces(ids[mask], perception[mask], tokenizer)
-        completions.append(dict(tokens=tokens, scores=scores, truncated=scores["truncated"], reply=reply,
-                                unknown=math.isnan(scores["perception"])))
-    return dict(algorithm=ran, loss_average=args.loss_average,
-                length_ranges=[args.perception_length, args.reasoning_length],
-                record={k: v for k, v in group.record.items() if k != "media"},
-                completions=completions, advantages=advantages)
+    for i, (scores, reply) in enumerate(zip(group.scores, group.replies)):
+        keep = group.completion_mask[i]
+        tokens = token_pieces(group.completion_ids[i][keep], group.perception_mask[i][keep], tokenizer)
+        completions.append(dict(tokens=tokens, scores=scores, truncated=scores["truncated"],
+                                unknown=math.isnan(scores["perception"]), reply=reply))
+    return dict(record={k: v for k, v in group.record.items() if k != "media"}, completions=completions,
+                advantages=advantages, algorithm=names[args.without], loss_average=args.loss_average,
+                length_ranges=[args.perception_length, args.reasoning_length])
 
 
 def token_pieces(ids, perception, tokenizer):
@@ -473,19 +470,18 @@ def token_pieces(ids, perception, tokenizer):
 
 
 def show(row):
-    """A group on screen, two paragraphs per completion: perception in cyan and reasoning in yellow, or plain
-    where that is no terminal. row: see `rollout_row`."""
-    colours = ("\033[36m", "\033[33m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
-    (cyan, yellow, plain), width = colours, max(40, shutil.get_terminal_size().columns)
-    record, advantages = row["record"], row["advantages"][row["algorithm"]]
+    """A group (`rollout_row`) on screen, two paragraphs per completion: perception in cyan and reasoning in
+    yellow, or both plain where that is no terminal."""
+    cyan, yellow, plain = ("\033[36m", "\033[33m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
+    width, record = max(40, shutil.get_terminal_size().columns), row["record"]
     question = f"{record['problem']} {' '.join(record['options'])}  gold {record['solution']}"
-    lines = ["", *textwrap.wrap(question, width),
-             f"reward, advantage of {cyan}perception{plain} and {yellow}reasoning{plain}"]
+    lines = ["", *textwrap.wrap(question, width), f"reward, advantage: {cyan}perception{plain}, "
+                                                  f"{yellow}reasoning{plain}"]
     for i, completion in enumerate(row["completions"]):
         for k, process, colour in ((0, "perception", cyan), (1, "reasoning", yellow)):
             text = "".join(piece for piece, segment in completion["tokens"] if segment == process[0].upper())
-            number = "  " if k else f"{i + 1:2}"
-            head = f"{number}{completion['scores'][process]:6.2f}, {advantages[k][i]:+5.2f}  "
+            reward, advantage = completion["scores"][process], row["advantages"][row["algorithm"]][k][i]
+            head = f"{'' if k else i + 1:>2}{reward:6.2f}, {advantage:+5.2f}  "
             lines.append(colour + textwrap.fill(visible(text) or "-", width, initial_indent=head,
                                                 subsequent_indent=" " * len(head)) + plain)
     tqdm.write("\n".join(lines))
