@@ -61,10 +61,11 @@ def run_words(words):
 
 
 def left_by(folder):
-    """A finished run's adapter in bytes, and its log without timings. It leaves nothing else."""
-    names = {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl"}
-    assert {file.name for file in folder.iterdir()} == names
+    """A finished run's adapter in bytes, and its logs without timings. It leaves nothing else."""
+    names, rollouts = {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl"}, "rollouts.jsonl"
+    assert {file.name for file in folder.iterdir()} - {rollouts} == names
     rows = gen_cot.read_json(folder / "metrics.jsonl")
+    rows += gen_cot.read_json(folder / rollouts) if (folder / rollouts).exists() else []  # of pagrpo.py
     return (folder / "adapter_model.safetensors").read_bytes(), [
         {k: v for k, v in row.items() if not k.startswith(("sec", "gib", "peak_gib"))} for row in rows]
 

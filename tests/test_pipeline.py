@@ -154,8 +154,9 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(clone, monkeypatch, capsy
     run_here(clone, monkeypatch, f"{command} --output runs/whole/{stage}")
     whole, errors = capsys.readouterr()
     assert re.findall(r"skipped: \S+", errors) == ["skipped: data/toy/damaged.mp4"]  # named once
-    assert {file.name for file in (clone / "runs/whole" / stage).iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "curves.png", "metrics.jsonl"}
+    logs = {"metrics.jsonl"} | ({"rollouts.jsonl"} if stage == "pagrpo" else set())
+    assert {file.name for file in (clone / "runs/whole" / stage).iterdir()} == logs | {
+        "adapter_config.json", "adapter_model.safetensors", "curves.png"}
     calls, step = itertools.count(1), sft.optimiser_step
 
     def killed(*args):
@@ -168,8 +169,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(clone, monkeypatch, capsy
         patch.setattr(sft, "optimiser_step", killed)
         run_here(clone, patch, f"{command} --output runs/killed/{stage}")
     folder = clone / "runs/killed" / stage
-    assert {file.name for file in folder.iterdir()} == {
-        "metrics.jsonl", "checkpoint.pt", "checkpoint-before.pt"}
+    assert {file.name for file in folder.iterdir()} == logs | {"checkpoint.pt", "checkpoint-before.pt"}
     shutil.copytree(folder, clone / "runs/other" / stage)
 
     capsys.readouterr()
@@ -214,7 +214,8 @@ def test_a_judge_that_refuses_costs_no_update(clone, monkeypatch, capsys):
                "--max-completion-tokens 24 --output runs/refused")
     with pytest.raises(UserError, match="The judge has had enough. runs/refused holds a checkpoint") as error:
         run_here(clone, monkeypatch, command)
-    assert {file.name for file in (clone / "runs/refused").iterdir()} == {"checkpoint.pt", "metrics.jsonl"}
+    assert {file.name for file in (clone / "runs/refused").iterdir()} == {
+        "checkpoint.pt", "metrics.jsonl", "rollouts.jsonl"}
     run_here(clone, monkeypatch, re.search("`python (.*)`", str(error.value))[1])
     assert "Going on from step 2." in capsys.readouterr().out
     rows = gen_cot.read_json(clone / "runs/refused/metrics.jsonl")
