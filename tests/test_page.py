@@ -1,4 +1,4 @@
-"""The page: what pagrpo.py keeps of its rollouts, what evaluate.py makes of them, and how a browser shows it."""
+"""The page: what pagrpo.py keeps of its rollouts, what evaluate.py makes of them, how a browser shows it."""
 import html
 import io
 import json
@@ -27,9 +27,9 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 RECORD = dict(problem="Which colour is first?", problem_type="multiple choice", data_type="video",
               path="./media/x.mp4", options=["A. red", "B. blue"], solution="<answer>A</answer>")
 TRACE = "<observation>{}</observation> <think>It is first, so {}.</think><answer>{}</answer>"
-EVIL = ["</script><script>alert(1)</script>", "<!--<script>", "<img src=x onerror=alert(1)>", "]]><b>bold</b>",
-        "\u202etxet denrut\u202c", "\u2028\u2029\ufeff\u0000\x1b[2J\x7f", "&lt;b&gt; &amp;", "\\u003cb>", "\"'`${1}",
-        "https://example.org/x.js", "\ud83d half", "DATA", "👍🏽 中文"]
+EVIL = ["</script><script>alert(1)</script>", "<!--<script>", "<img src=x onerror=alert(1)>", "<b>bold</b>",
+        "\u202etxet denrut\u202c", "\u2028\u2029\ufeff\u0000\x1b[2J\x7f", "&lt;b&gt; &amp;",
+        "\\u003cb>", "\"'`${1}", "https://example.org/x.js", "\ud83d half", "DATA", "👍🏽 中文"]
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,9 @@ def write(folder, rollouts=(), samples=()):
         for row in rollouts:
             sft.log_row(log, row)
     gen_cot.write_jsonl(folder / "completions-x.jsonl", samples)
-    evaluate.write_page(folder, SimpleNamespace(judge=None, scoring="paper", media_root=str(folder), workers=1,
-                                                num_frames=32, max_pixels=256))
+    args = SimpleNamespace(judge=None, scoring="paper", media_root=str(folder), workers=1, num_frames=32,
+                           max_pixels=256)
+    evaluate.write_page(folder, args)
     page = (folder / "traces.html").read_text(encoding="utf-8")
     return page, json.loads(Parsed(page).scripts[0], parse_constant=lambda name: pytest.fail(name))
 
@@ -92,7 +93,8 @@ class Parsed(HTMLParser):
 # --- what training keeps ---
 
 GROUP = [TRACE.format("first red", "A", "A"), TRACE.format("first blue", "A", "A"),
-         TRACE.format("first red", "B", "B"), TRACE.format("lost", "B", "B"), "first red", "<observation>red…"]
+         TRACE.format("first red", "B", "B"), TRACE.format("lost", "B", "B"), "first red",
+         "<observation>red…"]
 
 
 def judge(records, observations, replies=None):
@@ -101,8 +103,9 @@ def judge(records, observations, replies=None):
     return [None if "lost" in (text or "") else "red" in (text or "") for text in observations]
 
 
-@pytest.mark.parametrize("without, name", [(None, "PA-GRPO"), ("perception", "GRPO"), ("length", "without length"),
-                                           ("reasoning", "without reasoning")])
+@pytest.mark.parametrize("without, name", [
+    (None, "PA-GRPO"), ("perception", "GRPO"), ("length", "without length"),
+    ("reasoning", "without reasoning")])
 def test_the_page_holds_the_rewards_and_each_algorithms_advantages(tokenizer, tmp_path, without, name):
     """Against Eq. 5 and 6 worked with numpy; an unknown verdict leaves means and spreads."""
     _, data = write(tmp_path, [make_row(tokenizer, GROUP, judge, make_args(without=without))])
@@ -111,8 +114,10 @@ def test_the_page_holds_the_rewards_and_each_algorithms_advantages(tokenizer, tm
     # a sentence of an observation alone has no tag at all, the last one was cut within it
     perception = np.array([2 + bonus, 1, 2 + bonus, np.nan, 0, 0])
     reasoning = np.array([2 + bonus, 2 + bonus, 1, 1, 0, 0])
-    found = [[it["scores"][key] for it in row["completions"]] for key in ("perception", "reasoning", "reward")]
-    assert np.allclose(np.array(found, float), [perception, reasoning, perception + reasoning], equal_nan=True)
+    expected = dict(perception=perception, reasoning=reasoning, reward=perception + reasoning)
+    for key, rewards in expected.items():
+        found = np.array([it["scores"][key] for it in row["completions"]], float)
+        assert np.allclose(found, rewards, equal_nan=True), key
 
     def compared(rewards):
         known = ~np.isnan(rewards)
@@ -169,8 +174,8 @@ def test_a_resumed_run_shows_each_group_once(toy_records, tmp_path, monkeypatch)
     monkeypatch.setattr(sft, "plot_curves", lambda *args: None)
 
     def run(output, more=""):
-        command = (f"pagrpo.py --adapter none --updates 4 --prompts-per-update 3 --num-generations 2 --lr 1e-2 "
-                   f"--max-completion-tokens 12 --model tiny --data {root}/records.json --media-root {root} "
+        command = ("pagrpo.py --adapter none --updates 4 --prompts-per-update 3 --num-generations 2 "
+                   f"--lr 1e-2 --max-completion-tokens 12 --model tiny --data {root}/records.json --media-root {root} "
                    f"--num-frames 4 --workers 1 --show-every 1 --save-every 2 --output {output} {more}")
         monkeypatch.setattr(sys, "argv", command.split())
         pagrpo.main(pagrpo.get_args())
@@ -218,8 +223,9 @@ def evil_samples():
     for i in range(500):
         evil = EVIL[i % len(EVIL)]
         completion = TRACE.format(evil, "B", "A") if i % 2 else f"<think>{evil}"
-        samples.append(dict(RECORD, problem=evil, options=[f"A. {evil}", "B. b"], completion=completion, file="e.json",
-                            path=f"m{i % 7}{evil if i % 3 == 0 and '/' not in evil else ''}", problem_id=i))
+        path = f"m{i % 7}{evil if i % 3 == 0 and '/' not in evil else ''}"
+        samples.append(dict(RECORD, problem=evil, options=[f"A. {evil}", "B. b"], completion=completion,
+                            file="e.json", path=path, problem_id=i))
     return samples
 
 
@@ -227,8 +233,12 @@ def test_texts_are_inert_in_the_page(tokenizer, tmp_path):
     """The only scripts are the page's own two, its data come back as they were, and nothing names a host."""
     template = (ROOT / "data/trace_page.html").read_text(encoding="utf-8")
     texts = [text for text in EVIL if "\ud83d" not in text]
-    row = make_row(tokenizer, [TRACE.format(text, "A", text) for text in texts],
-                   lambda records, observations, replies: replies.__setitem__(slice(None), texts) or [True] * len(texts),
+
+    def talkative(records, observations, replies):
+        replies[:] = texts
+        return [True for _ in records]
+
+    row = make_row(tokenizer, [TRACE.format(text, "A", text) for text in texts], talkative,
                    record=dict(RECORD, problem=texts[0], path="lost"))
     samples = evil_samples()
     page, data = write(tmp_path, [row], samples)
@@ -241,12 +251,13 @@ def test_texts_are_inert_in_the_page(tokenizer, tmp_path):
     assert data["rollouts"][0]["record"]["problem"] == texts[0]
     assert all("can't be" in words for words in data["media"].values())  # there are none
     ours = page.replace(Parsed(page).scripts[0], "")
-    assert not re.search(r"\w+://|(src|href)=[\"']?(?!data:,)|url\(|@import|innerHTML|fetch\(", ours)
+    assert not re.search(r"\w+://|(src|href)=[\"'](?!data:,)|url\(|@import|innerHTML|fetch\(", ours)
     assert "default-src 'none'" in ours and len(template.splitlines()) <= 300
 
 
 def test_samples_are_told_apart_for_the_filters(tmp_path):
-    completions = {"right": TRACE.format("first red", "A", "A"), "mismatch": TRACE.format("first red", "B", "A"),
+    completions = {"right": TRACE.format("first red", "A", "A"),
+                   "mismatch": TRACE.format("first red", "B", "A"),
                    "blind": TRACE.format("nothing", "A", "A"), "wrong": TRACE.format("first red", "B", "B"),
                    "tagless": "A", "unread": None}
     samples = [dict(RECORD, evidence=["first red"], completion=text, file="e.json", problem_id=name,
@@ -255,7 +266,8 @@ def test_samples_are_told_apart_for_the_filters(tmp_path):
     shown = dict(zip(completions, data["samples"]))
     assert [name for name in shown if shown[name]["right"]] == ["right", "mismatch", "blind", "tagless"]
     assert [name for name in shown if shown[name]["perception"]] == ["right", "mismatch", "wrong"]
-    for field, name in (("mismatch", "mismatch"), ("no_tag", "tagless"), ("truncated", "wrong"), ("unread", "unread")):
+    flags = dict(mismatch="mismatch", no_tag="tagless", truncated="wrong", unread="unread")
+    for field, name in flags.items():
         assert [other for other in shown if shown[other][field]] == [name]
     hues = [hue for _, hue in shown["right"]["pieces"]]
     assert [hue for hue in hues if hue] == ["perception", "reasoning", "answer"]
@@ -280,13 +292,16 @@ def test_a_folder_without_traces_is_named(tmp_path):
 # --- how a browser shows it ---
 
 PROBE = """<script>
-const seen = [], press = key => document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+const seen = [];
+const press = key => document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
 const look = name => seen.push([name, location.hash, document.querySelectorAll("article").length,
   document.querySelectorAll(".blame").length, document.querySelectorAll("table").length, window.evil || 0]);
-const steps = [["first", () => {}], ["GRPO", () => click("GRPO")], ["beside", () => press("b")], ["formula", () => press("f")],
-  ["next", () => press("j")], ["before", () => press("k")], ["evaluation", () => click("Evaluation")],
-  ["no tag", () => click("no answer tag")], ["card", () => press("j")]];
-const click = words => [...document.querySelectorAll("button")].find(node => node.textContent === words).click();
+const steps = [["first", () => {}], ["GRPO", () => click("GRPO")], ["beside", () => press("b")],
+  ["formula", () => press("f")], ["next", () => press("j")], ["before", () => press("k")],
+  ["evaluation", () => click("Evaluation")], ["no tag", () => click("no answer tag")],
+  ["card", () => press("j")]];
+const buttons = () => [...document.querySelectorAll("button")];
+const click = words => buttons().find(node => node.textContent === words).click();
 function next() {
   if (!steps.length) { document.title = JSON.stringify(seen); return; }
   const [name, act] = steps.shift();
@@ -310,15 +325,17 @@ def test_the_page_in_a_browser(tokenizer, tmp_path):
                f"file://{tmp_path}/probe.html#update=0&group=0"]
     done = subprocess.run(command, capture_output=True, timeout=100, encoding="utf-8", errors="replace")
     assert ":CONSOLE" not in done.stderr, done.stderr
-    seen = {name: rest for name, *rest in json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))}
+    told = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
+    seen = {name: rest for name, *rest in told}
     articles, blames, tables = ({name: rest[i] for name, rest in seen.items()} for i in (1, 2, 3))
     assert not any(rest[4] for rest in seen.values())
     assert articles["first"] == articles["GRPO"] == 4 and articles["beside"] == articles["formula"] == 8
-    # perception earned 2.2, 1, 2.2, unknown, reasoning 2.2, 2.2, 1, 1: the second is praised, two are punished
+    # perception earned 2.2, 1, 2.2, unknown, and reasoning 2.2, 2.2, 1, 1: one is praised, two are punished
     assert blames["first"] == 0 and blames["GRPO"] == blames["beside"] == 3 and tables["formula"] == 2
     assert "update=1" in seen["next"][0] and "update=0" in seen["before"][0]
     assert articles["evaluation"] == 100 and articles["no tag"] == 100 and "at=0" in seen["card"][0]
     parsed = Parsed(done.stdout)
-    assert set(parsed.tags) <= set(Parsed(page).tags) | {"main", "nav", "button", "select", "option", "div", "article", "i",
-                                                         "sub", "span"}
+    made = "head main nav button select option div article section i sub details summary table tr td th"
+    assert set(parsed.tags) <= {*Parsed(page).tags, *made.split()}
+    assert not any(name.startswith("on") for name, _ in parsed.attributes)
     assert parsed.tags.count("script") == 3 and "\\u{202e}" in parsed.text and "<img src=x" in parsed.text
