@@ -175,8 +175,9 @@ def test_a_resumed_run_shows_each_group_once(toy_records, tmp_path, monkeypatch)
 
     def run(output, more=""):
         command = ("pagrpo.py --adapter none --updates 4 --prompts-per-update 3 --num-generations 2 "
-                   f"--lr 1e-2 --max-completion-tokens 12 --model tiny --data {root}/records.json --media-root {root} "
-                   f"--num-frames 4 --workers 1 --show-every 1 --save-every 2 --output {output} {more}")
+                   f"--lr 1e-2 --max-completion-tokens 12 --model tiny --data {root}/records.json "
+                   f"--num-frames 4 --media-root {root} --workers 1 --show-every 1 --save-every 2 "
+                   f"--output {output} {more}")
         monkeypatch.setattr(sys, "argv", command.split())
         pagrpo.main(pagrpo.get_args())
 
