@@ -65,7 +65,8 @@ def left_by(folder):
     names, rollouts = {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl"}, "rollouts.jsonl"
     assert {file.name for file in folder.iterdir()} - {rollouts} == names
     rows = gen_cot.read_json(folder / "metrics.jsonl")
-    rows += gen_cot.read_json(folder / rollouts) if (folder / rollouts).exists() else []  # of pagrpo.py
+    if (folder / rollouts).exists():  # of pagrpo.py
+        rows[0]["shown"] = gen_cot.read_json(folder / rollouts)
     return (folder / "adapter_model.safetensors").read_bytes(), [
         {k: v for k, v in row.items() if not k.startswith(("sec", "gib", "peak_gib"))} for row in rows]
 

@@ -280,7 +280,7 @@ def test_thumbnails_are_small_and_have_the_times_of_their_frames(toy_records, mo
     pictures = evaluate.thumbnails(clip, 32, 256)
     assert len(pictures) == len(frames) <= 8 and pictures[0][1] == "0.0 s"
     assert pictures[-1][1] == f"{len(frames) / fps:.1f} s"
-    noise = np.random.default_rng(0).integers(0, 256, (8, 336, 588, 3)).astype(np.uint8)  # compresses worst
+    noise = np.random.default_rng(0).integers(0, 256, (8, 112, 112, 3)).astype(np.uint8)  # compresses worst
     monkeypatch.setattr(gen_cot, "read_media", lambda record, num_frames, max_pixels: (noise, 2.0))
     assert 500 * len(json.dumps(evaluate.thumbnails(clip, 32, 256))) < 38e6
 
