@@ -122,6 +122,8 @@ def main(args):
     for adapter, name in names.items():
         done = {key_of(row): row for row in read_completions(files[adapter])}
         rows = [done[key_of(record)] for record in records if key_of(record) in done]
+        if any(row.get("run") != runs[adapter] for row in rows):
+            print(f"{name}: these completions are of another model, prompt or setting than this command's.")
         if len(rows) < len(records):
             print(f"{name}: {len(records) - len(rows)} questions have no completion yet and count nowhere.")
         results[name] = score_rows(rows, judge, args.scoring)
@@ -194,7 +196,7 @@ class Benchmark(NamedTuple):
 
 
 def field(name):
-    return lambda record: str(record.get(name) or "-")
+    return lambda record: str(record.get(name) or record["problem_type"])  # some forms of a file lack it
 
 
 BENCHMARKS = {
@@ -343,17 +345,20 @@ def local_rows(model, tokenizer, records, notes, args):
 def server_rows(client, records, notes, args):
     """(record, row) of each record, answered by a server, to which stamped frames go as to a teacher."""
     waiting = collections.deque()
-    for record, content in with_media(records, args, gen_cot.teacher_content):
-        if isinstance(content, gen_cot.MediaError):
-            yield record, dict(completion=None, unread=str(content))
-            continue
-        prompt = dict(type="text", text=prompt_text(record, notes, args))
-        waiting.append((record, client.pool.submit(client.reply, [*(content or []), prompt])))
-        while len(waiting) > 32:
-            record, job = waiting.popleft()
+    try:
+        for record, content in with_media(records, args, gen_cot.teacher_content):
+            if isinstance(content, gen_cot.MediaError):
+                yield record, dict(completion=None, unread=str(content))
+                continue
+            prompt = dict(type="text", text=prompt_text(record, notes, args))
+            waiting.append((record, client.pool.submit(client.reply, [*(content or []), prompt])))
+            while len(waiting) > 32:
+                record, job = waiting.popleft()
+                yield record, dict(completion=job.result())
+        for record, job in waiting:
             yield record, dict(completion=job.result())
-    for record, job in waiting:
-        yield record, dict(completion=job.result())
+    finally:  # Ctrl-C: ask nothing more
+        client.close()
 
 
 # --- scores -------------------------------------------------------------------------------------------------
@@ -422,15 +427,21 @@ def interval(metric, columns, draws=1000):
     return metric(columns, np.ones(len(of_row))), (high - low) / 2
 
 
-def summarise(rows, bench, args):
-    """The figures of one file, in per cent: dict of `numbers` {name: (value, ±)}, `groups` {name: value}, and
-    counts."""
+def columns_of(rows, bench):
+    """What a metric needs of scored rows: dict of arrays (questions,)."""
     columns = {name: np.array([float(row[name]) for row in rows]) for name in ("score", "strict")}
     columns["group"] = np.array([bench.group(row) for row in rows])
     columns["type"] = np.array([row["problem_type"] for row in rows])
     columns["path"] = np.array([row["path"] for row in rows])
+    return columns
+
+
+def summarise(rows, bench, args):
+    """The figures of one file, in per cent: dict of `numbers` {name: (value, ±)}, `groups` {name: value}, and
+    counts."""
     if not rows:
         return None
+    columns = columns_of(rows, bench)
     unread = np.array([row["completion"] is None for row in rows])
     known = [float(row["perception"]) for row in rows if row["perception"] is not None]
     summary = dict(questions=len(rows), unread=int(unread.sum()), numbers={}, groups={})
@@ -443,7 +454,8 @@ def summarise(rows, bench, args):
         summary["groups"][str(group)] = round(100 * columns["score"][columns["group"] == group].mean(), 2)
     summary["perception"] = round(100 * float(np.mean(known)), 2) if known else None
     for name in ("template", "no_tag", "truncated"):
-        summary[name] = round(100 * float(np.mean([row.get(name) or 0 for row in rows])), 2)
+        values = [row[name] for row in rows if row.get(name) is not None]  # a server doesn't say what it cut
+        summary[name] = round(100 * float(np.mean(values)), 2) if values else None
     summary["lenient only"] = round(100 * float(np.mean([row["lenient"] > row["score"] for row in rows])), 2)
     summary["no verdict"] = sum(row["perception"] is None for row in rows) if known else 0
     if args.mismatch:
@@ -555,7 +567,8 @@ def print_agreement(args):
 
 
 def print_comparison(a, b, scoring):
-    """Two runs on the same questions, by file: difference with interval, and the exact test of McNemar."""
+    """Two runs on the same questions, by file: the paper's metric, the difference with its interval, and the
+    exact test of McNemar on the questions that only one of them has right."""
     first = {key_of(row): score_row(row, scoring) for row in read_completions(a)}
     second = {key_of(row): score_row(row, scoring) for row in read_completions(b)}
     pairs = [(first[key], second[key]) for key in first if key in second]
@@ -565,13 +578,13 @@ def print_comparison(a, b, scoring):
           "p (McNemar) |\n|---|---|---|---|---|---|---|---|")
     for file in sorted({row["file"] for row, _ in pairs}):
         some = [(x, y) for x, y in pairs if x["file"] == file]
-        scores = np.array([[x["score"], y["score"]] for x, y in some])
-        columns = dict(score=scores[:, 1] - scores[:, 0], path=np.array([x["path"] for x, _ in some]))
-        gain, spread = interval(pooled, columns)
+        scores, bench = np.array([[x["score"], y["score"]] for x, y in some]), bench_of(file)
+        sides, metric = [columns_of(side, bench) for side in zip(*some)], next(iter(bench.numbers.values()))
+        gain, spread = interval(lambda a, weights: metric(sides[1], weights) - metric(a, weights), sides[0])
         only_a, only_b = (int((scores == pair).all(1).sum()) for pair in ([1, 0], [0, 1]))
         tail = sum(math.comb(only_a + only_b, k) for k in range(min(only_a, only_b) + 1))
         p = min(1, 2 * tail / 2 ** (only_a + only_b))
-        means = " | ".join(f"{100 * mean:.1f}" for mean in scores.mean(0))
+        means = " | ".join(f"{100 * metric(side, np.ones(len(some))):.1f}" for side in sides)
         print(f"| {file} | {len(some)} | {means} | {100 * gain:+.1f} ± {100 * spread:.1f} | {only_a} | "
               f"{only_b} | {p:.3g} |")
 

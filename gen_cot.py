@@ -100,7 +100,8 @@ def main(args):
     if args.judge is None or (args.traces is None and args.teacher is None):
         raise UserError("gen_cot.py needs a teacher and a judge: pass --teacher or --traces, and --judge.")
     check_writable(args.output.parent)
-    records = select_records(args, need_media=args.teacher is not None)
+    ids = collections.Counter()
+    records = select_records(args, need_media=args.teacher is not None, ids=ids)
     judge = judge_from(args, records)
     if args.teacher:
         extra = args.teacher_extra
@@ -111,10 +112,9 @@ def main(args):
         outputs = generate(records, teacher, args)
         print_stats("teacher", teacher)
     else:
-        traces, ids = load_traces(args.traces), collections.Counter(str(r.get("problem_id")) for r in records)
-        outputs = []
+        traces, outputs = load_traces(args.traces), []
         for record in records:
-            number = str(record.get("problem_id"))  # names a question within one file only
+            number = str(record.get("problem_id"))  # which names a question within one file only
             by_number = traces.get(number) if ids[number] == 1 else None
             outputs.append(traces.get(question_key(record), by_number))
     reasons, scores = verify(records, outputs, judge, args.threshold, args.scoring)
@@ -547,6 +547,8 @@ def parse_record(record, where, media_root=None):
     record = dict(record, problem_type=kind, data_type=data_type,
                   options=parse_options(record.get("options"), where),
                   problem=visible(re.sub("<(image|video)>", "", record["problem"])))
+    if not record["problem"]:
+        raise UserError(f"{where}: the field problem holds no question.")
     record["solution"] = parse_solution(record, where)
     if media_root is not None:
         record["media"] = media_path(media_root, record["path"], where)
@@ -600,10 +602,12 @@ def media_path(media_root, path, where):
     return next((name for name in names if os.path.exists(name)), full)
 
 
-def select_records(args, need_media=True):
-    """The records that a stage works on: loaded, their media there if needed, and of these --limit drawn.
-    Raises UserError where none is left."""
+def select_records(args, need_media=True, ids=None):
+    """The records that a stage works on: loaded, their media there if needed, and of these --limit drawn;
+    `ids` counts the problem_ids of all. Raises UserError where none is left."""
     records = load_records(args.data, args.media_root)
+    if ids is not None:
+        ids.update(str(record.get("problem_id")) for record in records)
     kept = [record for record in records if not need_media or os.path.isfile(record["media"])]
     if not kept:
         raise UserError(f"None of the {len(records)} records has its medium below {args.media_root}: pass "

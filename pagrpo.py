@@ -91,7 +91,7 @@ from peft.utils.integrations import dequantize_module_weight
 from gen_cot import positive
 from rewards import UserError, ask_judge, parse_trace, process_rewards, visible
 
-TINY = dict(data="data/toy/rl.jsonl", media_root="data/toy", max_pixels=4, judge="rule", updates=100,
+TINY = dict(data="data/toy/rl.jsonl", media_root="data/toy", max_pixels=4, judge="rule", updates=50,
             prompts_per_update=8, max_completion_tokens=112, perception_length=(16, 64),
             reasoning_length=(16, 64), lr=8e-4, lora_rank=32, checkpointing=False, show_every=10)
 FIXED = 48  # prompts, or a tenth of all, that are held out to be looked at, the same for every seed
@@ -316,13 +316,16 @@ def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
 
 
 def sample_groups(model, encoded, tokenizer, args, greedy=False):
-    """Embed the prompts, sample G completions of each (or take the likeliest one), `--prompts-per-rollout`
-    prompts at a time, and find the segment of each token. encoded: pairs (record, Prompt)."""
+    """Embed the prompts, sample G completions of each (or take the likeliest one), those of
+    `--prompts-per-rollout` prompts at a time, and find the segment of each token. encoded: pairs (record,
+    Prompt)."""
     groups, shape = [], (1 if greedy else args.num_generations, args.max_completion_tokens)  # (G, T)
-    for i in range(0, len(encoded), args.prompts_per_rollout):
-        records, prompts = zip(*encoded[i:i + args.prompts_per_rollout])
+    batch = args.prompts_per_rollout * args.num_generations // shape[0]
+    for i in range(0, len(encoded), batch):
+        records, prompts = zip(*encoded[i:i + batch])
         with torch.no_grad():
-            sft.embed_prompts(model, prompts)
+            for prompt in prompts:  # one by one: the tower's activations are large
+                sft.embed_prompts(model, [prompt])
         numbers = None if greedy else torch.cat([uniforms(args.seed, record["sample_index"], *shape)
                                                  for record in records])
         sampled = rollout(model, prompts, tokenizer, *shape, numbers)  # (B·G, T) each

@@ -289,6 +289,17 @@ def test_a_comparison_is_paired_with_the_exact_test(folder, capsys, both, only_a
     assert other[1:5] == ["1", "100.0", "75.0", "-25.0 ± 0.0"]
 
 
+def test_a_comparison_is_by_the_benchmarks_own_metric(folder, capsys):
+    """MVBench's mean of tasks: A has one of two tasks right, B both, whatever the number of questions."""
+    bench = evaluate.BENCHMARKS["mvbench"]
+    for side in (0, 1):
+        texts = [TRACE.format("A")] * 3 + [TRACE.format("BA"[side])]
+        asked = [question(i=i) for i in (1, 2, 3, 201)]
+        gen_cot.write_jsonl(f"{side}.jsonl", [answered(*pair, file=bench.file) for pair in zip(asked, texts)])
+    run("--compare", "0.jsonl", "1.jsonl")
+    assert "| 4 | 50.0 | 100.0 | +50.0 ± " in capsys.readouterr().out
+
+
 # --- the analyses ---
 
 THOUGHTS = [  # think, answer, read by rule, what a judge replies where it is asked
@@ -408,6 +419,7 @@ def test_a_server_gets_stamped_frames_and_its_completions_are_scored_and_judged(
     rows = completions("openai-model-1")
     assert summary["questions"] == 13 and summary["unread"] == 2 and summary["template"] == 84.62
     assert summary["perception"] == 84.62  # what was not answered is not sufficient
+    assert summary["truncated"] is None and "wrong" in capsys.readouterr().out  # nobody told
     asked = [body for _, _, body in server.seen if isinstance(body["messages"][0]["content"], list)]
     assert len(asked) == 11 and all(body["max_tokens"] == 77 and body["temperature"] == 0 for body in asked)
     for body in asked:
@@ -444,7 +456,9 @@ def test_a_file_that_a_kill_tore_is_completed(clips, server, keep, torn):
 def test_rows_that_are_not_there_yet_are_told(folder, capsys):
     records = [question(i=i) for i in range(5)]
     rescore(records, [TRACE.format("A")] * 3)
-    assert "base: 2 questions have no completion yet" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "base: 2 questions have no completion yet" in text
+    assert "base: these completions are of another model, prompt or setting than this command's" in text
 
 
 def test_another_runs_observations_stand_in_the_text_prompt_of_the_same_question(clips, server):

@@ -118,7 +118,7 @@ def test_evaluation_paths_with_and_without_their_first_folder(tmp_path, path, fo
 
 
 @pytest.mark.parametrize("row, says", [
-    (changed(problem=None), "field problem"),
+    (changed(problem=None), "field problem"), (changed(problem=" <image>\n"), "field problem"),
     (changed(path=""), "field path"),
     (changed(problem_type=None), "field problem_type"),
     (changed(solution=None), "field solution"),  # or every answer would be wrong, without a word

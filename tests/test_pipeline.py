@@ -89,10 +89,10 @@ def test_all_stages_in_order(fresh_clone):
     assert len(completions) == 20 and abs(5 * total - row["numbers"]["answer"][0]) < 0.01
 
 
-def test_the_readme_takes_the_model_away(clone, monkeypatch):
+def test_the_lines_of_serving_md_take_the_model_away(clone, monkeypatch):
     """Its lines, as they stand there, leave a model that needs none of our code and says what ours says."""
     monkeypatch.chdir(clone)
-    blocks = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall("```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(), re.DOTALL)
     lines, = [block for block in blocks if "merge_and_unload" in block]
     shutil.copytree(clone / "runs/tiny/sft", clone / "runs/tiny/pagrpo", dirs_exist_ok=True)
     exec(lines, {})

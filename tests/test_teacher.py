@@ -340,6 +340,8 @@ def test_one_problem_id_in_two_files_never_exchanges_traces(world, server, tmp_p
     elsewhere[5] = folder / "twins*.jsonl"
     done = subprocess.run(elsewhere, cwd=ROOT, capture_output=True, text=True)
     assert "None of the 40 traces was kept" in sentence(done) and "40 no trace" in done.stderr
+    done = subprocess.run([*elsewhere, "--limit", "5"], cwd=ROOT, capture_output=True, text=True)
+    assert "None of the 5 traces was kept" in sentence(done)  # nor where only one of the two was drawn
 
 
 def test_half_a_surrogate_pair_is_written_as_json_escapes_it(world, server, tmp_path):

@@ -43,7 +43,7 @@ SIGNS = list("EHKMRTXZ")
 ORDINALS = ["first", "second", "third", "fourth", "fifth"]
 NUMBERS = ["no", "one", "two", "three", "four", "five"]
 FLASH = (0.5, 0.9)  # the part of its moment, in seconds, during which the light is on
-GLANCE, HASTY = 0.6, 0.5  # how often the teacher falls into its two habits
+GLANCE, HASTY = 0.9, 0.2  # how often the teacher falls into its two habits
 FIELDS = ["problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "data_source",
           "evidence"]
 FLAWS = ["wrong answer", "broken template", "insufficient observation"]
