@@ -144,7 +144,8 @@ def main(args):
     text = json.dumps(dict(rows=rows, settings=settings), indent=1, default=str)
     gen_cot.write_text(args.output / "results.json", text)
     print(f"\nresults.json and every completion in {args.output}")
-    print(f"To read them: python evaluate.py --html {args.run_dir}, then open {args.run_dir / 'traces.html'}")
+    folder = args.run_dir if args.output.is_relative_to(args.run_dir) else args.output
+    print(f"To read them: python evaluate.py --html {folder}, then open {folder / 'traces.html'}")
 
 
 # --- the benchmarks -----------------------------------------------------------------------------------------
@@ -630,9 +631,8 @@ def page_rollouts(folder):
 
 def page_sample(row, name):
     """What the page tells of a scored completion; `pieces` are its text, [text, whose colour it has] each."""
-    trace, letter, pieces = parse_trace(row["completion"] or ""), None, []
-    if row["problem_type"] == "multiple choice" and trace.think and trace.answer:
-        letter = settled_by_rule(trace.think, row["options"])
+    trace, pieces = parse_trace(row["completion"] or ""), []
+    letter = settled_by_rule(trace.think or "", row["options"])  # None where there are no options
     for piece in re.split("(?=<observation>|<think>|<answer>)", row["completion"] or ""):
         hues = {"<observation": "perception", "<think": "reasoning", "<answer": "answer"}
         pieces.append((piece, hues.get(piece.partition(">")[0], "")))
@@ -640,7 +640,7 @@ def page_sample(row, name):
     return {field: row[field] for field in fields} | dict(
         completions=name, gold=gold_answer(row["solution"]), right=row["score"] >= RIGHT, pieces=pieces,
         perception=None if row["perception"] is None else row["perception"] >= RIGHT,
-        mismatch=bool(letter) and letter != option_key(trace.answer, row["options"]),
+        mismatch=bool(letter and trace.answer) and letter != option_key(trace.answer, row["options"]),
         truncated=bool(row.get("truncated")), unread=row["completion"] is None)
 
 
