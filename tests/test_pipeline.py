@@ -31,6 +31,7 @@ def fresh_clone(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     (folder / "data" / "toy").mkdir(parents=True)
     shutil.copy(ROOT / "data/toy/prepare.py", folder / "data/toy")
+    shutil.copy(ROOT / "data/trace_page.html", folder / "data")
     shutil.copytree(ROOT / "data/toy/base", folder / "data/toy/base")
     return folder
 
@@ -87,6 +88,10 @@ def test_all_stages_in_order(fresh_clone):
     completions = gen_cot.read_json(fresh_clone / "runs/tiny/evaluate/completions-pagrpo.jsonl")
     total = sum(accuracy_reward(c["problem_type"], c["completion"], c["solution"]) for c in completions)
     assert len(completions) == 20 and abs(5 * total - row["numbers"]["answer"][0]) < 0.01
+
+    command, page = re.search("python (evaluate.py .*), then open (.*)", table[-1]).groups()
+    assert "4 groups of training and 60 evaluated completions" in run(fresh_clone, command)
+    assert (fresh_clone / page).read_text(encoding="utf-8").count("data:image/jpeg") >= 20
 
 
 def test_the_lines_of_serving_md_take_the_model_away(clone, monkeypatch):
