@@ -4,6 +4,7 @@
     python evaluate.py --model qwen2.5-vl-7b --bench all   # the paper's seven benchmarks (Table 1)
     python evaluate.py --model tiny --rescore --scoring lenient --mismatch      # no model is loaded
     python evaluate.py --compare A/completions-pagrpo.jsonl B/completions-pagrpo.jsonl
+    python evaluate.py --html runs/tiny                    # one page of a run's rollouts and completions
 
 Completions are written as they come, one file for each adapter, each row with its whole record. The same
 command goes on where a killed run was; completions made with other settings are moved aside.
@@ -21,9 +22,12 @@ E5. Every question counts. One whose medium is missing or unreadable is answered
 E6. Think and answer mismatch (Table 6) where the option that the think segment settles on is not the answer.
     A conclusion with one letter in it is read by rule; the rest by `--judge`, or is unknown without one.
 """
+import base64
 import collections
+import io
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -35,6 +39,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import gen_cot
@@ -70,6 +75,8 @@ def get_args():
         "Lines of records with `observation` and `label`, true or false")
     add("--compare", nargs=2, metavar=("A", "B"),
         help="only compare two files of completions, question by question")
+    add("--html", type=Path, metavar="FOLDER",
+        help="only write FOLDER/traces.html, a page of the rollouts and completions below the folder")
     add = parser.add_argument_group("run").add_argument
     add("--rescore", action="store_true", help="score the completions that are there, and decode none")
     add("--seed", type=gen_cot.number(0, int), default=0, help="seed of the draw of --limit")
@@ -94,6 +101,8 @@ def main(args):
         return print_comparison(*args.compare, args.scoring)
     if args.judge_agreement:
         return print_agreement(args)
+    if args.html:
+        return write_page(args.html, args)
     records = load_questions(args)
     judge = gen_cot.judge_from(args, records) if args.judge else None
     for adapter in args.adapters if not (args.server or args.rescore) else []:
@@ -135,6 +144,8 @@ def main(args):
     text = json.dumps(dict(rows=rows, settings=settings), indent=1, default=str)
     gen_cot.write_text(args.output / "results.json", text)
     print(f"\nresults.json and every completion in {args.output}")
+    folder = args.run_dir if args.output.is_relative_to(args.run_dir) else args.output
+    print(f"To read them: python evaluate.py --html {folder}, then open {folder / 'traces.html'}")
 
 
 # --- the benchmarks -----------------------------------------------------------------------------------------
@@ -577,6 +588,85 @@ def print_comparison(a, b, scoring):
         means = " | ".join(f"{100 * metric(side, np.ones(len(some))):.1f}" for side in sides)
         print(f"| {file} | {len(some)} | {means} | {100 * gain:+.1f} ± {100 * spread:.1f} | {only_a} | "
               f"{only_b} | {p:.3g} |")
+
+
+# --- the page -----------------------------------------------------------------------------------------------
+
+RIGHT = 0.6  # least score of a right answer, as in gen_cot.py
+
+
+def write_page(folder, args):
+    """Writes traces.html: every rollout and completion below the folder, with thumbnails, in one file."""
+    rollouts, samples = page_rollouts(folder), []
+    for path in sorted(folder.rglob("completions-*.jsonl")):
+        rows, name = read_completions(path), str(path.relative_to(folder)).removesuffix(".jsonl")
+        judge = gen_cot.judge_from(args, rows) if args.judge else None
+        samples += [page_sample(row, name) for row in score_rows(rows, judge, args.scoring)]
+    if not rollouts and not samples:
+        raise UserError(f"There is no rollouts.jsonl and no completions-*.jsonl below {folder}.")
+    records = {record["path"]: record for record in [row["record"] for row in rollouts] + samples}
+    data = dict(rollouts=rollouts, samples=samples, media=page_media(records.values(), args))
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # in ASCII, and without any tag
+    template = (Path(__file__).parent / "data/trace_page.html").read_text(encoding="utf-8")
+    path = folder / "traces.html"
+    gen_cot.write_text(path, template.replace("DATA", text))
+    print(f"{len(rollouts)} groups of training and {len(samples)} evaluated completions: open {path} "
+          f"({path.stat().st_size / 1e6:.1f} MB) in a browser.")
+
+
+def page_rollouts(folder):
+    """The rows of every rollouts.jsonl with their `run`, the gold answer, and (mean, std) of each reward."""
+    rows = []
+    for path in sorted(folder.rglob("rollouts.jsonl")):
+        for row in read_completions(path):
+            row["run"], row["moments"] = str(path.parent.relative_to(folder)), {}
+            row["record"]["gold"] = gold_answer(row["record"]["solution"])
+            for key in ("perception", "reasoning", "reward"):
+                rewards = [completion["scores"][key] for completion in row["completions"]]
+                known = [reward for reward in rewards if reward is not None]
+                row["moments"][key] = len(known) > 1 and (statistics.mean(known), statistics.stdev(known))
+            rows.append(row)
+    return rows
+
+
+def page_sample(row, name):
+    """What the page tells of a scored completion; `pieces` are its text, [text, whose colour it has] each."""
+    trace, pieces = parse_trace(row["completion"] or ""), []
+    letter = settled_by_rule(trace.think or "", row["options"])  # None where there are no options
+    for piece in re.split("(?=<observation>|<think>|<answer>)", row["completion"] or ""):
+        hues = {"<observation": "perception", "<think": "reasoning", "<answer": "answer"}
+        pieces.append((piece, hues.get(piece.partition(">")[0], "")))
+    fields = ("file", "path", "data_type", "problem", "problem_type", "options", "score", "no_tag")
+    return {field: row[field] for field in fields} | dict(
+        completions=name, gold=gold_answer(row["solution"]), right=row["score"] >= RIGHT, pieces=pieces,
+        perception=None if row["perception"] is None else row["perception"] >= RIGHT,
+        mismatch=bool(letter and trace.answer) and letter != option_key(trace.answer, row["options"]),
+        truncated=bool(row.get("truncated")), unread=row["completion"] is None)
+
+
+def page_media(records, args):
+    """{path: thumbnails, or a sentence on why there are none} of the records' media, each read once."""
+    todo, media = [], {}
+    for record in records:
+        roots = args.media_root, TINY["media_root"]  # the toy's media are found without a flag
+        files = [gen_cot.media_path(root, record["path"], "the page") for root in roots]
+        todo.append(dict(record, media=next(filter(os.path.exists, files), files[0])))
+    for record, pictures in tqdm(gen_cot.read_ahead(todo, args, thumbnails), "media", len(todo)):
+        media[record["path"]] = str(pictures) if isinstance(pictures, gen_cot.MediaError) else pictures
+    return media
+
+
+def thumbnails(record, num_frames, max_pixels):
+    """Up to eight frames of a medium, (data URI of a small JPEG, its time) each. Raises MediaError."""
+    frames, fps = gen_cot.read_media(record, min(num_frames, 8), max_pixels)
+    pictures = []
+    for i, frame in enumerate(frames):
+        image, jpeg = Image.fromarray(frame), io.BytesIO()
+        image.thumbnail((256, 256) if fps is None else (112, 112))
+        image.save(jpeg, "JPEG", quality=60)  # even of noise, 500 times eight are under 40 MB
+        time = "" if fps is None else f"{i * len(frames) / fps / (len(frames) - 1):.1f} s"
+        pictures.append((f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}", time))
+    return pictures
 
 
 if __name__ == "__main__":

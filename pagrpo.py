@@ -68,6 +68,9 @@ import copy
 import functools
 import math
 import random
+import shutil
+import sys
+import textwrap
 import time
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -86,7 +89,7 @@ import sft  # before peft, whose import it keeps quiet
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from gen_cot import positive
-from rewards import UserError, parse_trace, process_rewards, visible
+from rewards import UserError, ask_judge, parse_trace, process_rewards, visible
 
 TINY = dict(data="data/toy/rl.jsonl", media_root="data/toy", max_pixels=4, judge="rule", updates=50,
             prompts_per_update=8, max_completion_tokens=112, perception_length=(16, 64),
@@ -181,8 +184,8 @@ CURVES = {"reward": ["reward"], "KL to the reference": ["kl"],  # the paper's Fi
 
 
 def train(model, ref_adapter, tokenizer, records, args):
-    """The RL loop: decode a few questions' media, update, log. Writes metrics.jsonl, curves.png and the
-    adapter."""
+    """The RL loop: decode a few questions' media, update, log. Writes metrics.jsonl, rollouts.jsonl (two
+    groups of each look), curves.png and the adapter."""
     template, config = gen_cot.load_template(args), sft.unwrap(model).config
     optimizer = sft.setup_training(model, args)
     # your own perception reward goes here: any f(records, observations) -> list of True, False or None (P6),
@@ -195,9 +198,12 @@ def train(model, ref_adapter, tokenizer, records, args):
                              named)
     media = gen_cot.read_ahead(endless(records, args.seed, args.prompts_per_update, start), args)
     unanswered = 0  # updates in a row
-    with (sft.open_log(args.output, start) as log, sft.progress("PA-GRPO", start, args.updates) as bar,
+    with (sft.open_log(args.output, start) as log,
+          sft.open_log(args.output, start, "rollouts.jsonl") as rollouts,
+          sft.progress("PA-GRPO", start, args.updates) as bar,
           sft.Ending(start, model, optimizer, args) as ending):  # saves the last whole update, come what may
         for step in bar:
+            look = step % args.show_every == 0
             if step > start and step % args.save_every == 0:
                 sft.save_checkpoint(sft.checkpoint_bytes(step, model, optimizer, args), args.output)
             since, share = time.time(), sft.shard_size(args.prompts_per_update)
@@ -205,7 +211,7 @@ def train(model, ref_adapter, tokenizer, records, args):
             row = {"step": step, "lr": sft.cosine_lr(step, args.updates, args.lr), "scoring": args.scoring,
                    "sec/media": time.time() - since}  # media were decoded during the last update
             row["skipped_media"] = sum(gather_object([share - len(encoded)]))
-            if step % args.show_every == 0:
+            if look:
                 row |= fixed_accuracies(model, fixed, tokenizer, judge, args)
             groups = []
             if any(gather_object([len(encoded)])):  # all ranks take part in an update, or none
@@ -217,16 +223,19 @@ def train(model, ref_adapter, tokenizer, records, args):
                     raise UserError("The judge was asked in three updates in a row and never answered")
                 bar.set_postfix({"reward": row["reward"], "P": row["rewards/perception_accuracy"],
                                  "R": row["rewards/reasoning_accuracy"], "kl": row.get("kl")})
+            shown = [rollout_row(group, tokenizer, args) for group in (groups[:2] if look else [])]
+            for i, seen in enumerate(shown):
+                sft.log_row(rollouts, dict(step=step, group=i, **seen))
             sft.log_row(log, row)
             ending.updated(step + 1)
-            if step % args.show_every == 0 and groups:
-                show(groups[0], tokenizer)
+            if shown:
+                show(shown[0])
             del groups, encoded  # their embeddings would be in the next update's way
         sft.save_checkpoint(sft.checkpoint_bytes(args.updates, model, optimizer, args), args.output)
     lost = sft.finish(model, CURVES, args.updates * args.prompts_per_update, args.output)
     gen_cot.print_stats("judge", judge)
     print(f"{args.updates} updates, {lost} media skipped; "
-          f"adapter, metrics.jsonl, curves.png in {args.output}")
+          f"adapter, metrics.jsonl, rollouts.jsonl, curves.png in {args.output}")
 
 
 def endless(records, seed, batch_size, step=0):
@@ -272,6 +281,7 @@ class Group:
     reasoning_mask: torch.Tensor  # (G, T)
     texts: list = None  # G of str
     scores: list = None  # G of dict, see `process_rewards`
+    replies: list = None  # G of str, the judge's words, or None
     perception_advantages: torch.Tensor = None  # (G,)
     reasoning_advantages: torch.Tensor = None  # (G,)
     old_logprobs: torch.Tensor = None  # (G, T), by the training pass before the first step; None where μ = 1
@@ -338,17 +348,18 @@ def score_groups(groups, tokenizer, judge, args):
                        for ids, mask in zip(group.completion_ids, group.completion_mask)]
         records += [group.record] * len(group.texts)
         observations += [parse_trace(text).observation for text in group.texts]
-    verdicts = judge(records, observations)
-    of_completions = iter(verdicts)
+    verdicts, replies = ask_judge(judge, records, observations)
+    of_completions = zip(verdicts, replies)
     bonus = 0.0 if args.without == "length" else 0.2
     ranges = args.perception_length, args.reasoning_length
     for group in groups:
         lengths = zip(group.perception_mask.sum(1).tolist(), group.reasoning_mask.sum(1).tolist())
-        group.scores = []
+        group.scores, group.replies = [], []
         for text, ids, num_tokens in zip(group.texts, group.completion_ids.tolist(), lengths):
-            scores = process_rewards(group.record, text, next(of_completions), num_tokens, ranges, bonus,
-                                     args.scoring)
+            verdict, reply = next(of_completions)
+            scores = process_rewards(group.record, text, verdict, num_tokens, ranges, bonus, args.scoring)
             group.scores.append(dict(scores, truncated=tokenizer.eos_token_id not in ids))
+            group.replies.append(reply)
         rewards = [torch.tensor([s[k] for s in group.scores]) for k in ("perception", "reasoning")]
         group.perception_advantages, group.reasoning_advantages = (
             a.to(group.completion_ids.device) for a in process_advantages(*rewards, args.without))
@@ -427,18 +438,55 @@ def nan_mean(values):
     return sum(known) / len(known) if known else None
 
 
-def show(group, tokenizer):
-    """A group on screen, a line per completion: rewards and advantages of both processes, then perception in
-    cyan and reasoning in yellow."""
-    record = group.record
-    lines = [f"\n{record['problem']} {' '.join(record['options'])}  gold {record['solution']}",
-             "perception       reasoning        reward, advantage"]
-    for i, (text, s) in enumerate(zip(group.texts, group.scores)):
-        split = len(tokenizer.decode(group.completion_ids[i][group.perception_mask[i]],
-                                     clean_up_tokenization_spaces=False))
-        lines.append(f"{s['perception']:5.2f}, {group.perception_advantages[i]:+5.2f}     "
-                     f"{s['reasoning']:5.2f}, {group.reasoning_advantages[i]:+5.2f}     "
-                     f"\033[36m{visible(text[:split])}\033[33m{visible(text[split:])}\033[0m")
+# what `process_advantages` leaves out, and the algorithm that this is: the switch of the page
+ALGORITHMS = {None: "PA-GRPO", "perception": "GRPO", "assignment": "GDPO", "separation": "without separation"}
+
+
+def rollout_row(group, tokenizer, args):
+    """A group as rollouts.jsonl holds it: all that `show` and the page of `evaluate.py --html` tell of it,
+    and its advantages, ((G,), (G,)), under this run's algorithm and under each other one."""
+    rewards = [torch.tensor([s[k] for s in group.scores]) for k in ("perception", "reasoning")]
+    names = ALGORITHMS | {args.without: ALGORITHMS.get(args.without, f"without {args.without}")}
+    advantages = {name: torch.stack(process_advantages(*rewards, without)).tolist()
+                  for without, name in names.items()}
+    completions = []
+    for i, (scores, reply) in enumerate(zip(group.scores, group.replies)):
+        keep = group.completion_mask[i]
+        tokens = token_pieces(group.completion_ids[i][keep], group.perception_mask[i][keep], tokenizer)
+        completions.append(dict(tokens=tokens, scores=scores, truncated=scores["truncated"],
+                                unknown=math.isnan(scores["perception"]), reply=reply))
+    return dict(record={k: v for k, v in group.record.items() if k != "media"}, completions=completions,
+                advantages=advantages, algorithm=names[args.without], loss_average=args.loss_average,
+                length_ranges=[args.perception_length, args.reasoning_length])
+
+
+def token_pieces(ids, perception, tokenizer):
+    """[text, "P" or "R"] of each sampled token (T,), end-of-sequence included; the texts join to the
+    completion. A character that several tokens make up is one piece, of the first one's segment."""
+    pieces, start = [], 0
+    for stop in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:stop], clean_up_tokenization_spaces=False)
+        if stop == len(ids) or not text.endswith("\ufffd"):  # which stands for part of a character
+            pieces.append([text, "P" if perception[start] else "R"])
+            start = stop
+    return pieces
+
+
+def show(row):
+    """A group (`rollout_row`) on screen, two paragraphs per completion: perception in cyan and reasoning in
+    yellow, or both plain where that is no terminal."""
+    cyan, yellow, plain = ("\033[36m", "\033[33m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
+    width, record = max(40, shutil.get_terminal_size().columns), row["record"]
+    question = f"{record['problem']} {' '.join(record['options'])}  gold {record['solution']}"
+    lines = ["", *textwrap.wrap(question, width), f"reward, advantage: {cyan}perception{plain}, "
+                                                  f"{yellow}reasoning{plain}"]
+    for i, completion in enumerate(row["completions"]):
+        for k, process, colour in ((0, "perception", cyan), (1, "reasoning", yellow)):
+            text = "".join(piece for piece, segment in completion["tokens"] if segment == process[0].upper())
+            reward, advantage = completion["scores"][process], row["advantages"][row["algorithm"]][k][i]
+            head = f"{'' if k else i + 1:>2}{reward:6.2f}, {advantage:+5.2f}  "
+            lines.append(colour + textwrap.fill(visible(text) or "-", width, initial_indent=head,
+                                                subsequent_indent=" " * len(head)) + plain)
     tqdm.write("\n".join(lines))
 
 

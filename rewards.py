@@ -35,6 +35,7 @@ import base64
 import contextlib
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -305,7 +306,8 @@ Explain in two or three sentences. Then end your reply with a single judgement, 
 
 def make_judge(spec, prompt_file=None, generate=None, **client_options):
     """The judge that `spec` names: judge(records, observations) -> list of True, False or None, one per pair.
-    Any function of this form is a judge.
+    Any function of this form is a judge; one with a third parameter, a list `replies`, fills it with its
+    words, one or None per pair (`ask_judge`).
 
         rule                   every item of record["evidence"], else every word of the correct answer, stands
                                in the observation as whole words: exact, free, offline, but no language model
@@ -336,16 +338,26 @@ class Judge:
     def __init__(self, ask, prompt, stats=None):
         self.ask, self.prompt, self.stats = ask, prompt, stats or {}
 
-    def __call__(self, records, observations):
+    def __call__(self, records, observations, replies=None):
         verdicts, asked, prompts = [False] * len(records), [], []
         for i, (record, observation) in enumerate(zip(records, observations, strict=True)):
             if visible(observation or ""):  # else it is False unasked (R5)
                 asked.append(i)
                 prompts.append(judge_prompt(self.prompt, record, observation))
-        replies = self.ask(prompts, lambda reply: read_verdict(reply) is not None)
-        for i, reply in zip(asked, replies):
-            verdicts[i] = None if reply is None else read_verdict(reply)
+        words = [None] * len(records)
+        for i, reply in zip(asked, self.ask(prompts, lambda reply: read_verdict(reply) is not None)):
+            words[i], verdicts[i] = reply, None if reply is None else read_verdict(reply)
+        if replies is not None:
+            replies[:] = words
         return verdicts
+
+
+def ask_judge(judge, records, observations):
+    """(verdicts, replies) of a judge: its words on each pair, None where it wasn't asked or has none."""
+    if "replies" not in inspect.signature(judge).parameters:
+        return judge(records, observations), [None] * len(records)
+    replies = [None] * len(records)
+    return judge(records, observations, replies=replies), replies
 
 
 def judge_prompt(template, record, observation):

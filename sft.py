@@ -774,11 +774,11 @@ def progress(name, start, steps):
     return tqdm(range(start, steps), name, steps, initial=start, disable=not is_first())
 
 
-def open_log(folder, step):
-    """metrics.jsonl for the rows from this step on: what a killed run wrote of them goes, the rest stays."""
+def open_log(folder, step, name="metrics.jsonl"):
+    """A log for the rows from this step on: what a killed run wrote of them goes, the rest stays."""
     if not is_first():
         return open(os.devnull, "ab")
-    file, kept = open_jsonl(folder / "metrics.jsonl"), 0
+    file, kept = open_jsonl(folder / name), 0
     file.seek(0)
     for line in file.readlines():
         kept += len(line) if json.loads(line)["step"] < step else 0
@@ -787,13 +787,10 @@ def open_log(folder, step):
 
 
 def log_row(file, row):
-    """Append a row to the log, floats with six digits, null for what is not finite."""
-    short = {}
-    for key, value in row.items():
-        if isinstance(value, float):
-            value = float(f"{value:.6g}") if math.isfinite(value) else None
-        short[key] = value
-    file.write(json.dumps(short).encode() + b"\n")
+    """Append a row to the log, floats with six digits, null for what is not finite, at any depth."""
+    row = json.loads(json.dumps(row), parse_float=lambda digits: float(f"{float(digits):.6g}"),
+                     parse_constant=lambda nan: None)
+    file.write(json.dumps(row).encode() + b"\n")
     file.flush()
 
 

@@ -61,10 +61,12 @@ def run_words(words):
 
 
 def left_by(folder):
-    """A finished run's adapter in bytes, and its log without timings. It leaves nothing else."""
-    names = {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl"}
-    assert {file.name for file in folder.iterdir()} == names
+    """A finished run's adapter in bytes, and its logs without timings. It leaves nothing else."""
+    names, rollouts = {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl"}, "rollouts.jsonl"
+    assert {file.name for file in folder.iterdir()} - {rollouts} == names
     rows = gen_cot.read_json(folder / "metrics.jsonl")
+    if (folder / rollouts).exists():  # of pagrpo.py
+        rows[0]["shown"] = gen_cot.read_json(folder / rollouts)
     return (folder / "adapter_model.safetensors").read_bytes(), [
         {k: v for k, v in row.items() if not k.startswith(("sec", "gib", "peak_gib"))} for row in rows]
 
@@ -215,8 +217,8 @@ ADAMW = torch.optim.AdamW  # before `step` its weights are those of the last upd
     ("sft", 4, [(ADAMW, "step", 4, terminate)]),  # held until the row is logged
     ("sft", 4, [(ADAMW, "step", 4, interrupt), (ADAMW, "zero_grad", 4, interrupt)]),  # both are
     ("sft", 2, [(ADAMW, "step", 4, fail)]),  # which weights has it changed? The last checkpoint stays
-    ("pagrpo", 2, [(pagrpo, "sample_from", 40, interrupt)]),
-    ("pagrpo", 2, [(pagrpo, "score_groups", 3, fail)]),
+    ("pagrpo", 2, [(pagrpo, "sample_from", 36, interrupt)]),
+    ("pagrpo", 2, [(pagrpo, "score_groups", 4, fail)]),  # the first is of the fixed prompts
     ("pagrpo", 3, [(ADAMW, "step", 3, interrupt)]),
     ("mu2", 3, [(ADAMW, "zero_grad", 5, interrupt)]),  # after the first of the third update's two steps
     ("mu2", 2, [(ADAMW, "zero_grad", 5, interrupt), (pagrpo, "pa_grpo_loss", 12, interrupt)]),  # not held

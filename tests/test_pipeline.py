@@ -31,6 +31,7 @@ def fresh_clone(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     (folder / "data" / "toy").mkdir(parents=True)
     shutil.copy(ROOT / "data/toy/prepare.py", folder / "data/toy")
+    shutil.copy(ROOT / "data/trace_page.html", folder / "data")
     shutil.copytree(ROOT / "data/toy/base", folder / "data/toy/base")
     return folder
 
@@ -87,6 +88,10 @@ def test_all_stages_in_order(fresh_clone):
     completions = gen_cot.read_json(fresh_clone / "runs/tiny/evaluate/completions-pagrpo.jsonl")
     total = sum(accuracy_reward(c["problem_type"], c["completion"], c["solution"]) for c in completions)
     assert len(completions) == 20 and abs(5 * total - row["numbers"]["answer"][0]) < 0.01
+
+    command, page = re.search("python (evaluate.py .*), then open (.*)", table[-1]).groups()
+    assert "4 groups of training and 60 evaluated completions" in run(fresh_clone, command)
+    assert (fresh_clone / page).read_text(encoding="utf-8").count("data:image/jpeg") >= 20
 
 
 def test_the_lines_of_serving_md_take_the_model_away(clone, monkeypatch):
@@ -154,8 +159,9 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(clone, monkeypatch, capsy
     run_here(clone, monkeypatch, f"{command} --output runs/whole/{stage}")
     whole, errors = capsys.readouterr()
     assert re.findall(r"skipped: \S+", errors) == ["skipped: data/toy/damaged.mp4"]  # named once
-    assert {file.name for file in (clone / "runs/whole" / stage).iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "curves.png", "metrics.jsonl"}
+    logs = {"metrics.jsonl"} | ({"rollouts.jsonl"} if stage == "pagrpo" else set())
+    assert {file.name for file in (clone / "runs/whole" / stage).iterdir()} == logs | {
+        "adapter_config.json", "adapter_model.safetensors", "curves.png"}
     calls, step = itertools.count(1), sft.optimiser_step
 
     def killed(*args):
@@ -168,8 +174,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(clone, monkeypatch, capsy
         patch.setattr(sft, "optimiser_step", killed)
         run_here(clone, patch, f"{command} --output runs/killed/{stage}")
     folder = clone / "runs/killed" / stage
-    assert {file.name for file in folder.iterdir()} == {
-        "metrics.jsonl", "checkpoint.pt", "checkpoint-before.pt"}
+    assert {file.name for file in folder.iterdir()} == logs | {"checkpoint.pt", "checkpoint-before.pt"}
     shutil.copytree(folder, clone / "runs/other" / stage)
 
     capsys.readouterr()
@@ -214,7 +219,8 @@ def test_a_judge_that_refuses_costs_no_update(clone, monkeypatch, capsys):
                "--max-completion-tokens 24 --output runs/refused")
     with pytest.raises(UserError, match="The judge has had enough. runs/refused holds a checkpoint") as error:
         run_here(clone, monkeypatch, command)
-    assert {file.name for file in (clone / "runs/refused").iterdir()} == {"checkpoint.pt", "metrics.jsonl"}
+    assert {file.name for file in (clone / "runs/refused").iterdir()} == {
+        "checkpoint.pt", "metrics.jsonl", "rollouts.jsonl"}
     run_here(clone, monkeypatch, re.search("`python (.*)`", str(error.value))[1])
     assert "Going on from step 2." in capsys.readouterr().out
     rows = gen_cot.read_json(clone / "runs/refused/metrics.jsonl")

@@ -7,10 +7,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 import gen_cot
 import pagrpo
@@ -104,15 +102,12 @@ def test_records_and_file_names_do_not_steer_the_terminal(toy_records, tmp_path,
 
 
 def test_completions_replies_and_reasons_do_not_steer_the_terminal(capsys):
-    scores = dict(perception=1.0, reasoning=1.0)
-    group = SimpleNamespace(
-        record=dict(problem="Which?", options=["A. x"], solution="A"), scores=[scores] * 2,
-        texts=[f"<observation>{EVIL}</observation> <think>{EVIL}", EVIL], completion_ids=torch.zeros(2, 3),
-        perception_mask=torch.zeros(2, 3, dtype=torch.bool),
-        perception_advantages=torch.zeros(2), reasoning_advantages=torch.zeros(2))
-    pagrpo.show(group, SimpleNamespace(decode=lambda *args, **options: "<observation>"))
+    texts = [["<observation>", "P"], [EVIL, "P"], [f"</observation> <think>{EVIL}", "R"]], [[EVIL, "R"]]
+    completions = [dict(tokens=tokens, scores=dict(perception=1.0, reasoning=1.0)) for tokens in texts]
+    pagrpo.show(dict(record=dict(problem="Which?", options=["A. x"], solution="A"), completions=completions,
+                     algorithm="GRPO", advantages={"GRPO": [[0.5, -0.5]] * 2}))
     said = capsys.readouterr().out
-    assert harmless(said) and said.count("<observation>") == 1 and "\x1b[36m" in said
+    assert harmless(said) and said.count("<observation>") == 1 and "-0.50" in said
     assert harmless(str(UserError(EVIL))) and harmless(str(gen_cot.MediaError(EVIL)))
 
 
