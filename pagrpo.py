@@ -697,7 +697,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
     cache = GroupCache.empty(prompts[0].embeds, qwen.config.text_config, len(prompts) * G, width + max_tokens)
 
     def feed(embeds, positions, cache, visible=None):  # (n, tokens, D), (3, n, tokens) -> (n, D) of the last
-        return qwen.language_model(inputs_embeds=embeds, position_ids=positions, past_key_values=cache,
+        return qwen.language_model(inputs_embeds=embeds, position_ids=positions, cache=cache,
                                    attention_mask={"full_attention": visible}).last_hidden_state[:, -1]
 
     with torch.no_grad(), merged(model):

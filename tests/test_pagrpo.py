@@ -345,7 +345,7 @@ def test_a_group_does_not_wait_for_the_others_longest_completion(tiny, group, to
         assert torch.equal(made.completion_ids, ids[rows, :longest])
         assert torch.equal(made.completion_mask, mask[rows, :longest])
         assert torch.equal(made.perception_mask | made.reasoning_mask, made.completion_mask)
-        assert torch.allclose(made.sampled_logprobs, logprobs[rows, :longest])
+        assert torch.allclose(made.sampled_logprobs, logprobs[rows, :longest], atol=1e-5)
 
 
 @pytest.mark.parametrize("four_bit, dtype, mean, most", [
