@@ -324,7 +324,7 @@ def test_the_page_in_a_browser(tokenizer, tmp_path):
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
                f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=5000", "--dump-dom",
                f"file://{tmp_path}/probe.html#update=0&group=0"]
-    done = subprocess.run(command, capture_output=True, timeout=100, encoding="utf-8", errors="replace")
+    done = subprocess.run(command, capture_output=True, timeout=280, encoding="utf-8", errors="replace")
     assert ":CONSOLE" not in done.stderr, done.stderr
     told = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
     seen = {name: rest for name, *rest in told}
