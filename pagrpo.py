@@ -20,7 +20,7 @@ with ρ = π_θ / π_old per token, π_old being the policy that sampled, and π
 from: the one after SFT, or the base where there was no SFT (`add_reference`). Eq. 7 leaves the average over a
 segment's tokens open; ours is choice P2.
 
-    python pagrpo.py --model tiny              # a laptop's CPU: 2 to 4 minutes, 1 GiB
+    python pagrpo.py --model tiny              # a laptop's CPU: 2 minutes, 1 GiB
     python pagrpo.py --model qwen2.5-vl-7b     # one consumer GPU
 
 Why the loss is about 0: with one gradient step per rollout (μ = 1) ρ is exactly 1 and a group's advantages
@@ -46,12 +46,12 @@ P5. Completions are sampled at temperature 1 from all tokens but the added ones 
     and trained on as they are; completions cut at the limit count as truncated. The ban changes what is
     sampled and nothing else: every log-prob, the rollout's too, is over the whole vocabulary, and the small
     mass of the banned tokens is neglected.
-P6. A failed verdict is NaN, never 0. The completion leaves the mean and std of every reward that holds R_P
-    and gets advantage 0 there: on o_P by default, on all its tokens with `--without reasoning` or
-    `separation`, nowhere with `--without perception`; with `--without assignment` only A_R is left of the
-    sum. The KL term acts on it as ever. Where a remote judge, asked about an update's observations, gave no
-    verdict at all, that update is not taken (it counts towards `--updates`), and three in a row stop the run;
-    `--without perception` doesn't need them.
+P6. A failed verdict is NaN, never 0. The completion leaves the mean and std of every reward that holds R_P,
+    and gets advantage 0 for that reward: on o_P by default; on all its tokens with `--without reasoning` or
+    `separation`; nowhere with `--without perception`; with `--without assignment` A_R alone is left of the
+    sum. The KL term acts on it as ever. An update in which a remote judge was asked and never answered is not
+    taken (it counts towards `--updates`), and three of them in a row stop the run, unless `--without
+    perception` does without verdicts anyway.
 P7. The rows of Table 2; in those marked * all tokens have one advantage. The judge is asked in any case, for
     the log. GDPO normalises each reward apart, as PA-GRPO does, and assigns their sum to all tokens.
         process-agnostic RL = without R_P *   --algorithm grpo, or --without perception   process_advantages
@@ -59,7 +59,7 @@ P7. The rows of Table 2; in those marked * all tokens have one advantage. The ju
         without separation *                  --without separation                        process_advantages
         GDPO (not the paper's) *              --without assignment                        process_advantages
         without R_len                         --without length                            score_groups
-        RL only                               --adapter none                              main
+        RL only                               --adapter none                    get_args, main, add_reference
         SFT only, process-agnostic SFT        no RL: `evaluate.py` on the adapter of `sft.py`, or of `sft.py
                                               --process-agnostic`
 """
@@ -174,7 +174,7 @@ def main(args):
     print(f"This run started {started}.")
 
 
-CURVES = {"reward": ["reward"], "KL to the reference": ["kl"],  # the paper's Fig. 6c and 15
+CURVES = {"reward": ["reward"], "KL to the reference": ["kl"],
           "accuracy": ["rewards/perception_accuracy", "rewards/reasoning_accuracy"],
           "fixed prompts, greedy": ["fixed/perception", "fixed/reasoning"],
           "format": ["rewards/perception_format", "rewards/reasoning_format"],
@@ -189,10 +189,11 @@ def train(model, ref_adapter, tokenizer, records, args):
     template, config = gen_cot.load_template(args), sft.unwrap(model).config
     optimizer = sft.setup_training(model, args)
     # your own perception reward goes here: any f(records, observations) -> list of True, False or None (P6),
-    # or of floats in [0, 1]
+    # or of floats in [0, 1]; an observation is a str, or None where the block isn't complete
     judge = gen_cot.judge_from(args, records, lambda prompts: self_judge(model, tokenizer, prompts, args),
                                max_refused=10 * args.num_generations)  # in a row: not one question's fault
-    start, named = sft.load_checkpoint(model, optimizer, args), set()
+    start = sft.load_checkpoint(model, optimizer, args)
+    named = set()  # media that were reported as unreadable
     fixed, records = hold_out(records)
     fixed = sft.encode_batch(gen_cot.read_ahead(sft.shard(fixed, FIXED), args), template, tokenizer, config,
                              named)
@@ -227,10 +228,10 @@ def train(model, ref_adapter, tokenizer, records, args):
             for i, seen in enumerate(shown):
                 sft.log_row(rollouts, dict(step=step, group=i, **seen))
             sft.log_row(log, row)
-            ending.updated(step + 1)
+            ending.updated(step + 1)  # it stands in the log: signals act again
             if shown:
                 show(shown[0])
-            del groups, encoded  # their embeddings would be in the next update's way
+            del groups, encoded  # frees their embeddings
         sft.save_checkpoint(sft.checkpoint_bytes(args.updates, model, optimizer, args), args.output)
     lost = sft.finish(model, CURVES, args.updates * args.prompts_per_update, args.output)
     gen_cot.print_stats("judge", judge)
@@ -260,7 +261,7 @@ def hold_out(records):
 def fixed_accuracies(model, fixed, tokenizer, judge, args):
     """Both accuracies of greedy completions of the fixed prompts, pairs (record, Prompt): a curve without the
     noise that other prompts in every update bring along."""
-    pairs = [(record, replace(prompt)) for record, prompt in fixed]  # copies, whose embeddings don't stay
+    pairs = [(record, replace(prompt)) for record, prompt in fixed]  # copies: embeddings are set on them
     groups = sample_groups(model, pairs, tokenizer, args, greedy=True)
     score_groups(groups, tokenizer, judge, args)
     rewards = reward_metrics(gather_object([group.scores for group in groups]))
@@ -304,14 +305,15 @@ def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
         groups = sample_groups(model, encoded, tokenizer, args)
     with sft.measured("judge", "lower --prompts-per-rollout or name another --judge", metrics):
         verdicts = gather_object(score_groups(groups, tokenizer, judge, args))
+    answered = not verdicts or any(verdict is not None for verdict in verdicts)
     remote = bool(getattr(judge, "stats", None))  # which only the client of a server has
-    if not remote or not verdicts or args.without == "perception" or any(v is not None for v in verdicts):
+    if answered or not remote or args.without == "perception":
         with sft.measured("update", "lower --completions-per-pass, then --lora-rank from sft.py on", metrics):
             metrics |= update_policy(model, ref_adapter, optimizer, groups, lr, args)
     metrics["peak_gib"] = max(value for key, value in metrics.items() if key.startswith("gib/"))
-    equal = [not (g.perception_mask * g.perception_advantages[:, None]
-                  + g.reasoning_mask * g.reasoning_advantages[:, None]).any() for g in groups]
-    metrics["frac_no_gradient"] = nan_mean(gather_object(equal))  # but for the KL term (Fig. 6c)
+    flat = [not (g.perception_mask * g.perception_advantages[:, None]
+                 + g.reasoning_mask * g.reasoning_advantages[:, None]).any() for g in groups]
+    metrics["frac_no_gradient"] = nan_mean(gather_object(flat))  # but for the KL term (Fig. 6c)
     return groups, reward_metrics(gather_object([group.scores for group in groups])) | metrics
 
 
@@ -388,7 +390,7 @@ def update_policy(model, ref_adapter, optimizer, groups, lr, args):
                     piece.ref_logprobs = logprobs_of(piece)
             if args.num_iterations > 1:
                 piece.old_logprobs = logprobs_of(piece)
-    model.train()
+    model.train()  # turns checkpointing on; nothing here has dropout
     for _ in range(args.num_iterations):
         totals = dict.fromkeys(("loss", "kl", "clip_frac", "logprob_gap"), 0.0)
         for piece, (completions, tokens) in zip(pieces, sizes):
@@ -494,6 +496,8 @@ def show(row):
 
 def segment_masks(completion_ids, tokenizer):
     """Which tokens are perception's and which are reasoning's (P1).
+
+    Of the tokens `red.</obs`, `ervation>`, `<think>` the second is the last of o_P.
 
     Tokens are decoded one by one. This garbles characters that are split over tokens, but the tags are ASCII:
     each of their characters comes from exactly one token.
@@ -608,7 +612,7 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
     positions = torch.cat([prompt.positions.to(device), after], dim=1)  # (3, S)
     hidden = language(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False,
                       attention_mask={"full_attention": None},  # a dict is taken as it is: no mask is built
-                      pack=pack).last_hidden_state[0]  # (S, D)
+                      pack=pack).last_hidden_state[0]  # (S, D); `pack` is handed down to the attention
     places = pack.prompt_length + torch.arange(len(tokens), device=device)
     before = torch.where(offsets == 0, pack.prompt_length - 1, places - 1)  # the place that predicts each
     logprobs = sft.logprobs_from_hidden(model, hidden[before], tokens)
@@ -658,8 +662,8 @@ def shared_prefix_attention(module, query, key, value, attention_mask, pack=None
     (G, _, T, _), heads_per_key = q.shape, module.num_key_value_groups
     k = torch.cat([prompt_k.expand(G, -1, -1, -1), k], dim=2)  # (G, key-value heads, P + T, d)
     v = torch.cat([prompt_v.expand(G, -1, -1, -1), v], dim=2)
-    # The query heads that share a key-value head stand behind each other, as one head with so many times T
-    # queries: no key or value is copied for them.
+    # The query heads that share a key-value head become one head with more queries (head 0's T, head 1's T,
+    # …): no key or value is copied for them.
     q = q.unflatten(1, (-1, heads_per_key)).flatten(2, 3)  # (G, key-value heads, heads_per_key · T, d)
     mask = pack.visible.repeat(heads_per_key, 1)
     on_rows = F.scaled_dot_product_attention(q, k, v, mask, scale=module.scaling)
@@ -694,6 +698,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
     padding = torch.tensor([width - len(p.input_ids) for p in prompts], device=device)  # on the left
     position = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(G)
     banned = torch.tensor(banned_ids(tokenizer, head.out_features), device=device)
+    # all rows' keys and values, each P + T long; a `part` of them is some rows, up to a column
     cache = GroupCache.empty(prompts[0].embeds, qwen.config.text_config, len(prompts) * G, width + max_tokens)
 
     def feed(embeds, positions, cache, visible=None):  # (n, tokens, D), (3, n, tokens) -> (n, D) of the last
@@ -853,7 +858,8 @@ def probe(model, ref_adapter, tokenizer, args):
     record, prompt = worst_prompt(tokenizer, sft.unwrap(model).config, args)
     encoded = [(dict(record, sample_index=i), replace(prompt))
                for i in range(sft.shard_size(args.prompts_per_update))]
-    for _, shorter in encoded[1:2]:  # unequal lengths, as usual, are decoded under a mask
+    if len(encoded) > 1:  # unequal lengths, as usual, are decoded under a mask
+        shorter = encoded[1][1]
         shorter.input_ids, shorter.positions = shorter.input_ids[1:], shorter.positions[:, 1:]
     print(f"{len(encoded)} prompts of {len(prompt.input_ids)} tokens, {args.num_generations} completions of "
           f"{args.max_completion_tokens} each")

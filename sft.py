@@ -227,8 +227,8 @@ def load_base(base, four_bit=True):
     enable_progress_bars()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's use of an old name
     device, dtype = pick_device()
-    if base == MODELS["tiny"]:  # two threads on matrices this small gain 0 to 20 % on an idle machine, and are
-        torch.set_num_threads(1)  # three to eight times slower on a busy one, as they wait for each other
+    if base == MODELS["tiny"]:  # on matrices this small a second thread gains 0 to 20 % on an idle machine,
+        torch.set_num_threads(1)  # and is three to eight times slower on a busy one: they wait for each other
     local = dict(local_files_only=not os.path.isdir(base) and not hub_answers())
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
