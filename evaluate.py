@@ -542,7 +542,7 @@ def mismatch(rows, args):
         prompts = [fill_prompt(SETTLED_PROMPT, question=question_text(traces[i][0]), think=traces[i][1].think)
                    for i in unclear]
         pattern = re.compile(r"<option>\s*([A-N]|No)\s*</option>")
-        client = ChatClient(args.judge, cache_dir="runs/judge-cache")
+        client = ChatClient(args.judge, cache_dir="runs/judge-cache", max_calls=args.judge_max_calls)
         for i, reply in zip(unclear, client.ask(prompts, pattern.search)):
             settled[i] = reply and pattern.findall(reply)[-1]
     for (row, trace), letter in zip(traces, settled):

@@ -608,7 +608,7 @@ def select_records(args, need_media=True, ids=None):
     records = load_records(args.data, args.media_root)
     if ids is not None:
         ids.update(str(record.get("problem_id")) for record in records)
-    kept = [record for record in records if not need_media or os.path.isfile(record["media"])]
+    kept = [record for record in records if not need_media or os.path.exists(record["media"])]
     if not kept:
         raise UserError(f"None of the {len(records)} records has its medium below {args.media_root}: pass "
                         "--media-root, or see the README on what to download and where to.")
