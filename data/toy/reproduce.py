@@ -66,6 +66,7 @@ def run_matrix(rows, seeds=None):
     jobs = [job for job in jobs if job not in done]
     sft_jobs = [job for job in jobs if ROWS[job[0]][1] is None]
     rl_jobs = [job for job in jobs if job not in sft_jobs]
+    print(f"{len(done)} runs are in {path}; {len(jobs)} to go.", flush=True)
 
     def work(job):
         name, seed = job
