@@ -292,7 +292,8 @@ def complete_all(records, files, runs, args):
             model = sft.add_adapter(base[0], args.base, None if adapter == "none" else adapter,
                                     trainable=False)
             rows = local_rows(model, base[1], todo, notes, args)
-        with gen_cot.open_jsonl(path) as file, tqdm(total=len(todo), desc=path.stem) as bar:
+        with (sft.measured(path.stem, "lower --batch-size, then --num-frames"),
+              gen_cot.open_jsonl(path) as file, tqdm(total=len(todo), desc=path.stem) as bar):
             for record, row in rows:
                 row = {k: v for k, v in record.items() if k != "media"} | row | dict(run=runs[adapter])
                 file.write(gen_cot.json_line(row))
@@ -335,7 +336,8 @@ def local_rows(model, tokenizer, records, notes, args):
         if not read:
             continue
         with torch.no_grad():
-            sft.embed_prompts(model, prompts)
+            for prompt in prompts:  # one by one: the tower's activations are large
+                sft.embed_prompts(model, [prompt])
         ids, mask, _ = rollout(model, prompts, tokenizer, 1, args.max_completion_tokens)
         for (record, frames), row, keep in zip(read, ids, mask):
             text = tokenizer.decode(row[keep], skip_special_tokens=True, clean_up_tokenization_spaces=False)

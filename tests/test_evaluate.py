@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluate
@@ -410,6 +411,20 @@ def test_a_run_over_real_media_is_decoded_once_and_scored_again_without_a_model(
 def teach(server, verdict="Yes"):
     server.behave = lambda prompt, attempt: TRACE.format("A") if "<observation>" in prompt else (
         f"<judgement>{verdict}</judgement>")
+
+
+def test_out_of_memory_names_the_flag_to_turn_and_keeps_what_was_written(clips, monkeypatch):
+    calls, rollout = iter(range(9)), evaluate.rollout
+
+    def crowded(*args):
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return rollout(*args)
+
+    monkeypatch.setattr(evaluate, "rollout", crowded)
+    with pytest.raises(UserError, match="does not fit into the memory: lower --batch-size"):
+        run(*LOCAL, "--batch-size", 3)
+    assert len(completions()) >= 6
 
 
 def test_a_server_gets_stamped_frames_and_its_completions_are_scored_and_judged(clips, server, capsys):
