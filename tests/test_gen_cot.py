@@ -233,7 +233,8 @@ def test_records_without_their_medium_are_left_out_aloud_before_the_limit_draws(
     (tmp_path / "STAR").mkdir()
     (tmp_path / "STAR/a.mp4").write_bytes(b"")
     rows = [changed(problem_id=i) for i in range(60)]
-    rows[3]["path"], rows[4]["path"] = "./STAR/gone.mp4", "./STAR"
+    rows[3]["path"], rows[4]["path"] = "./STAR/gone.mp4", "./gone/a.mp4"
+    rows[5]["path"] = "./STAR"  # a folder of frames is a clip
     file, there = dump(tmp_path / "a.json", rows), [0, 1, 2, *range(5, 60)]
     assert selected(file, tmp_path) == there
     assert "2 of 60 records left out" in capsys.readouterr().out

@@ -257,7 +257,7 @@ def test_an_update_in_which_a_remote_judge_never_answered_is_not_taken(
     ends = "000" in taken
     stopped = pytest.raises(UserError, match="three updates in a row and never answered. .* a checkpoint: go on")
     with stopped if ends else contextlib.nullcontext():
-        run_here(clone, monkeypatch, f"pagrpo.py --model tiny --updates {len(answers)} --prompts-per-update 2 "
+        run_here(clone, monkeypatch, f"pagrpo.py --model tiny --updates {len(answers)} --prompts-per-update 4 "
                  f"--num-generations 4 --max-completion-tokens 64 --output runs/silent {flags}")
     rows = gen_cot.read_json(clone / "runs/silent/metrics.jsonl")
     assert "".join("01"["loss" in row] for row in rows) == taken[:3 if ends else None]
@@ -284,7 +284,7 @@ def test_a_probe_measures_each_phase_and_leaves_nothing(clone, monkeypatch, caps
     measured = re.findall(r"^(\w+) +([\d.]+) s +([\d.]+) GiB at most$", text, re.MULTILINE)
     assert [phase for phase, _, _ in measured] == ["load", "rollout", "judge", "update"]
     assert all(float(gib) > 0.1 for _, _, gib in measured)
-    assert re.search(r"100 such updates take [\d.]+ h", text) and sorted(clone.rglob("*.json*")) == before
+    assert re.search(r"50 such updates take [\d.]+ h", text) and sorted(clone.rglob("*.json*")) == before
 
 
 def test_memory_that_runs_out_is_one_sentence_with_the_flag_to_turn():
