@@ -106,7 +106,7 @@ def use_random_weights(shape):
     sft.Qwen2_5_VLForConditionalGeneration = SimpleNamespace(
         from_pretrained=lambda base, **options: Qwen2_5_VLForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=random_weights(config), **options))
-    sft.AutoTokenizer = SimpleNamespace(from_pretrained=lambda base: AutoTokenizer.from_pretrained(TOY))
+    sft.AutoTokenizer = SimpleNamespace(from_pretrained=lambda base, **_: AutoTokenizer.from_pretrained(TOY))
     return config
 
 
@@ -202,7 +202,7 @@ def time_sft(shared, tokens=1024):
     assert len(sft.target_ids(record, tokenizer)) == tokens
     encoded = [(record, replace(prompt)) for _ in range(2 * args.micro_batch)]
     print(f"{len(encoded)} prompts of {len(prompt.input_ids)} tokens, traces of {tokens}")
-    sft.sft_step(model, tokenizer, optimizer, encoded, 0.0, args)  # warm-up, which allocates AdamW's moments
+    sft.sft_step(model, tokenizer, optimizer, encoded, args.lr, args)  # warm-up, which allocates AdamW's moments
     with sft.measured("SFT", "lower --lora-rank, --num-frames or --max-pixels", row):
         sft.sft_step(model, tokenizer, optimizer, encoded, args.lr, args)
     sft.print_phases(row)
