@@ -363,3 +363,13 @@ def test_a_mistake_on_the_command_line_shows_no_traceback(clone):
     assert "--limit: 0 is no number from 1 on" in run(clone, "pagrpo.py --model tiny --limit 0", code=2)
     text = run(clone, "sft.py --model qwen-7b", code=1)
     assert text.startswith("Unknown model 'qwen-7b'") and len(text.splitlines()) == 1
+
+
+def test_what_the_first_hour_on_a_gpu_needs_runs_on_a_small_shape():
+    flags = "--shapes small --tokens 8 --num-frames 2 --max-pixels 4 --num-generations 2 --prompts-per-update 1"
+    done = subprocess.run([sys.executable, ROOT / "tests/bench_gpu.py", *flags.split()], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = re.findall(r"^(\w+) +[\d.]+ s +[\d.]+ GiB +([\d.]+) s +\d+% +([\d.]+) GiB$", done.stdout, re.M)
+    assert [phase for phase, _, _ in table] == ["SFT", "rollout", "judge", "update"]
+    assert all(float(gib) > 0.1 for _, _, gib in table) and "of the token ratio" in done.stdout
