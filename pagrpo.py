@@ -455,8 +455,7 @@ def rollout_row(group, tokenizer, args):
     for i, (scores, reply) in enumerate(zip(group.scores, group.replies)):
         keep = group.completion_mask[i]
         tokens = token_pieces(group.completion_ids[i][keep], group.perception_mask[i][keep], tokenizer)
-        completions.append(dict(tokens=tokens, scores=scores, truncated=scores["truncated"],
-                                unknown=math.isnan(scores["perception"]), reply=reply))
+        completions.append(dict(tokens=tokens, scores=scores, reply=reply))
     return dict(record={k: v for k, v in group.record.items() if k != "media"}, completions=completions,
                 advantages=advantages, algorithm=names[args.without], loss_average=args.loss_average,
                 length_ranges=[args.perception_length, args.reasoning_length])

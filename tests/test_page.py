@@ -131,8 +131,8 @@ def test_the_page_holds_the_rewards_and_each_algorithms_advantages(tokenizer, tm
     assert row["algorithm"] == name and set(row["advantages"]) == {*expected, name}
     assert np.allclose(row["moments"]["reward"], [np.nanmean(perception + reasoning),
                                                   np.nanstd(perception + reasoning, ddof=1)], atol=1e-5)
-    assert [it["unknown"] for it in row["completions"]] == [i == 3 for i in range(6)]
-    assert [it["truncated"] for it in row["completions"]] == [i == 5 for i in range(6)]
+    assert [it["scores"]["perception"] is None for it in row["completions"]] == [i == 3 for i in range(6)]
+    assert [it["scores"]["truncated"] for it in row["completions"]] == [i == 5 for i in range(6)]
     assert [it["reply"] for it in row["completions"]][3:] == ["I see lost.", None, None]
     assert "media" not in row["record"] and row["record"]["gold"] == "A"
 
