@@ -4,9 +4,9 @@ badly.
     python data/toy/prepare.py                 # the data set: under a minute on two cores
     python data/toy/prepare.py --pretrain      # makes data/toy/base again, the stand-in for Qwen2.5-VL-7B
 
-A clip is four or five moments of one second, H.264 in MP4 at 8 frames a second, 56 × 56 pixels: in each moment
-a coloured figure (a shape or a sign) drifts over a noisy ground, and in some clips the light flashes for 0.4
-seconds of one moment. A picture is a PNG of four figures in reading order. Every question needs a perception
+A clip is four or five moments of one second, H.264 in MP4 at 8 frames a second, 56 × 56 pixels: in each
+moment a coloured figure (a shape or a sign) drifts over a noisy ground, and in some clips the light flashes
+for 0.4 seconds of one moment. A picture is a PNG of four figures in reading order. Every question needs a perception
 (what came when) and a reasoning step (count, compare, reverse, multiply, look up the option's letter). Each
 record carries `evidence`: the facts that an observation must state to be sufficient, so that `--judge rule`
 is exact.
@@ -216,7 +216,8 @@ def ask_count(values, name, facts, rng):
 def ask_points(values, name, facts, rng):
     value, each = rng.choice(values), rng.choice([2, 3, 5])
     count = values.count(value)
-    return (f"If each {name} counts {each} points, how many points does {value} make in all?", [], count * each,
+    question = f"If each {name} counts {each} points, how many points does {value} make in all?"
+    return (question, [], count * each,
             f"{{tally}}, so {value} {NUMBERS[count]}, times {each} is {count * each}.",
             [i for i, v in enumerate(values) if v == value])
 
@@ -363,13 +364,14 @@ RESPONSE = {"defaults": {"role": "assistant"}, "start_anchor": "<|im_start|>assi
 
 # What the base practises, in courses of (steps, gap, {task: share}): to look back; to reason about a written
 # scene; to see; to reason about what it sees; and at the end the stages' own long prompt, which it mostly
-# answers at once. A gap stands for a long instruction: so many positions at most are left out before the answer.
+# answers at once. A gap stands for a long instruction: so many positions at most are left out before the
+# answer.
 #
 # What a model this small learns in minutes decides the order and the wording. Copying comes first and alone:
-# then it is there after 350 steps, and looking up is learnt on top of it; mixed half and half with captions it
-# was not there after 500, and letters were looked up no better than by chance ever after. Copying onwards from
-# a match and counting equal words it learns; finding the word *before* a match, or stopping at one, it did not
-# in 500 steps. So an option is looked up by turning the list round first ("red A, blue B, so blue B").
+# then it is there after 350 steps, and looking up is learnt on top of it; mixed half and half with captions
+# it was not there after 500, and letters were looked up no better than by chance ever after. Copying onwards
+# from a match and counting equal words it learns; finding the word *before* a match, or stopping at one, it
+# did not in 500 steps. So an option is looked up by turning the list round first ("red A, blue B, so blue B").
 COURSES = [
     (350, 0, dict(copy=1)),
     (500, 0, dict(drill=0.7, written=0.3)),
@@ -529,9 +531,11 @@ class Practice:
             batches = [samples[i:i + self.batch] for i in range(0, len(samples), self.batch)]
             self.rng.shuffle(batches)
             for batch in batches:
-                yield pickle.dumps([encode_practice(
-                    sample, self.tokenizer, self.config,
-                    0 if len(sample[1]) > len(PROMPT) else self.rng.randint(0, self.gap)) for sample in batch])
+                encoded = []
+                for sample in batch:
+                    gap = 0 if len(sample[1]) > len(PROMPT) else self.rng.randint(0, self.gap)
+                    encoded.append(encode_practice(sample, self.tokenizer, self.config, gap))
+                yield pickle.dumps(encoded)
 
 
 def orthogonalise(matrix, steps=5):

@@ -89,9 +89,9 @@ def run_row(name, seed):
         stage(adapter, "sft.py", *common, *sft_flags, "--output", adapter)
     if rl_flags is not None:
         start = [] if "--adapter" in rl_flags else ["--adapter", adapter]
-        adapter = RUNS / f"{re.sub('[^a-zA-Z]+', '-', name)}-{seed}"
+        adapter = folder_of(name, seed)
         stage(adapter, "pagrpo.py", *common, *start, *rl_flags, "--show-every", "5", "--output", adapter)
-    folder = RUNS / f"evaluate-{re.sub('[^a-zA-Z]+', '-', name)}-{seed}"
+    folder = folder_of(f"evaluate {name}", seed)
     call("evaluate.py", "--model", "tiny", "--adapters", adapter, "--mismatch", "--output", folder)
     row = dict(row=name, seed=seed) | scores_of(folder)
     if rl_flags is not None:
@@ -117,10 +117,14 @@ def perception_examination(adapter, folder, seed):
             ("base: text", "none", ["--input", "text"]),
             ("base: text + PA-GRPO's observation", "none", ["--input", "text", "--observations", own]),
             ("base: video + PA-GRPO's observation", "none", ["--observations", own])):
-        part = RUNS / f"evaluate-{re.sub('[^a-zA-Z]+', '-', name)}{'' if name == 'base: text' else seed}"
+        part = folder_of(f"evaluate {name}", seed)
         call("evaluate.py", "--model", "tiny", "--adapters", model, *flags, "--mismatch", "--output", part)
         row[name] = scores_of(part)["answers"]
     return row
+
+
+def folder_of(name, seed):
+    return RUNS / re.sub("[^a-zA-Z0-9]+", "-", f"{name} {seed}")
 
 
 def stage(folder, script, *flags):
