@@ -347,7 +347,7 @@ def local_rows(model, tokenizer, records, notes, args):
 
 def server_rows(client, records, notes, args):
     """(record, row) of each record, answered by a server, to which stamped frames go as to a teacher."""
-    waiting = collections.deque()
+    waiting, replies = collections.deque(), []
     try:
         for record, content in with_media(records, args, gen_cot.teacher_content):
             if isinstance(content, gen_cot.MediaError):
@@ -355,11 +355,14 @@ def server_rows(client, records, notes, args):
                 continue
             prompt = dict(type="text", text=prompt_text(record, notes, args))
             waiting.append((record, client.pool.submit(client.reply, [*(content or []), prompt])))
-            while len(waiting) > 32:
+            while waiting and (waiting[0][1].done() or len(waiting) > 32):
                 record, job = waiting.popleft()
-                yield record, dict(completion=job.result())
+                replies.append(job.result())
+                yield record, dict(completion=replies[-1])
         for record, job in waiting:
-            yield record, dict(completion=job.result())
+            replies.append(job.result())
+            yield record, dict(completion=replies[-1])
+        client.report(replies)
     finally:  # Ctrl-C: ask nothing more
         client.close()
 

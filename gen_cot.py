@@ -52,6 +52,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import tokenize
 import zlib
 from concurrent.futures import TimeoutError
@@ -140,7 +141,8 @@ def generate(records, teacher, args):
     in flight are through, where the teacher refuses or the first 30 replies all break the template.
     """
     path, template = args.output.with_name("traces.jsonl"), load_template(args)
-    file, lock, waiting, broken = open_jsonl(path), threading.Lock(), collections.deque(), 0
+    file, lock, waiting = open_jsonl(path), threading.Lock(), collections.deque()
+    broken = lost = 0
     outputs = {row.get("request"): row["output"] for row in read_json(path)
                if isinstance(row, dict) and isinstance(row.get("output"), str)}
     keys = [digest([args.teacher, args.teacher_extra, build_prompt(record, template), record["path"],
@@ -158,12 +160,13 @@ def generate(records, teacher, args):
         return output
 
     def settle(key, job):
-        nonlocal broken
+        nonlocal broken, lost
         outputs[key] = job.result()
+        lost += outputs[key] is None
         broken += outputs[key] is not None and format_rewards(bare_trace(outputs[key])) != (1.0, 1.0)
         bar.set_postfix(broken=broken, tokens=teacher.stats["tokens_out"], refresh=False)
         bar.update()
-        if broken == bar.n == 30:  # all that are settled so far
+        if broken == bar.n - lost == 30:  # all that came so far
             raise UserError("None of the first 30 replies is in the template; the last one is "
                             f"{str(outputs[key])[:300]!r}.")
 
@@ -175,7 +178,8 @@ def generate(records, teacher, args):
                     outputs[key] = content
                     continue
                 waiting.append((key, teacher.pool.submit(ask, key, record, content)))
-                if len(waiting) == 8 * args.teacher_concurrency:  # decoded and not yet answered, in memory
+                # settled as they come, in order; and so many at most are decoded and not yet answered
+                while waiting and (waiting[0][1].done() or len(waiting) == 8 * args.teacher_concurrency):
                     settle(*waiting.popleft())
             for key, job in waiting:
                 settle(key, job)
@@ -186,6 +190,7 @@ def generate(records, teacher, args):
             reason = str(error).removesuffix(".") or "Ctrl-C"
             raise UserError(f"Stopped: {reason}. {path} keeps every reply: run the same command to go on, or "
                             "pass it as --traces to do without the rest.") from None
+    teacher.report([outputs[key] for key in keys])
     return [outputs[key] for key in keys]
 
 
@@ -224,12 +229,19 @@ def load_traces(path):
 
 # --- steps 2 and 3: what is kept ----------------------------------------------------------------------------
 
+BEFORE_TRACE = re.compile(r"(?:\A\ufeff?|</think(?:ing)?>|</reasoning>|\[/THINK\]|◁/think▷)"
+                          r"\s*(?:```\w*\s*)?(?=<observation>)")
+AFTER_TRACE = re.compile(r"(?:```|</s>|<eos>|<end_of_turn>|<\|\w+\|>)\Z")
+
+
 def bare_trace(reply):
     """The trace in a teacher's reply, without what such models put around it: a closed block of thoughts, a
     fence, a stop token."""
-    before = re.match(r"(.*</think>)?\s*(```\w*)?\s*(?=<observation>)", reply, re.DOTALL)
-    reply = reply[before.end():] if before else reply
-    return re.sub(r"(\s*(```|<\|\w+\|>))+\s*$", "", reply)
+    starts = [match.end() for match in BEFORE_TRACE.finditer(reply)]
+    reply = reply[starts[-1]:] if starts else reply
+    while (bare := AFTER_TRACE.sub("", reply.rstrip())) != reply:
+        reply = bare
+    return reply
 
 
 REASONS = ["unreadable medium", "no trace", "broken template", "wrong answer", "insufficient observation",
@@ -381,15 +393,15 @@ def json_object(text):
     return dict(json.loads(text))
 
 
-def judge_from(args, records, generate=None, max_refused=30):
+def judge_from(args, records, generate=None, **client_options):
     """The judge that the arguments of `add_judge_args` ask for. A remote one is tried on an easy question,
-    once and for all as its reply is cached. Raises UserError where it gives no verdict."""
+    which no cache knows. Raises UserError where it gives no verdict."""
     judge = make_judge(args.judge, args.judge_prompt_file, generate, cache_dir="runs/judge-cache",
-                       max_calls=args.judge_max_calls, max_refused=max_refused)
+                       max_calls=args.judge_max_calls, **client_options)
     if args.judge == "rule" and not all(record.get("evidence") for record in records):
         print("Not all records have `evidence`: of these --judge rule says only whether every word of the "
               "correct answer stands in the observation.")
-    trial = dict(problem="What colour is the car?", problem_type="free-form", solution="red")
+    trial = dict(problem=f"What colour is the car? ({time.time()})", problem_type="free-form", solution="red")
     if args.judge not in ("rule", "self") and judge([trial], ["The car is red."]) == [None]:
         raise UserError(f"The judge {args.judge} gave no verdict on a question of trial: see above.")
     return judge

@@ -162,15 +162,17 @@ def main(args):
     if not args.probe:
         sft.claim_output(args)
     print(f"Starting {started}.")
-    if args.judge not in ("rule", "self") and not args.probe:
-        gen_cot.judge_from(args, records)  # whether it can be reached, before the model is loaded
+    judge = None
+    if args.judge != "self" and not args.probe:  # whether it can be reached, before the model is loaded
+        judge = gen_cot.judge_from(args, records, max_refused=10 * args.num_generations,  # one prompt has G
+                                   max_unanswered=math.inf)  # `train` counts updates
     with sft.measured("load", "take a smaller model"):
         model, tokenizer = sft.load_model(args.base, None if args.adapter == "none" else args.adapter,
                                           not args.no_4bit, args.lora_rank)
         ref_adapter = add_reference(model, args)
     if args.probe:
         return probe(model, ref_adapter, tokenizer, args)
-    train(model, ref_adapter, tokenizer, records, args)
+    train(model, ref_adapter, tokenizer, records, judge, args)
     print(f"This run started {started}.")
 
 
@@ -183,15 +185,15 @@ CURVES = {"reward": ["reward"], "KL to the reference": ["kl"],
                                         "frac_reward_zero_std/sum"]}
 
 
-def train(model, ref_adapter, tokenizer, records, args):
+def train(model, ref_adapter, tokenizer, records, judge, args):
     """The RL loop: decode a few questions' media, update, log. Writes metrics.jsonl, rollouts.jsonl (two
     groups of each look), curves.png and the adapter."""
     template, config = gen_cot.load_template(args), sft.unwrap(model).config
     optimizer = sft.setup_training(model, args)
     # your own perception reward goes here: any f(records, observations) -> list of True, False or None (P6),
     # or of floats in [0, 1]; an observation is a str, or None where the block isn't complete
-    judge = gen_cot.judge_from(args, records, lambda prompts: self_judge(model, tokenizer, prompts, args),
-                               max_refused=10 * args.num_generations)  # in a row: not one question's fault
+    judge = judge or gen_cot.judge_from(args, records,
+                                        lambda prompts: self_judge(model, tokenizer, prompts, args))
     start = sft.load_checkpoint(model, optimizer, args)
     named = set()  # media that were reported as unreadable
     fixed, records = hold_out(records)

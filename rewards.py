@@ -32,6 +32,7 @@ R6. The observation is written by a policy that is paid for a Yes. So whatever e
     persuasion that a weak judge falls for.
 """
 import base64
+import calendar
 import contextlib
 import functools
 import hashlib
@@ -368,9 +369,11 @@ def judge_prompt(template, record, observation):
 
 
 def read_verdict(reply):
-    """True or False, as the last <judgement> of a reply says; None where it says neither (R6)."""
-    said = re.findall(r"<judgement>(.*?)</judgement>", reply.lower(), re.DOTALL)
-    return {"yes": True, "no": False}.get(said[-1].strip(" \t\n.*")) if said else None
+    """True or False, as the last <judgement> of a reply says, its thoughts apart; None where it says neither
+    (R6)."""
+    reply = reply.lower().rpartition("</think>")[2].partition("<think>")[0]
+    said = re.findall(r"<judgement>(.*?)</judgement>", reply, re.DOTALL)
+    return {"yes": True, "no": False}.get(re.sub(r"[\W_]", "", said[-1])) if said else None
 
 
 def rule_judge(records, observations):
@@ -452,7 +455,8 @@ class ChatClient:
         spec: API and model, with @BASE_URL (or *_BASE_URL set in the environment) where it is elsewhere.
         concurrency: requests in flight at most. timeout: seconds of a request, to the end of its reply.
         retries: after a time-out, a lost connection, 408, 409, 429, 5xx or a reply that isn't accepted.
-        max_refused: contents in a row that may be refused (400, 413, 422); one that is refused has no reply.
+        max_refused: contents in a row that may be refused (400, 413, 422, a filter); such a one has no reply.
+        max_unanswered: contents in a row that may be without a reply, for whatever reason.
         backoff: seconds before the first retry; doubles, with jitter; Retry-After can lengthen it.
         cache_dir: folder of accepted replies, one file each, keyed by URL and all that is sent.
         max_calls: requests that may be sent. max_tokens: of a reply, which the Messages API wants to know.
@@ -460,8 +464,8 @@ class ChatClient:
     """
 
     def __init__(self, spec, concurrency=8, timeout=60.0, retries=6, backoff=0.5, cache_dir=None,
-                 max_calls=None, max_refused=30, max_tokens=1024, extra=None):
-        match = re.fullmatch(r"(anthropic|openai):((?!@http).[^@]*)(?:@(https?://[^/\s]+\S*))?", spec)
+                 max_calls=None, max_refused=30, max_unanswered=30, max_tokens=1024, extra=None):
+        match = re.fullmatch(r"(anthropic|openai):((?!@http).[^@]*)(?:@(https?://.+))?", spec)
         if not match:
             raise UserError(f"{spec!r} is no anthropic:MODEL or openai:MODEL@http://HOST/v1.")
         self.api, self.model, base = match.groups()
@@ -474,7 +478,8 @@ class ChatClient:
             raise UserError(f"The key in {self.variable} holds characters that no key has: set it again.")
         self.url = self.find_url(base or f"https://api.{self.api}.com")
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
-        self.cache_dir, self.max_calls, self.max_refused = cache_dir, max_calls, max_refused
+        self.cache_dir, self.max_calls = cache_dir, max_calls
+        self.max_refused, self.max_unanswered = max_refused, max_unanswered
         self.extra = extra or {}
         if self.api == "anthropic":
             self.extra = {"max_tokens": max_tokens, **self.extra}
@@ -482,14 +487,15 @@ class ChatClient:
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(pool_maxsize=concurrency))
         self.pool, self.lock, self.stop = ThreadPoolExecutor(concurrency), threading.Lock(), threading.Event()
-        self.refused, self.trouble = 0, ""  # refusals in a row; the last trouble, in words
+        self.refused, self.unanswered = 0, 0  # contents in a row
+        self.trouble = ""  # the last one, in words
         self.stats = dict(calls=0, cache_hits=0, retries=0, unknown=0, tokens_in=0, tokens_out=0)
 
     def find_url(self, base):
-        base = base.rstrip("/")
-        if "@" in urlsplit(base).netloc:  # it would not be sent, but written wherever the judge is named
-            raise UserError(f"The URL of {self.model} holds a name or password: leave it out, and set "
-                            f"{self.variable} in the environment.")
+        base = base.strip().removesuffix("/chat/completions").rstrip("/")
+        if not re.fullmatch(r"https?://(\[[\da-fA-F:.]+\](:\d+)?|[^][@/?#\s]+)(/[^?#\s]*)?", base):
+            raise UserError(f"The URL of {self.model} is not of the form http://HOST:PORT/v1. A name, password "
+                            f"or key does not belong there: set {self.variable} in the environment.")
         if self.api == "anthropic" or not urlsplit(base).path:
             base = base.removesuffix("/v1") + "/v1"  # their clients leave it out, those of the others don't
         return base + ("/messages" if self.api == "anthropic" else "/chat/completions")
@@ -509,10 +515,14 @@ class ChatClient:
         except BaseException:  # a refusal, the call limit, Ctrl-C: begin nothing new, keep what is under way
             self.close()
             raise
+        self.report(replies)
+        return replies
+
+    def report(self, replies):
+        """Says how many of the replies are missing, and why the last one is."""
         if None in replies:
             print(f"{self.model} at {urlsplit(self.url).netloc}: {replies.count(None)} of {len(replies)} "
                   f"replies missing after all retries; the last trouble was {self.trouble}", file=sys.stderr)
-        return replies
 
     def close(self):
         """Begin nothing new, and wait for the requests in flight."""
@@ -535,25 +545,30 @@ class ChatClient:
                 return None
             self.count(calls=1, retries=attempt > 0)
             status, text, retry_after = self.post(body)
-            self.trouble = f"HTTP {status}, {server_words(text)}" if status else text
-            used_up = status == 429 and "quota" in text.lower()
-            if used_up or 300 <= status < 500 and status not in (408, 409, 429):
-                self.refused += 1
-                if status not in (400, 413, 422) or self.refused >= self.max_refused:  # not this one alone
-                    self.refuse(f"{self.model} refuses, {self.trouble} (check the model's name, the base URL "
-                                f"and the key in {self.variable}).")
-                break
             reply, tokens_in, tokens_out = read_reply(text) if status == 200 else (None, 0, 0)
             self.count(tokens_in=tokens_in, tokens_out=tokens_out)
             if reply and accept(reply):
-                self.refused = 0
+                self.refused = self.unanswered = 0
                 if path:
                     with write_atomically(path) as partial:
                         partial.write_text(json.dumps({"reply": reply}))
                 return reply
+            self.trouble = f"HTTP {status}, {server_words(text)}" if status else text
+            used_up = status in (400, 429) and USED_UP.search(self.trouble) and not SOON.search(text)
+            filtered = status in (400, 413, 422) or status == 200 and not reply and FILTERED.search(text)
+            if used_up or filtered or 300 <= status < 500 and status not in (408, 409, 424, 425, 429):
+                self.refused += 1
+                if used_up or not filtered or self.refused >= self.max_refused:  # not this content alone
+                    self.refuse(f"{self.model} refuses, {self.trouble} (check the model's name, the base URL "
+                                f"and the key in {self.variable}).")
+                break
             jitter = random.uniform(0.5, 1.5)
             pause = max(jitter * self.backoff * min(2**attempt, 60), seconds_to_wait(retry_after))
         self.count(unknown=1)
+        self.unanswered += 1
+        if self.unanswered >= self.max_unanswered:
+            self.refuse(f"{self.model} left {self.unanswered} questions in a row without a reply; the last "
+                        f"trouble was {self.trouble}.")
         return None
 
     def refuse(self, sentence):
@@ -602,15 +617,23 @@ class ChatClient:
             if isinstance(error, ValueError):  # such as InvalidURL
                 self.refuse(f"{self.model} can't be reached: its URL or the environment's proxy is no URL.")
             return 0, type(error).__name__, None  # the error itself holds the request, and that the key
-        text = data.decode("utf-8", "replace")
+        text = data.decode("utf-8-sig", "replace")
+        with contextlib.suppress(ValueError, RecursionError):  # in JSON the key might be spelt with escapes
+            text = json.dumps(json.loads(text), ensure_ascii=False)
         if len(self.key) >= 8:  # a local server's stand-in, such as EMPTY, is no secret
             text = text.replace(self.key, "[key]")
         return response.status_code, text, response.headers.get("Retry-After")
 
 
+# What servers say when the account is used up; when it comes back by itself; when one content is the trouble.
+USED_UP = re.compile(r"quota|credit balance|billing|api.?key", re.IGNORECASE)
+SOON = re.compile(r"per.?(?:min|sec)|(?:retry|again) (?:in|after) [\d.]+ ?m?s|retryDelay", re.IGNORECASE)
+FILTERED = re.compile(r'"content_filter"|"refusal": ?"|: ?"refusal"')
+
+
 def read_cache(path):
     """The reply cached at `path`, or None: no cache, no such file, or none that can be read."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         reply = json.loads(path.read_text())["reply"] if path else None
         return reply if isinstance(reply, str) else None
 
@@ -632,10 +655,10 @@ def read_reply(text):
 
 def server_words(text):
     """What a server says, in one line: the error message of the body where it has one."""
-    if text.startswith(("data:", "event:")):
+    if text.lstrip().startswith(("data:", "event:", ":")):
         text = f"an event stream, {text}"
     with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-        text = json.loads(text)["error"]["message"]
+        text = json.loads(text)["error"]["message"] or text
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())[:300]
 
 
@@ -644,7 +667,8 @@ def seconds_to_wait(retry_after):
     with contextlib.suppress(TypeError, ValueError):
         return min(max(0.0, float(retry_after)), 300.0)
     with contextlib.suppress(TypeError, ValueError):
-        return min(max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time()), 300.0)
+        date = parsedate_to_datetime(retry_after).utctimetuple()
+        return min(max(0.0, calendar.timegm(date) - time.time()), 300.0)
     return 0.0
 
 

@@ -123,7 +123,10 @@ def test_an_empty_observation_is_insufficient_unasked(server):
     ("<judgement>Yes or No</judgement>", None),
     ("<judgement>Yes</judgement> It is clear.\n<judgement>Maybe</judgement>", None),
     ("<judgement>Yes", None), ("<judgement>Yes <judgement>No</judgement>", None), ("Yes", None), ("", None),
-    ("<judgement></judgement>", None),
+    ("<judgement></judgement>", None), ("<judgement>**Yes**\r\n</judgement>", True),
+    ('<judgement>"No"!</judgement>', False),
+    ("<think>a <judgement>No</judgement>?</think>It is. <judgement>Yes</judgement>", True),
+    ("<think>a <judgement>No</judgement>?</think>", None), ("<think>a <judgement>No</judgement>? or", None),
 ])
 def test_the_last_judgement_counts(reply, expected):
     judge = make_judge("self", generate=lambda prompts: [reply] * len(prompts))
@@ -160,14 +163,16 @@ def test_a_server_that_fails_three_times_in_ten_loses_nothing(server, api):
     assert 2 <= server.most_in_flight <= 16
 
 
-def test_a_dead_server_ends_in_unknowns_and_one_message(capfd):
+def test_a_dead_server_ends_in_unknowns_and_thirty_in_a_row_stop_the_run(capfd):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         judge = make_judge(f"openai:m@http://127.0.0.1:{unused.getsockname()[1]}/v1", backoff=0.01, retries=3)
-        assert judge([record()] * 41, [""] + [f"seen {i}" for i in range(40)]) == [False] + [None] * 40
-    assert judge.stats["unknown"] == 40 and judge.stats["calls"] == 160
-    message = capfd.readouterr().err
-    assert message.count("\n") == 1 and "40 of 40" in message and "127.0.0.1" in message
+        assert judge([record()] * 30, [""] + [f"seen {i}" for i in range(29)]) == [False] + [None] * 29
+        assert judge.stats["unknown"] == 29 and judge.stats["calls"] == 116
+        message = capfd.readouterr().err
+        assert message.count("\n") == 1 and "29 of 29" in message and "127.0.0.1" in message
+        with pytest.raises(UserError, match="30 questions in a row without a reply; .* ConnectionError"):
+            judge([record()], ["seen 30"])
 
 
 def test_no_verdict_after_all_retries_is_unknown(server, capfd):
@@ -208,6 +213,35 @@ def test_a_refused_content_is_unknown_and_thirty_in_a_row_stop_the_run(server, s
     assert 30 <= len(server.seen) < 30 + 8
 
 
+QUOTA = "You exceeded your current quota, please check your plan and billing details."
+
+
+@pytest.mark.parametrize("status, body, fate", [
+    (429, QUOTA, "stop"), (400, "Your credit balance is too low", "stop"), (400, "API key not valid.", "stop"),
+    (429, f"{QUOTA} Please retry in 1.3s.", "retry"), (429, "Rate limit reached", "retry"),
+    (429, "Quota exceeded for quota metric 'Requests' and limit 'Requests per minute'", "retry"),
+    (429, "Please retry after 1 seconds. Please go here: https://aka.ms/oai/quotaincrease", "retry"),
+    (424, "generation failed", "retry"), (425, "too early", "retry"), (529, "overloaded", "retry"),
+    (200, '{"choices": [{"finish_reason": "content_filter", "message": {"content": ""}}]}', "unknown"),
+    (200, '{"choices": [{"message": {"content": null, "refusal": "I will not."}}]}', "unknown"),
+    (200, '{"content": [], "stop_reason": "refusal"}', "unknown"), (200, '{"choices": []}', "retry"),
+])
+def test_what_a_refusal_is_about(server, capfd, status, body, fate):
+    """The account stops the run, one content is unknown without a retry, and what passes is waited for. The
+    last trouble is told even if good replies follow it."""
+    fault = Fault(status, body if body[0] == "{" else json.dumps({"error": {"message": body}}))
+    server.behave = lambda prompt, attempt: fault if "odd" in prompt and attempt == 0 else YES
+    judge, observations = judge_at(server, concurrency=1), ["odd", *"abc"]
+    if fate == "stop":
+        with pytest.raises(UserError, match=re.escape(body)):
+            judge([record()] * 4, observations)
+        return
+    expected = None if fate == "unknown" else True
+    assert judge([record()] * 4, observations) == [expected, True, True, True]
+    assert judge.stats["calls"] == 4 + (fate == "retry")
+    assert ("1 of 4" in capfd.readouterr().err) == (fate == "unknown")
+
+
 def test_a_refusal_does_not_wait_for_other_retries(server):
     busy = Fault(503, headers={"Retry-After": "60"})
     server.behave = lambda prompt, attempt: Fault(403) if "refuse" in prompt else busy
@@ -217,11 +251,13 @@ def test_a_refusal_does_not_wait_for_other_retries(server):
 
 
 @pytest.mark.parametrize("retry_after, low, high", [
-    ("7", 7, 7), ("date", 20, 31), ("1e9", 300, 300), (None, 0.005, 0.015), ("soon", 0.005, 0.015),
+    ("7", 7, 7), ("date", 20, 31), ("date without zone", 20, 31), ("1e9", 300, 300), (None, 0.005, 0.015), ("soon", 0.005, 0.015),
     ("nan", 0.005, 0.015), ("-5", 0.005, 0.015)])
 def test_retry_after_is_honoured(server, retry_after, low, high):
     def behave(prompt, attempt):
-        value = formatdate(time.time() + 30, usegmt=True) if retry_after == "date" else retry_after
+        value = retry_after
+        if value and value.startswith("date"):  # without usegmt Python writes -0000
+            value = formatdate(time.time() + 30, usegmt=value == "date")
         return Fault(429, headers={} if value is None else {"Retry-After": value}) if attempt == 0 else YES
 
     server.behave = behave
@@ -276,9 +312,10 @@ def test_an_odd_usage_costs_no_reply(server, usage, tokens):
 
 @pytest.mark.parametrize("reply, calls, says", [
     (None, 0, "gave no verdict on a question of trial"), (Fault(401, "who?"), 1, "refuses, HTTP 401, who?"),
-    ("Sure!", 3, "gave no verdict"), (Fault(400, "too long"), 1, "gave no verdict"), (NO, 1, None)])
+    ("Sure!", 3, "gave no verdict"), (Fault(400, "too long"), 1, "gave no verdict"), (NO, 2, None)])
 def test_a_judge_is_tried_before_anything_is_paid_for(server, tmp_path, monkeypatch, reply, calls, says):
-    """By one question, once: no route, a wrong key, a reply without a verdict end a stage as it starts."""
+    """By one question, which no cache answers: no route, a wrong key, a reply without a verdict end a stage as
+    it starts."""
     monkeypatch.chdir(tmp_path)
     spec = server.spec() if reply else "openai:m@http://127.0.0.1:9/v1"
     server.behave = lambda prompt, attempt: reply
@@ -383,7 +420,8 @@ def test_concurrency_is_bounded_over_all_callers(server):
 @both_apis
 def test_the_key_shows_up_nowhere(server, api, tmp_path, capfd, caplog):
     caplog.set_level(0)
-    replies = {"good": f"{KEY} {YES}", "lost": Fault(500, f"bad {KEY}"), "refuse": Fault(401, KEY)}
+    escaped = json.dumps({"error": {"message": KEY}}).replace("sk-", "\\u0073k-")
+    replies = {"good": f"{KEY} {YES}", "lost": Fault(500, f"bad {KEY}"), "refuse": Fault(401, escaped)}
     server.behave = lambda prompt, attempt: replies[parts_of(prompt)["OBSERVATION"]]
     judge = judge_at(server, api, cache_dir=tmp_path, retries=1)
     assert judge([record()] * 2, ["good", "lost"]) == [True, None]
@@ -427,6 +465,8 @@ def test_addresses(monkeypatch):
         "openai:m@http://h:1": "http://h:1/v1/chat/completions",
         "openai:a/b:c@https://h/api/v1/": "https://h/api/v1/chat/completions",
         "openai:m@https://h/v1beta/openai": "https://h/v1beta/openai/chat/completions",
+        "openai:m@http://h/v1/chat/completions": "http://h/v1/chat/completions",
+        "openai:m@http://[::1]:8000/v1": "http://[::1]:8000/v1/chat/completions",
     }.items():
         assert ChatClient(text).url == url
     monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://localhost:9")
@@ -501,10 +541,12 @@ def test_bad_specs_are_told_in_one_sentence(text, monkeypatch):
     assert "anthropic:MODEL" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_password_in_a_url_is_refused_and_not_repeated(monkeypatch):
+@pytest.mark.parametrize("url", ["http://bob:hunter2@127.0.0.1:8000/v1", "http://h/v1?key=hunter2",
+                                 "http://h/v1#hunter2", "http://[::1/hunter2"])
+def test_a_password_in_a_url_is_refused_and_not_repeated(monkeypatch, url):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UserError, match="OPENAI_API_KEY") as caught:
-        make_judge("openai:m@http://bob:hunter2@127.0.0.1:8000/v1")
+        make_judge(f"openai:m@{url}")
     assert "hunter2" not in str(caught.value)
 
 

@@ -207,12 +207,13 @@ def test_a_judge_with_a_wrong_key_has_cost_no_call_to_the_teacher(world, server,
 
 
 def test_thirty_broken_replies_and_no_other_stop_the_run(world, server, tmp_path):
-    """As from a server that cuts the thoughts out of every reply."""
+    """As from a server that cuts the thoughts out of every reply, and refuses one."""
     output, cut = tmp_path / "cot.jsonl", Script(dict.fromkeys(world[2], "<answer>B</answer>"), delay=0.1)
-    server.behave = cut
+    calls = itertools.count(1)
+    server.behave = lambda prompt, attempt: Fault(400) if next(calls) == 4 else cut(prompt, attempt)
     said = sentence(run(world, server.spec(), output, "--limit", 200, "--teacher-concurrency", 4))
     assert "None of the first 30 replies is in the template" in said and "<answer>B</answer>" in said
-    assert 30 <= len(cut.answered) <= 30 + 8 * 4 and not output.exists()
+    assert 30 <= len(cut.answered) <= 30 + 3 * 4 and not output.exists()  # settled as they come
     assert len(rows_of(output)) == len(cut.answered)
 
 
@@ -223,7 +224,9 @@ TRACE = "<observation>It is red.</observation> <think>fine</think><answer>red</a
     ("I see red.\n</think>\n\n" + TRACE, TRACE), ("<think>\n\n</think>\n" + TRACE, TRACE),
     ("<think>An <observation>, a <think> block, then <answer>.</think>" + TRACE, TRACE),  # plans name tags
     (f"```xml\n{TRACE}\n```", TRACE), (f"{TRACE}<|im_end|>", TRACE), (f"{TRACE}\n```\n<|endoftext|>\n", TRACE),
-    (f"<think>Hm.</think>\n```\n{TRACE}\n```<|im_end|>", TRACE),
+    (f"<think>Hm.</think>\n```\n{TRACE}\n```<|im_end|>", TRACE), (f"\ufeff{TRACE}</s>", TRACE),
+    (f"◁think▷Hm.◁/think▷{TRACE}", TRACE), (f"<thinking>Hm.</thinking> {TRACE}\n<end_of_turn>\n", TRACE),
+    (TRACE + "\n" * 20_000 + "Sure" + "<|im_end|>" * 5_000 + "\n" * 20_000 + "?", None),  # at once, too
     (f"Sure! {TRACE}", None), (f"<think>never closed {TRACE}", None), (f"{TRACE} Hope that helps!", None),
     ("", None), ("</think>", None)])
 def test_what_a_thinking_teacher_puts_around_a_trace_is_cut_off(reply, kept):
