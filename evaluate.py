@@ -24,7 +24,6 @@ E6. Think and answer mismatch (Table 6) where the option that the think segment 
 """
 import base64
 import collections
-import io
 import json
 import math
 import os
@@ -39,7 +38,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import gen_cot
@@ -56,33 +54,29 @@ def get_args():
     parser, model, data = gen_cot.make_parser(
         __doc__, None, "questions scored by problem type", num_frames=32, max_pixels=256)
     model.add_argument("--no-4bit", action="store_true", help="keep the base in 16 bits (big cards)")
-    model.add_argument("--adapters", nargs="+",
-                       help="adapter folders to compare, none for the base (default: none, runs/<model>/sft, "
-                            "runs/<model>/pagrpo)")
+    model.add_argument("--adapters", nargs="+", help="adapter folders to compare; none: the base (default: "
+                       "none, runs/<model>/sft, runs/<model>/pagrpo)")
     model.add_argument("--server", help="openai:MODEL@BASE_URL, which decodes in place of base and adapters")
     data.add_argument("--bench", nargs="+", choices=[*BENCHMARKS, "all"],
                       help="benchmarks (default: all, where there is no --data)")
     data.add_argument("--bench-root", default="data/Video-R1-eval", help="folder of their question files")
     data.add_argument("--input", choices=["video", "text"], default="video",
                       help="text: the question without its medium (Table 5)")
-    data.add_argument("--observations",
-                      help="completions.jsonl whose observations go into the prompt (Table 5)")
+    data.add_argument("--observations", help="completions whose observations go into the prompt (Table 5)")
     add = parser.add_argument_group("algorithm").add_argument
     gen_cot.add_judge_args(add, default=None)
     add("--max-completion-tokens", type=gen_cot.positive, default=1024, help="completions are cut here")
     add("--mismatch", action="store_true", help="compare think and answer (Table 6)")
     add("--judge-agreement", metavar="LABELS", help="only compare --judge with human labels (Table 4): JSON "
         "Lines of records with `observation` and `label`, true or false")
-    add("--compare", nargs=2, metavar=("A", "B"),
-        help="only compare two files of completions, question by question")
+    add("--compare", nargs=2, metavar=("A", "B"), help="only compare two files of completions by question")
     add("--html", type=Path, metavar="FOLDER",
         help="only write FOLDER/traces.html, a page of the rollouts and completions below the folder")
     add = parser.add_argument_group("run").add_argument
     add("--rescore", action="store_true", help="score the completions that are there, and decode none")
     add("--seed", type=gen_cot.number(0, int), default=0, help="seed of the draw of --limit")
     add("--batch-size", type=gen_cot.positive, default=4, help="questions decoded together")
-    add("--output", type=Path,
-        help="folder for results.json and completions (default: runs/<model>/evaluate)")
+    add("--output", type=Path, help="folder of results.json and completions (default: runs/<model>/evaluate)")
     args = gen_cot.parse_args(parser, TINY)
     args.output = args.output or args.run_dir / "evaluate"
     if args.adapters is None:
@@ -171,12 +165,9 @@ def vsi_official(columns, weights):
 
 
 def vsi_paper(columns, weights):
-    """Video-R1's and the paper's number: (accuracy + MRA) / 2, MRA with a strict <."""
-    halves = []
-    for chosen in (columns["type"] == "multiple choice", columns["type"] == "regression"):
-        if weights[chosen].sum():
-            halves.append(np.average(columns["strict"][chosen], weights=weights[chosen]))
-    return float(np.mean(halves)) if halves else math.nan
+    """Video-R1's and the paper's number: (accuracy + MRA) / 2, MRA with a strict <. No question is of a third
+    type."""
+    return mean_of_groups(dict(score=columns["strict"], group=columns["problem_type"]), weights)
 
 
 MVBENCH_TASKS = [
@@ -305,11 +296,10 @@ def complete_all(records, files, runs, args):
 
 def prompt_text(record, notes, args):
     """The one prompt of all stages, after the observations that --observations has for this question."""
-    note = notes.get(key_of(record))
-    question = record["problem"]
-    if note:
-        question += f"\n\nWhat was observed in the {record['data_type']}: {note}"
-    return gen_cot.build_prompt(dict(record, problem=question), gen_cot.load_template(args))
+    if note := notes.get(key_of(record)):
+        question = f"{record['problem']}\n\nWhat was observed in the {record['data_type']}: {note}"
+        record = dict(record, problem=question)
+    return gen_cot.build_prompt(record, gen_cot.load_template(args))
 
 
 def with_media(records, args, read):
@@ -340,7 +330,7 @@ def local_rows(model, tokenizer, records, notes, args):
                 sft.embed_prompts(model, [prompt])
         ids, mask, _ = rollout(model, prompts, tokenizer, 1, args.max_completion_tokens)
         for (record, frames), row, keep in zip(read, ids, mask):
-            text = tokenizer.decode(row[keep], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = tokenizer.decode(row[keep], skip_special_tokens=True)
             yield record, dict(completion=text, tokens=int(keep.sum()), fps=frames and frames[1],
                                truncated=tokenizer.eos_token_id not in row[keep].tolist())
 
@@ -375,10 +365,8 @@ def relative_accuracy(answer, gold, strict=False):
     p, t = to_number(answer), to_number(gold)
     if p is None or not t:
         return 0.0
-    error, hits = abs(p - t) / abs(t), 0
-    for percent in range(50, 100, 5):
-        hits += error < 1 - percent / 100 + (-1e-9 if strict else 1e-9)
-    return hits / 10
+    error, slack = abs(p - t) / abs(t), -1e-9 if strict else 1e-9
+    return sum(error < 1 - percent / 100 + slack for percent in range(50, 100, 5)) / 10
 
 
 def score_row(row, scoring):
@@ -435,10 +423,9 @@ def interval(metric, columns, draws=1000):
 
 def columns_of(rows, bench):
     """What a metric needs of scored rows: dict of arrays (questions,)."""
-    columns = {name: np.array([float(row[name]) for row in rows]) for name in ("score", "strict")}
-    columns["group"] = np.array([bench.group(row) for row in rows])
-    columns["type"] = np.array([row["problem_type"] for row in rows])
-    columns["path"] = np.array([row["path"] for row in rows])
+    columns = {"group": np.array([bench.group(row) for row in rows])}
+    for name in ("score", "strict", "problem_type", "path"):
+        columns[name] = np.array([row[name] for row in rows])
     return columns
 
 
@@ -449,7 +436,6 @@ def summarise(rows, bench, args):
         return None
     columns = columns_of(rows, bench)
     unread = np.array([row["completion"] is None for row in rows])
-    known = [float(row["perception"]) for row in rows if row["perception"] is not None]
     summary = dict(questions=len(rows), unread=int(unread.sum()), numbers={}, groups={})
     for name, metric in bench.numbers.items():
         summary["numbers"][name] = tuple(round(100 * x, 2) for x in interval(metric, columns))
@@ -458,12 +444,12 @@ def summarise(rows, bench, args):
         summary["without unread"] = round(100 * first(columns, (~unread).astype(float)), 2)
     for group in np.unique(columns["group"]):
         summary["groups"][str(group)] = round(100 * columns["score"][columns["group"] == group].mean(), 2)
-    summary["perception"] = round(100 * float(np.mean(known)), 2) if known else None
-    for name in ("template", "no_tag", "truncated"):
+    for name in ("perception", "template", "no_tag", "truncated"):
         values = [row[name] for row in rows if row.get(name) is not None]  # a server doesn't say what it cut
         summary[name] = round(100 * float(np.mean(values)), 2) if values else None
     summary["lenient only"] = round(100 * float(np.mean([row["lenient"] > row["score"] for row in rows])), 2)
-    summary["no verdict"] = sum(row["perception"] is None for row in rows) if known else 0
+    unknown = sum(row["perception"] is None for row in rows)
+    summary["no verdict"] = 0 if unknown == len(rows) else unknown  # then nobody was asked
     if args.mismatch:
         summary["mismatch"] = mismatch(rows, args)
     return summary
@@ -664,14 +650,9 @@ def page_media(records, args):
 def thumbnails(record, num_frames, max_pixels):
     """Up to eight frames of a medium, (data URI of a small JPEG, its time) each. Raises MediaError."""
     frames, fps = gen_cot.read_media(record, min(num_frames, 8), max_pixels)
-    pictures = []
-    for i, frame in enumerate(frames):
-        image, jpeg = Image.fromarray(frame), io.BytesIO()
-        image.thumbnail((256, 256) if fps is None else (112, 112))
-        image.save(jpeg, "JPEG", quality=60)  # even of noise, 500 times eight are under 40 MB
-        time = "" if fps is None else f"{i * len(frames) / fps / (len(frames) - 1):.1f} s"
-        pictures.append((f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}", time))
-    return pictures
+    side = 256 if fps is None else 112  # even of noise, 500 times eight are under 40 MB
+    pictures = gen_cot.stamped_jpegs(frames, fps, 60, side)
+    return [(f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}", time) for time, jpeg in pictures]
 
 
 if __name__ == "__main__":

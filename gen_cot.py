@@ -55,7 +55,6 @@ import threading
 import time
 import tokenize
 import zlib
-from concurrent.futures import TimeoutError
 from pathlib import Path
 
 import av
@@ -67,7 +66,7 @@ from tqdm import tqdm
 
 from rewards import (PROBLEM_TYPES, ChatClient, UserError, accuracy_reward, correct_answer, digest,
                      format_rewards, gold_answer, label_options, load_prompt, make_judge, parse_trace,
-                     question_text, visible, write_atomically)
+                     question_text, visible, write_atomically, write_text)
 
 MODELS = {"tiny": "data/toy/base", "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
           "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct"}
@@ -76,11 +75,9 @@ TINY = dict(data="data/toy/cot.jsonl", media_root="data/toy", traces="data/toy/t
 
 def get_args():
     parser, _, data = make_parser(__doc__, "data/VideoP2R-263k_rl.part*.json.gz", "questions")
-    data.add_argument("--traces", help="raw traces made elsewhere, in place of a teacher's: JSON Lines of "
-                                       "{problem_id, output}")
+    data.add_argument("--traces", help="raw traces in a teacher's place: JSON Lines of {problem_id, output}")
     add = parser.add_argument_group("algorithm").add_argument
-    add("--teacher", help="the model of step 1: anthropic:MODEL, or openai:MODEL@BASE_URL (paper: "
-                          "Qwen2.5-VL-72B-Instruct)")
+    add("--teacher", help="anthropic:MODEL or openai:MODEL@BASE_URL (paper: Qwen2.5-VL-72B-Instruct)")
     add("--teacher-concurrency", type=positive, default=64, help="questions in flight at most")
     add("--teacher-max-calls", type=positive, help="the run stops after so many requests")
     add("--teacher-extra", type=json_object, help="more fields of a request, as JSON (default for a server "
@@ -201,15 +198,23 @@ def question_key(record):
 
 def teacher_content(record, num_frames, max_pixels):
     """The media part of a request (G4): time stamps (of video) and JPEGs, in time order."""
-    frames, fps = read_media(record, num_frames, max_pixels)
     parts = []
-    for i, frame in enumerate(frames):
-        if fps is not None:
-            parts.append(dict(type="text", text=f"{i * len(frames) / fps / (len(frames) - 1):.1f} s:"))
-        jpeg = io.BytesIO()
-        Image.fromarray(frame).save(jpeg, "JPEG", quality=90)
-        parts.append(dict(type="image", jpeg=jpeg.getvalue()))
+    for stamp, jpeg in stamped_jpegs(*read_media(record, num_frames, max_pixels), quality=90):
+        if stamp:
+            parts.append(dict(type="text", text=f"{stamp}:"))
+        parts.append(dict(type="image", jpeg=jpeg))
     return parts
+
+
+def stamped_jpegs(frames, fps, quality, side=65_500):
+    """(time stamp, JPEG) of each frame, made smaller where a side is over `side`, by default the most that a
+    JPEG can have; the stamp of a picture is ""."""
+    for i, frame in enumerate(frames):
+        stamp = "" if fps is None else f"{i * len(frames) / fps / (len(frames) - 1):.1f} s"
+        image, jpeg = Image.fromarray(frame), io.BytesIO()
+        image.thumbnail((side, side))
+        image.save(jpeg, "JPEG", quality=quality)
+        yield stamp, jpeg.getvalue()
 
 
 def load_traces(path):
@@ -328,21 +333,18 @@ def make_parser(description, data, data_help, num_frames=16, max_pixels=128):
     model.add_argument("--model", default="qwen2.5-vl-7b",
                        help=f"{', '.join(MODELS)}, a local folder or a hub id (org/name)")
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default=data,
-                       help=f"{data_help}: JSON list or JSON Lines, plain or .gz, globs allowed")
-    group.add_argument("--media-root", default="data/Video-R1-data",
-                       help="folder that the records' paths are relative to")
-    group.add_argument("--limit", type=positive, help="use N of the records, drawn with --seed")
-    group.add_argument("--workers", type=positive, default=min(4, os.cpu_count() or 1),
-                       help="processes that decode media ahead of the model")
-    group.add_argument("--prompt-file",
-                       help="a text file with {question} and {answer_form} in place of our prompt")
-    vision = parser.add_argument_group("vision")
-    vision.add_argument("--num-frames", type=positive, default=num_frames,
-                        help="most frames per video (paper: 16 for training, 32 for inference)")
-    vision.add_argument("--max-pixels", type=positive, default=max_pixels,
-                        help="most pixels per frame in units of 28x28, one visual token per two frames "
-                             "(paper: 128 for training, 256 for inference)")
+    add = group.add_argument
+    add("--data", default=data, help=f"{data_help}: JSON list or JSON Lines, plain or .gz, globs allowed")
+    add("--media-root", default="data/Video-R1-data", help="folder that the records' paths are relative to")
+    add("--limit", type=positive, help="use N of the records, drawn with --seed")
+    add("--workers", type=positive, default=min(4, os.cpu_count() or 1),
+        help="processes that decode media ahead of the model")
+    add("--prompt-file", help="a text file with {question} and {answer_form} in place of our prompt")
+    add = parser.add_argument_group("vision").add_argument
+    add("--num-frames", type=positive, default=num_frames,
+        help="most frames per video (paper: 16 for training, 32 for inference)")
+    add("--max-pixels", type=positive, default=max_pixels, help="most pixels per frame in units of 28x28, "
+        "one visual token per two frames (paper: 128 for training, 256 for inference)")
     return parser, model, group
 
 
@@ -350,8 +352,7 @@ def add_judge_args(add, default):
     """Who says whether an observation is sufficient (Sec. 3.1 step 3, Eq. 3), and how answers are scored."""
     add("--judge", default=default, help="rule (exact, by the records' evidence; no LLM), anthropic:MODEL, "
         "openai:MODEL@BASE_URL, or in pagrpo.py self, the frozen base (paper: Claude 3.7 Sonnet)")
-    add("--judge-prompt-file", help="a text file with {question}, {answer} and {observation} in place of our "
-                                    "prompt to the judge")
+    add("--judge-prompt-file", help="a file in our prompt's place, with {question}, {answer}, {observation}")
     add("--judge-max-calls", type=positive, help="a process stops after so many requests to the judge")
     add("--scoring", default="paper", choices=["paper", "lenient"], help="how answers are compared")
 
@@ -666,12 +667,6 @@ def write_jsonl(path, rows):
         file.writelines(map(json_line, rows))
 
 
-def write_text(path, text):
-    """A text file, whole or not at all."""
-    with write_atomically(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
 def open_jsonl(path):
     """A JSON Lines file to append to, in bytes; a last line that a kill tore is cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -889,21 +884,20 @@ def read_ahead(records, args, read=read_media, timeout=None):
     if context.get_start_method() == "spawn" and read.__module__ != "__main__":
         vars(sys.modules["__main__"]).pop("__file__", None)
     pool = ProcessPool(max_workers=args.workers, context=context, initializer=init_worker)
-    records, waiting = iter(records), collections.deque()
+    records, waiting, limit = iter(records), collections.deque(), timeout or DECODE_TIMEOUT
     try:
         while True:
             for record in itertools.islice(records, 4 * args.workers - len(waiting)):
-                waiting.append((record, pool.schedule(
-                    read, (record, args.num_frames, args.max_pixels), timeout=timeout or DECODE_TIMEOUT)))
+                job = pool.schedule(read, (record, args.num_frames, args.max_pixels), timeout=limit)
+                waiting.append((record, job))
             if not waiting:
                 break
-            record, future = waiting.popleft()
+            record, job = waiting.popleft()
             try:
-                media = future.result()
+                media = job.result()
             except MediaError as error:
                 media = error
             except TimeoutError:
-                limit = timeout or DECODE_TIMEOUT
                 media = MediaError(f"{record['media']} takes more than {limit:g} s to decode.")
             except ProcessExpired as error:
                 media = MediaError(f"{record['media']} crashes the decoder (exit code {error.exitcode}).")

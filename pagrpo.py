@@ -102,8 +102,7 @@ def get_args():
     model.add_argument("--adapter", help="folder of the SFT adapter to start from; none: the base (RL only). "
                                          "Default: runs/<model>/sft if it exists, else none")
     add = parser.add_argument_group("algorithm").add_argument
-    add("--algorithm", default="pa-grpo", choices=["pa-grpo", "grpo"],
-        help="grpo is --without perception (P7)")
+    add("--algorithm", default="pa-grpo", choices=["pa-grpo", "grpo"], help="grpo is --without perception")
     add("--without", choices=["perception", "reasoning", "length", "separation", "assignment"],
         help="leave one part of the method out (Table 2, P7)")
     add("--num-generations", type=positive, default=8, help="completions per prompt, G (paper: 8)")
@@ -113,8 +112,7 @@ def get_args():
         help="prompts decoded together (default: all of an update's; fewer, less memory)")
     add("--completions-per-pass", type=positive,
         help="completions of a group per training pass (default: all; fewer, less memory)")
-    add("--max-completion-tokens", type=positive, default=768,
-        help="completions are cut here (Video-R1: 768)")
+    add("--max-completion-tokens", type=positive, default=768, help="cut completions here (Video-R1: 768)")
     add("--clip-eps", type=gen_cot.number(1e-12), default=0.2, help="ε of Eq. 7")
     add("--beta", type=gen_cot.number(0), default=0.04,
         help="β of Eq. 7 (Video-R1: 0.04); 0 skips the reference pass")
@@ -154,10 +152,9 @@ def get_args():
 def main(args):
     sft.setup_process(args)
     records = [] if args.probe else gen_cot.select_records(args)
-    started = f"from the SFT adapter {args.adapter}"
-    if args.adapter == "none":
-        started = "from the base, without SFT (Table 2, RL only)"
+    started = "from the base, without SFT (Table 2, RL only)"
     if args.adapter != "none":
+        started = f"from the SFT adapter {args.adapter}"
         sft.check_adapter(args.adapter, args.lora_rank)
     if not args.probe:
         sft.claim_output(args)
@@ -347,8 +344,7 @@ def score_groups(groups, tokenizer, judge, args):
     observations in one batch. Returns its verdicts on those that are not empty."""
     records, observations = [], []
     for group in groups:
-        group.texts = [tokenizer.decode(ids[mask], skip_special_tokens=True,
-                                        clean_up_tokenization_spaces=False)
+        group.texts = [tokenizer.decode(ids[mask], skip_special_tokens=True)
                        for ids, mask in zip(group.completion_ids, group.completion_mask)]
         records += [group.record] * len(group.texts)
         observations += [parse_trace(text).observation for text in group.texts]
@@ -468,7 +464,7 @@ def token_pieces(ids, perception, tokenizer):
     completion. A character that several tokens make up is one piece, of the first one's segment."""
     pieces, start = [], 0
     for stop in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:stop], clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(ids[start:stop])
         if stop == len(ids) or not text.endswith("\ufffd"):  # which stands for part of a character
             pieces.append([text, "P" if perception[start] else "R"])
             start = stop
@@ -511,8 +507,7 @@ def segment_masks(completion_ids, tokenizer):
     """
     perception = torch.zeros_like(completion_ids, dtype=torch.bool)
     reasoning = torch.zeros_like(perception)
-    text_of = {i: tokenizer.decode([i], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-               for i in completion_ids.unique().tolist()}
+    text_of = {i: tokenizer.decode([i]) for i in completion_ids.unique().tolist()}
     for g, row in enumerate(completion_ids.tolist()):
         length = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
         pieces = [text_of[i] for i in row[:length]]
@@ -710,7 +705,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
         hidden = []
         for b, prompt in enumerate(prompts):
             # a prompt stands at the right of columns [0, width), in all G rows of its group at once
-            part = cache.part(slice(b * G, (b + 1) * G), slice(int(padding[b]), width))
+            part = replace(cache, rows=slice(b * G, (b + 1) * G), columns=slice(int(padding[b]), width))
             hidden.append(feed(prompt.embeds[None], prompt.positions[:, None].to(device), part))
         hidden = torch.cat(hidden).repeat_interleave(G, dim=0)  # (B·G, D)
         visible = None  # (B·G, 1, 1, P + T), where prompts differ in length
@@ -732,7 +727,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
                 break
             columns = slice(0, width + t + 1)  # with the token that is fed now
             hidden = feed(qwen.language_model.embed_tokens(token)[:, None], position.expand(3, -1)[..., None],
-                          cache.part(slice(None), columns),
+                          replace(cache, columns=columns),
                           None if visible is None else visible[..., columns])
             position = position + 1
     return torch.stack(ids, 1), torch.stack(masks, 1), torch.stack(logprobs, 1)
@@ -773,9 +768,6 @@ class GroupCache:
         shape = rows, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads
         layers = [[like.new_zeros(shape), like.new_zeros(shape)] for _ in range(config.num_hidden_layers)]
         return cls(layers, slice(None), slice(None))
-
-    def part(self, rows, columns):
-        return replace(self, rows=rows, columns=columns)
 
     def update(self, keys, values, layer, *args, **kwargs):
         """Called by the library's attention with (n, heads, tokens, d) of the new tokens; returns n rows of

@@ -307,8 +307,8 @@ Explain in two or three sentences. Then end your reply with a single judgement, 
 
 def make_judge(spec, prompt_file=None, generate=None, **client_options):
     """The judge that `spec` names: judge(records, observations) -> list of True, False or None, one per pair.
-    Any function of this form is a judge; one with a third parameter, a list `replies`, fills it with its
-    words, one or None per pair (`ask_judge`).
+    Any function of this form is a judge; one with a third parameter, a list `replies` of a None per pair,
+    puts its words there (`ask_judge`).
 
         rule                   every item of record["evidence"], else every word of the correct answer, stands
                                in the observation as whole words: exact, free, offline, but no language model
@@ -340,16 +340,14 @@ class Judge:
         self.ask, self.prompt, self.stats = ask, prompt, stats or {}
 
     def __call__(self, records, observations, replies=None):
+        replies = [None] * len(records) if replies is None else replies
         verdicts, asked, prompts = [False] * len(records), [], []
         for i, (record, observation) in enumerate(zip(records, observations, strict=True)):
             if visible(observation or ""):  # else it is False unasked (R5)
                 asked.append(i)
                 prompts.append(judge_prompt(self.prompt, record, observation))
-        words = [None] * len(records)
         for i, reply in zip(asked, self.ask(prompts, lambda reply: read_verdict(reply) is not None)):
-            words[i], verdicts[i] = reply, None if reply is None else read_verdict(reply)
-        if replies is not None:
-            replies[:] = words
+            replies[i], verdicts[i] = reply, read_verdict(reply or "")
         return verdicts
 
 
@@ -480,9 +478,8 @@ class ChatClient:
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         self.cache_dir, self.max_calls = cache_dir, max_calls
         self.max_refused, self.max_unanswered = max_refused, max_unanswered
-        self.extra = extra or {}
-        if self.api == "anthropic":
-            self.extra = {"max_tokens": max_tokens, **self.extra}
+        required = {"max_tokens": max_tokens} if self.api == "anthropic" else {}
+        self.extra = required | (extra or {})
         self.session = requests.Session()
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(pool_maxsize=concurrency))
@@ -550,8 +547,7 @@ class ChatClient:
             if reply and accept(reply):
                 self.refused = self.unanswered = 0
                 if path:
-                    with write_atomically(path) as partial:
-                        partial.write_text(json.dumps({"reply": reply}))
+                    write_text(path, json.dumps({"reply": reply}))
                 return reply
             self.trouble = f"HTTP {status}, {server_words(text)}" if status else text
             used_up = status in (400, 429) and USED_UP.search(self.trouble) and not SOON.search(text)
@@ -688,3 +684,9 @@ def write_atomically(path):
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """A text file, whole or not at all."""
+    with write_atomically(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -51,6 +51,7 @@ from huggingface_hub.utils import enable_progress_bars
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # advertises, as it is imported
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
@@ -153,20 +154,16 @@ def sft_loss(model, prompts, completions):
     """
     qwen = unwrap(model).model
     device = prompts[0].embeds.device
-    lengths = [len(p.input_ids) + len(c) for p, c in zip(prompts, completions)]
-    embeds, positions = [], []
-    attention_mask = torch.zeros(len(prompts), max(lengths), dtype=torch.long, device=device)  # (B, S)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions)):
-        rest = max(lengths) - len(prompt.input_ids)  # the completion and its padding
-        ids = F.pad(completion, (0, rest - len(completion))).to(device)
-        embeds.append(torch.cat([prompt.embeds, qwen.language_model.embed_tokens(ids)]))
-        after = prompt.next_position + torch.arange(rest)
-        positions.append(torch.cat([prompt.positions, after.expand(3, -1)], dim=1))
-        attention_mask[row, :lengths[row]] = 1
+    embeds, positions = [], []  # (S, D) and (S, 3) each
+    for prompt, completion in zip(prompts, completions):
+        after = prompt.next_position + torch.arange(len(completion))
+        embeds.append(torch.cat([prompt.embeds, qwen.language_model.embed_tokens(completion.to(device))]))
+        positions.append(torch.cat([prompt.positions, after.expand(3, -1)], dim=1).T)
+    attention_mask = pad_sequence([e.new_ones(len(e), dtype=torch.bool) for e in embeds], batch_first=True)
     hidden = qwen.language_model(  # (B, S, D)
-        inputs_embeds=torch.stack(embeds), attention_mask=attention_mask, use_cache=False,
-        position_ids=torch.stack(positions, dim=1).to(device)).last_hidden_state
-    before = [h[len(p.input_ids) - 1:n - 1] for h, p, n in zip(hidden, prompts, lengths)]  # of the labels
+        inputs_embeds=pad_sequence(embeds, batch_first=True), attention_mask=attention_mask,  # (B, S)
+        position_ids=pad_sequence(positions).permute(2, 1, 0).to(device), use_cache=False).last_hidden_state
+    before = [h[len(p.input_ids) - 1:len(e) - 1] for h, p, e in zip(hidden, prompts, embeds)]  # of the labels
     labels = torch.cat(completions).to(device)
     return -logprobs_from_hidden(model, torch.cat(before), labels).sum()
 
@@ -537,23 +534,20 @@ def add_training_args(parser, model, stage, lr):
     """The model's flags and the groups 'optimisation' and 'run' of both trainers; returns the two groups."""
     model.add_argument("--no-4bit", action="store_true", help="keep the base in 16 bits (big cards)")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--lora-rank", type=positive, default=64,
-                       help="rank of the LoRA adapters; their alpha is twice the rank")
-    group.add_argument("--lr", type=number(1e-12), default=lr,
-                       help="peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)")
-    group.add_argument("--max-grad-norm", type=number(1e-12), default=5.0,
-                       help="gradients are clipped to this norm (Video-R1: 5)")
+    add = group.add_argument
+    add("--lora-rank", type=positive, default=64, help="rank of the LoRA adapters; their alpha is twice that")
+    add("--lr", type=number(1e-12), default=lr,
+        help="peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)")
+    add("--max-grad-norm", type=number(1e-12), default=5.0, help="clip gradients to this norm (Video-R1: 5)")
     parser.set_defaults(checkpointing=True)  # of activations, to save memory; no flag, `tiny` turns it off
     run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=number(0, int), default=0,
-                     help="seed of the order of the data, of a fresh adapter and of the sampling")
-    run.add_argument("--output", type=Path,
-                     help=f"folder for adapter, metrics and curves (default: runs/<model>/{stage})")
-    run.add_argument("--memory-limit", type=number(0.1), metavar="GIB",
-                     help="let PyTorch have so much of the GPU; the CUDA context comes on top")
-    run.add_argument("--save-every", type=positive, default=100, help="steps between two checkpoints")
-    run.add_argument("--resume", action="store_true",
-                     help="go on from the last checkpoint of a run that was stopped, where there is one")
+    add = run.add_argument
+    add("--seed", type=number(0, int), default=0, help="seed of the data's order, fresh adapter and sampling")
+    add("--output", type=Path, help=f"folder for adapter, metrics and curves (default: runs/<model>/{stage})")
+    add("--memory-limit", type=number(0.1), metavar="GIB",
+        help="let PyTorch have so much of the GPU; the CUDA context comes on top")
+    add("--save-every", type=positive, default=100, help="steps between two checkpoints")
+    add("--resume", action="store_true", help="go on from a stopped run's last checkpoint, if there is one")
     return group, run
 
 
@@ -569,7 +563,7 @@ def setup_process(args):
     """What a training process does first. Raises UserError where its memory can't be limited."""
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # one voice is enough
-    seed_everything(args.seed)
+    torch.manual_seed(args.seed)  # of a fresh adapter; all else draws from generators of its own
     if args.memory_limit is not None:
         if not torch.cuda.is_available():
             raise UserError("--memory-limit is for a GPU, and there is none.")
@@ -589,12 +583,6 @@ def claim_output(args):
         if not args.resume and (finished or saved) and is_first():
             move_aside(args.output)
         check_writable(args.output)
-
-
-def seed_everything(seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def setup_training(model, args):
@@ -839,20 +827,17 @@ def measured(phase, hint, row=None):
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    start = time.time()
+    report, start = {} if row is None else row, time.time()
     try:
         yield
     except torch.OutOfMemoryError:
         raise UserError(f"The phase '{phase}' does not fit into the memory: {hint}.") from None
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    figures = {f"sec/{phase}": time.time() - start, f"gib/{phase}": peak_gib()}
-    if torch.cuda.is_available():
-        figures["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        report["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    report.update({f"sec/{phase}": time.time() - start, f"gib/{phase}": peak_gib()})
     if row is None:
-        print_phases(figures)
-    else:
-        row.update(figures)
+        print_phases(report)
 
 
 def peak_gib():

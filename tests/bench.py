@@ -45,7 +45,7 @@ import sft  # noqa: E402
 
 
 def load():
-    sft.seed_everything(0)
+    torch.manual_seed(0)
     model, tokenizer = sft.load_model(ROOT / "data/toy/base", four_bit=False, lora_rank=32)
     return model, tokenizer
 
@@ -57,7 +57,7 @@ def load_wide(folder):
     text.hidden_size, text.intermediate_size, text.num_attention_heads = 512, 1376, 8
     text.rope_parameters["mrope_section"] = [8, 12, 12]
     config.vision_config.out_hidden_size = 512
-    sft.seed_everything(0)
+    torch.manual_seed(0)
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(ROOT / "data/toy/base").save_pretrained(folder)
     return sft.load_model(folder, four_bit=False, lora_rank=32)

@@ -24,9 +24,10 @@ KEY = "sk-secret-0123456789"
 @pytest.fixture(scope="session")
 def tiny():
     """(model, tokenizer): the toy base in 4 bits with a fresh LoRA adapter, which changes nothing yet."""
+    import torch
     import sft
     from gen_cot import MODELS
-    sft.seed_everything(0)
+    torch.manual_seed(0)
     return sft.load_model(ROOT / MODELS["tiny"], lora_rank=8)
 
 

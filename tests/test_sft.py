@@ -267,7 +267,7 @@ def test_a_picture_changes_the_logprobs(tiny, toy_records):
 
 def fresh(seed=0, acting=False, **options):
     """The toy base with a LoRA of its own, and tokenizer; with `acting`, B is random instead of 0."""
-    sft.seed_everything(seed)
+    torch.manual_seed(seed)
     model, tokenizer = sft.load_model(BASE, lora_rank=16, **options)
     for name, parameter in model.named_parameters():
         if acting and "lora_B" in name:
