@@ -43,8 +43,8 @@ from tqdm import tqdm
 import gen_cot
 import sft
 from pagrpo import rollout
-from rewards import (ChatClient, UserError, answer_score, digest, fill_prompt, format_rewards,
-                     gold_answer, option_key, parse_trace, question_text, rule_judge, to_number)
+from rewards import (NEGATION, ChatClient, UserError, answer_score, digest, fill_prompt, format_rewards,
+                     gold_answer, option_key, parse_trace, question_text, rule_judge, to_number, without_units)
 
 TINY = dict(data="data/toy/test.jsonl", media_root="data/toy", max_pixels=4, max_completion_tokens=112,
             batch_size=50)
@@ -115,7 +115,7 @@ def main(args):
     results = {"constant": constant_answers(records, args.scoring)}
     for adapter, name in names.items():
         done = {key_of(row): row for row in read_completions(files[adapter])}
-        rows = [done[key_of(record)] for record in records if key_of(record) in done]
+        rows = [done[key_of(record)] | dict(record) for record in records if key_of(record) in done]
         if any(row.get("run") != runs[adapter] for row in rows):
             print(f"{name}: these completions are of another model, prompt or setting than this command's.")
         if len(rows) < len(records):
@@ -198,7 +198,8 @@ BENCHMARKS = {
                            {"accuracy": pooled}, (48.1, 55.0, 45.3)),
     "mmvu": Benchmark("eval_mmvu.json", field("subject"), {"accuracy": pooled}, (60.0, 65.4, 58.7)),
     "vcr": Benchmark("eval_vcrbench.json", field("dimension"), {"accuracy": pooled}, (44.3, 51.0, 45.3)),
-    "mvbench": Benchmark("eval_mvbench.json", lambda r: MVBENCH_TASKS[(int(r["problem_id"]) - 1) // 200],
+    "mvbench": Benchmark("eval_mvbench.json",
+                         lambda r: MVBENCH_TASKS[range(4000).index(int(r["problem_id"]) - 1) // 200],
                          {"mean of tasks": mean_of_groups}, (59.0, 68.1, 63.2)),
     "tempcompass": Benchmark("eval_tempcompass.json", field("dim"), {"accuracy": pooled}, (72.6, 74.5, 66.4)),
     "videomme": Benchmark("eval_videomme.json", field("duration"), {"accuracy": pooled}, (56.6, 60.0, 55.9)),
@@ -219,7 +220,14 @@ def load_questions(args):
     records = []
     for path in paths:
         some = gen_cot.load_records(path, args.media_root, left_out=("open-ended",))
-        records += [dict(record, file=Path(path).name) for record in some]
+        some = [dict(record, file=Path(path).name) for record in some]
+        for record in some:
+            try:
+                bench_of(record["file"]).group(record)
+            except (LookupError, ValueError, TypeError):
+                raise UserError(f"{path}: problem_id {record.get('problem_id')!r} is none of the benchmark's "
+                                "own, which tell its groups: call the file something else.") from None
+        records += some
     missing = [record for record in records if not Path(record["media"]).exists()]
     if len(missing) == len(records) and not args.rescore and args.input == "video":
         raise UserError(f"None of the {len(records)} records has its medium below {args.media_root}: pass "
@@ -239,7 +247,10 @@ def key_of(row):
 def read_completions(path):
     """The rows of a completions file but for a line that a kill tore; none where it is not there yet."""
     rows = gen_cot.read_json(path) if Path(path).exists() else []
-    return [row for row in rows if isinstance(row, dict)]
+    rows = [row for row in rows if isinstance(row, dict)]
+    if not all({"file", "completion"} <= row.keys() for row in rows):
+        raise UserError(f"{path} holds no completions of evaluate.py.")
+    return rows
 
 
 def weights_digest(adapter):
@@ -378,8 +389,10 @@ def score_row(row, scoring):
     score = strict = answer_score(kind, answer, gold, scoring, row["options"])
     lenient = answer_score(kind, answer, gold, "lenient", row["options"])
     if kind == "regression" and bench_of(row["file"]).mra:
+        bare = without_units(answer, gold)
+        answer, gold = bare if scoring == "lenient" and "" not in bare else (answer, gold)
         score, strict = relative_accuracy(answer, gold), relative_accuracy(answer, gold, strict=True)
-        lenient = score
+        lenient = max(score, relative_accuracy(*bare))
     return dict(row, score=score, strict=strict, lenient=lenient, template=min(format_rewards(text)),
                 no_tag=no_tag and row["completion"] is not None, perception=None)
 
@@ -517,7 +530,8 @@ def settled_by_rule(think, options):
     conclusion = re.split(r"\b(?:so|thus|hence|therefore)\b", sentence[-1])[-1]
     letters = set(re.findall(r"\b([A-N])\b(?! [a-z])", conclusion))
     known = {chr(ord("A") + i) for i in range(len(options))}
-    unclear = len(letters) != 1 or re.search(r"\bnot\b|n['’]t\b|\b[A-N],? (?:or|and)\b", conclusion)
+    unclear = len(letters) != 1 or NEGATION.search(conclusion) or re.search(
+        r"\?|\b[A-N],? (?:or|and)\b|\b(?:exclude|eliminate|maybe|could|might)\b", conclusion)
     return letters.pop() if not unclear and letters <= known else None
 
 
@@ -609,7 +623,7 @@ def page_rollouts(folder):
     """The rows of every rollouts.jsonl with their `run`, the gold answer, and (mean, std) of each reward."""
     rows = []
     for path in sorted(folder.rglob("rollouts.jsonl")):
-        for row in read_completions(path):
+        for row in filter(None, gen_cot.read_json(path)):
             row["run"], row["moments"] = str(path.parent.relative_to(folder)), {}
             row["record"]["gold"] = gold_answer(row["record"]["solution"])
             for key in ("perception", "reasoning", "reward"):

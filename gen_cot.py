@@ -65,8 +65,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from rewards import (PROBLEM_TYPES, ChatClient, UserError, accuracy_reward, correct_answer, digest,
-                     format_rewards, gold_answer, label_options, load_prompt, make_judge, parse_trace,
-                     question_text, visible, write_atomically, write_text)
+                     format_rewards, gold_answer, label_options, load_prompt, make_judge, option_key,
+                     parse_trace, question_text, visible, write_atomically, write_text)
 
 MODELS = {"tiny": "data/toy/base", "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
           "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct"}
@@ -223,9 +223,12 @@ def load_traces(path):
         raise UserError(f"No traces file {path}: pass --traces, JSON Lines of {{problem_id, output}}.")
     traces = {}
     for i, row in enumerate(read_json(path)):
+        if isinstance(row, BadLine):
+            raise UserError(f"{path}: {row} Mend the line, or leave it out.")
         if not isinstance(row, dict) or "problem_id" not in row or not isinstance(row.get("output"), str):
             raise UserError(f"{path}, record {i}: a trace needs problem_id and output (a text).")
-        key = row.get("question") or str(row["problem_id"])
+        own = re.fullmatch("[0-9a-f]{24}", str(row.get("question")))  # a question_key, from `generate`
+        key = own[0] if own else str(row["problem_id"])
         if traces.setdefault(key, row["output"]) != row["output"]:
             raise UserError(f"{path}, record {i}: problem_id {row['problem_id']} has two traces: leave one "
                             "out.")
@@ -234,9 +237,9 @@ def load_traces(path):
 
 # --- steps 2 and 3: what is kept ----------------------------------------------------------------------------
 
-BEFORE_TRACE = re.compile(r"(?:\A\ufeff?|</think(?:ing)?>|</reasoning>|\[/THINK\]|◁/think▷)"
-                          r"\s*(?:```\w*\s*)?(?=<observation>)")
-AFTER_TRACE = re.compile(r"(?:```|</s>|<eos>|<end_of_turn>|<\|\w+\|>)\Z")
+BEFORE_TRACE = re.compile(r"(?:\A\ufeff?|</[\w:]*think\w*>|</reasoning>|\[/THINK\]|◁/think▷|"
+                          r"<\|\w+\|>(?:assistant)?)\s*(?:(?:```|~~~)\w*\s*)?(?=<observation>)")
+AFTER_TRACE = re.compile(r"(?:```|~~~|</s>|<eos>|<end_of_turn>|<[|｜][\w▁]+[|｜]>)\Z")
 
 
 def bare_trace(reply):
@@ -476,7 +479,7 @@ def load_records(paths, media_root=None, left_out=()):
     """
     files = []
     for pattern in [paths] if isinstance(paths, (str, Path)) else paths:
-        found = sorted(glob.glob(str(pattern)))
+        found = [str(pattern)] if os.path.exists(pattern) else sorted(glob.glob(str(pattern)))
         if not found:
             raise UserError(f"No data file {pattern}: pass --data, run the stage before, or see the README "
                             "on what to download and where to.")
@@ -517,7 +520,7 @@ def read_json(file):
         with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as f:
             text = f.read()
         if text.lstrip().startswith("["):
-            return json.loads(text)
+            return json.loads(text, parse_constant=no_number)
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise UserError(f"{file} can't be read ({error}): download or make it again, in UTF-8.") from None
     except (ValueError, RecursionError) as error:
@@ -526,12 +529,16 @@ def read_json(file):
     for n, line in enumerate(text.split("\n"), 1):  # not at U+2028 and its like
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                rows.append(json.loads(line, parse_constant=no_number))
             except (ValueError, RecursionError) as error:
                 rows.append(BadLine(f"line {n} is no JSON ({error})."))
     if rows and all(isinstance(row, BadLine) for row in rows):
-        raise UserError(f"{file} is neither JSON nor JSON Lines: it begins {text[:60]!r}.")
+        raise UserError(f"{file} is neither a JSON list nor JSON Lines: it begins {text[:60]!r}.")
     return rows
+
+
+def no_number(name):
+    """NaN, as pandas writes it where there is nothing, is read as null."""
 
 
 def parse_record(record, where, media_root=None):
@@ -575,7 +582,9 @@ def parse_solution(record, where):
         raise UserError(f"{where}: the field solution is missing or not a text.")
     solution = visible(solution if isinstance(solution, str) else json.dumps(solution))
     letter, _ = correct_answer(dict(record, solution=solution))
-    if record["problem_type"] == "multiple choice" and letter:
+    if not record["options"]:  # they may stand in the question
+        letter = option_key(gold_answer(solution), [])
+    if record["problem_type"] == "multiple choice" and re.fullmatch("[A-N]", letter):
         return f"<answer>{letter}</answer>"
     return solution if "<answer>" in solution else f"<answer>{solution}</answer>"
 

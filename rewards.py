@@ -115,7 +115,8 @@ def is_plain(content):
     return bool(visible(content)) and not any(f"<{tag}>" in content or f"</{tag}>" in content for tag in TAGS)
 
 
-BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe00-\ufe0f\uffa0]")  # Hangul fillers
+BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe00-\ufe0f\uffa0"
+                   "\u180b-\u180f\ufffc\U000e0100-\U000e01ef]")  # Hangul fillers
 
 
 def visible(text):
@@ -168,6 +169,12 @@ def answer_score(problem_type, answer, gold, scoring="paper", options=None):
     return max(score, number_score(problem_type, *without_units(answer, gold))) if lenient else score
 
 
+def unwrap_answer(answer):
+    """An answer without bold face and the box of LaTeX (R4)."""
+    boxed = re.findall(r"\\boxed\{(?:\\\w+\{)?(.*?)\}", answer)
+    return (boxed[-1] if boxed else answer).replace("*", "").strip()
+
+
 def gold_answer(solution):
     """The text of a solution, which comes with its <answer> tags or without."""
     answer = parse_trace(solution).answer
@@ -197,46 +204,60 @@ def number_score(problem_type, answer, gold):
 
 NUMBER_UNIT = re.compile(r"([-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d+)?)"  # 1,200.5
                          r"\s*((?:[%°]|[^\W\d_])\D{0,19})?")  # % or cm
-UNITS = set("% ° °c °f mm cm m km inch inches feet meter meters metre metres s sec second seconds min "
-            "minutes h hours mg g kg degree degrees percent dollars usd euros years days points".split())
+UNITS = set("% ° °c °f mm cm m km inch inches foot feet meter meters metre metres s sec second seconds min "
+            "minute minutes h hour hours mg g kg degree degrees percent dollar dollars usd euro euros year years "
+            "day days point points".split())
 
 
 def without_units(answer, gold):
     """Both without thousands separators and trailing unit; two empty texts if the units differ, or if only
     one of them has a unit and it is none of UNITS, as in "3 million" (R4)."""
-    a, b = (NUMBER_UNIT.fullmatch(text.replace("\u2212", "-")) for text in (answer, gold))
-    units = {(match[2] or "").strip(" .").lower() for match in (a, b) if match}
+    a, b = (NUMBER_UNIT.fullmatch(unwrap_answer(text).replace("\u2212", "-")) for text in (answer, gold))
+    units = [(match[2] or "").strip(" .") for match in (a, b) if match]
+    units = {unit if len(unit) == 1 else unit.lower() for unit in units}  # M is no m
     if not a or not b or len(units) > 1 and not ("" in units and units <= UNITS | {""}):
         return "", ""
-    return tuple(re.sub("[, ]", "", match[1]) for match in (a, b))
+    return tuple(re.sub("[, ]", "", match[1]).removesuffix(".") for match in (a, b))
 
 
 OPTION = re.compile(r"\s*\(?([A-N])[).:]\s*(.*)", re.DOTALL | re.IGNORECASE)  # "A. text", "A) ", "(A) "
-ANSWER_IS = re.compile(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)\s*(?:is)?\s*:?\s*(?:option\s*)?"
-                       r"\(?([A-N])\b(?!\s+[a-z])")
-NEGATION = re.compile(r"\bnot\b|n['’]t\b")
+ANSWER_IS = re.compile(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice|choose|pick)\s*(?:is|should be)?\s*:?\s*"
+                       r"(?:option\s*)?[(\[\"'`“]?([A-N])\b"
+                       r"(\s+(?!because\b|since\b|as\b|is (?:the )?(?:correct|right|best))[a-z])?")  # more words
+NEGATION = re.compile(r"not\b|n['’]t\b|\b(?:wrong|incorrect|false|neither|nor|unlike|except|without|rather than|"
+                      r"instead of)\b", re.IGNORECASE)
 
 
 def option_key(answer, options):
     """What a multiple-choice answer picks: an option's letter, else its own words, else "" (R4)."""
-    boxed = re.findall(r"\\boxed\{(?:\\text\{)?(.*?)\}", answer)
-    answer = (boxed[-1] if boxed else answer).replace("*", "").strip()
+    answer = unwrap_answer(answer)
     words, label = normalise_text(answer), OPTION.fullmatch(answer)
     labelled = list(filter(None, map(OPTION.fullmatch, options or [])))
     if re.fullmatch("[a-n]", words) and (not labelled or words.upper() in {o[1].upper() for o in labelled}):
         return words.upper()
-    for form in (str.lower, normalise_text):  # as written first: a sign can be all that differs
+    for form in (str.lower, option_words):  # as written first: a sign can be all that differs
         letters = [o[1].upper() for o in labelled if form(o[2].strip()) == form(answer) != ""]
         if letters:
             return letters[0] if len(letters) == 1 else words
     if label:
-        return label[1].upper()
+        others = [rf"\b{o[1]}[).:]\s*{re.escape(o[2])}" for o in labelled if o[1].upper() != label[1].upper()]
+        listed = others and re.search("|".join(others), label[2], re.IGNORECASE)  # the options once more
+        return words if listed else label[1].upper()
+    if first := re.match(r"\(?([A-N])\)?[.:]?\n", answer):
+        return first[1]
     # "Yes, it is" for the option "yes", "Sentence B" for the option "Sentence B: …"
-    clause = normalise_text(re.split("[,.:]", answer)[0])
-    letters = [o[1].upper() for o in labelled if normalise_text(o[2].partition(":")[0]) == clause != ""]
+    clause = option_words(re.split("[,.:]", answer)[0])
+    letters = [o[1].upper() for o in labelled if option_words(o[2].partition(":")[0]) == clause != ""]
     positive = [part for part in re.split("[,.;]", answer) if not NEGATION.search(part)]
-    said = letters or set(ANSWER_IS.findall(". ".join(positive)))
-    return list(said)[0] if len(said) == 1 else words
+    found = ANSWER_IS.findall(". ".join(positive))
+    said = set(letters or [letter for letter, _ in found])
+    unclear = not letters and any(more for _, more in found)  # "answer A person gave": an article
+    return said.pop() if len(said) == 1 and not unclear else words
+
+
+def option_words(text):
+    """`normalise_text`, but a sign before a digit counts."""
+    return normalise_text(re.sub(r"[-−+<>=/](?=\d)", lambda sign: f" sign{ord(sign[0])} ", text))
 
 
 def normalise_text(text):
@@ -404,9 +425,10 @@ def fill_prompt(template, **fields):
 
 
 def label_options(options):
-    """Options with letters before them, such as "A. red"; as they are where all have one."""
-    if all(map(OPTION.fullmatch, options)):
-        return options
+    """Options with letters before them, such as "A. red"; where all have one, it becomes a capital."""
+    labels = [label and label[1] for label in map(OPTION.fullmatch, options)]
+    if all(labels):
+        return [option.replace(label, label.upper(), 1) for option, label in zip(options, labels)]
     return [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
 
 
@@ -432,7 +454,7 @@ def load_prompt(file, default, fields):
     if file is None:
         return default
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The prompt file {file} can't be read ({error}).") from None
     missing = [f"{{{field}}}" for field in fields if f"{{{field}}}" not in text]

@@ -10,13 +10,14 @@ relative to --media-root: MMVU/videos/…, TempCompass/videos/…, and VCR-Bench
 """
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages live a folder up
 
 import gen_cot  # noqa: E402
-from rewards import label_options, option_key  # noqa: E402
+from rewards import UserError, label_options, option_key  # noqa: E402
 
 
 def record(problem, options, answer, path, **fields):
@@ -39,7 +40,7 @@ def vcr(rows):
     for row in rows:
         options, question = [], row["question"]
         if row["multiple-choice"]:  # whose options stand in the question, too
-            options, question = row["choices"].values(), question.partition("A. ")[0]
+            options, question = row["choices"].values(), re.split(r"\n\s*A\. ", question)[0]
         yield record(question, options, row["answer"], row["video_path"], dimension=row["dimension"])
 
 
@@ -61,9 +62,14 @@ def get_args():
 
 
 def main(args):
+    if len(args.files) < 2 or Path(args.files[-1]).exists():
+        raise UserError("Name the question files, and last a file to write that is not there yet.")
     rows = []
     for file in args.files[:-1]:
-        rows += globals()[args.benchmark](json.loads(Path(file).read_text(encoding="utf-8")))
+        try:
+            rows += globals()[args.benchmark](json.loads(Path(file).read_text(encoding="utf-8-sig")))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is no question file of {args.benchmark} ({error!r}).") from None
     rows = [dict(row, problem_id=i) for i, row in enumerate(rows)]
     gen_cot.write_text(Path(args.files[-1]), json.dumps(rows, ensure_ascii=False, indent=1))
     print(f"{len(rows)} questions in {args.files[-1]}")

@@ -204,9 +204,43 @@ def test_native_forms_become_records_that_load(folder, monkeypatch, capsys, name
     rows = gen_cot.read_json("made.json")
     assert [row["problem_type"] for row in rows] == 2 * kinds and first.items() <= rows[0].items()
     assert [row["problem_id"] for row in rows] == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="that is not there yet"):  # the name to write was forgotten
+        benchmarks.main(SimpleNamespace(benchmark=name, files=["native.json", "made.json"]))
+    assert gen_cot.read_json("made.json") == rows
+    with pytest.raises(UserError, match="made.json is no question file"):
+        benchmarks.main(SimpleNamespace(benchmark=name, files=["made.json", "other.json"]))
     records = gen_cot.load_records("made.json", "media", left_out=("open-ended",))
     assert len(records) == 2 * kinds.count("multiple choice")
     assert question_text(records[0]).count(first["options"][1]) == 1
+
+
+def test_vsis_numbers_are_read_with_their_unit_where_scoring_is_lenient(folder):
+    """Relative accuracy of 10 and 9.3 against 10: 1.0, and 0.9 (θ up to 0.90), strict alike."""
+    asked = [question(gold, i, original_question_type="object_counting") for i, gold in enumerate(["10", "10"])]
+    said, file = [TRACE.format("10 m"), TRACE.format("9.3")], evaluate.BENCHMARKS["vsi"].file
+    paper, lenient = (rescore(asked, said, "--scoring", scoring, file=file) for scoring in ("paper", "lenient"))
+    assert (paper["numbers"]["official"][0], lenient["numbers"]["official"][0]) == (45.0, 95.0)
+    assert (paper["lenient only"], lenient["lenient only"]) == (50.0, 0.0)
+
+
+@pytest.mark.parametrize("problem_id", [0, 4001, None, "validation_Art_0"])
+def test_a_problem_id_that_tells_no_group_is_named_before_anything_is_decoded(folder, problem_id):
+    file = evaluate.BENCHMARKS["mvbench"].file
+    with pytest.raises(UserError, match=f"{file}: problem_id {problem_id!r} is none of the benchmark's own"):
+        rescore([question(i=1), question(i=problem_id)], [TRACE.format("A")] * 2, file=file)
+
+
+def test_a_corrected_gold_answer_counts_at_once(folder):
+    assert rescore([question("B")], [TRACE.format("A")])["numbers"]["answer"][0] == 0
+    Path("q.json").write_text(json.dumps([question("A")]))
+    assert run("--data", "q.json", "--adapters", "none", "--rescore", "--output", "out")["base"]["q.json"][
+        "numbers"]["answer"][0] == 100
+
+
+def test_a_file_that_holds_no_completions_is_named(folder):
+    gen_cot.write_jsonl("cot.jsonl", [question()])
+    with pytest.raises(UserError, match="cot.jsonl holds no completions of evaluate.py"):
+        run("--compare", "cot.jsonl", "cot.jsonl")
 
 
 # --- what stands beside a score ---

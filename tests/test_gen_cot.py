@@ -88,6 +88,27 @@ def test_options_come_in_many_forms(tmp_path, options, expected):
 def test_options_are_parsed_and_never_evaluated(tmp_path):
     text = f"[open({str(tmp_path / 'made')!r}, 'w')]"
     assert "record 0: the options are no list" in error_of(gen_cot.parse_options, text, "record 0")
+
+
+@pytest.mark.parametrize("options, solution, expected", [
+    (["a) red", "b) blue"], "b", "B"),  # whose letters become capitals in the prompt, too
+    (None, "b", "B"), (None, "(B)", "B"), (None, "B. a book", "B"), (None, "a book", "a book")])
+def test_a_gold_answer_is_the_letter_that_the_prompt_asks_for(options, solution, expected):
+    record = gen_cot.parse_record(changed(options=options, solution=solution), "here")
+    assert record["solution"] == f"<answer>{expected}</answer>"
+    assert record["options"] == ([] if options is None else ["A) red", "B) blue"])
+
+
+def test_what_pandas_writes_for_nothing_is_nothing(tmp_path):
+    row = json.dumps(changed(options=None, solution="left", answer="STOP", problem_type="OCR"))
+    file = tmp_path / "pandas.json"
+    file.write_text(f"[{row.replace('null', 'NaN').replace(json.dumps('left'), 'NaN')}]")
+    record, = load_records(file)
+    assert (record["options"], record["solution"]) == ([], "<answer>STOP</answer>")
+
+
+def test_a_file_whose_name_is_a_pattern_is_found(tmp_path):
+    assert len(load_records(dump(tmp_path / "records[1].json", [RECORD]))) == 1
     assert not (tmp_path / "made").exists()
 
 
@@ -402,5 +423,8 @@ def test_two_different_traces_for_one_problem_id_are_an_error(tmp_path):
     assert gen_cot.load_traces(dump(file, rows)) == {"1": "x", "2": "y"}
     assert f"{file}, record 3: problem_id 1 has" in error_of(
         gen_cot.load_traces, dump(file, [*rows, dict(problem_id=1, output="z")]))
-    of_files = [dict(row, question=row["output"]) for row in (rows[0], dict(problem_id=1, output="z"))]
-    assert gen_cot.load_traces(dump(file, of_files)) == {"x": "x", "z": "z"}  # two files' first questions
+    of_files = [dict(row, question=row["output"] * 24) for row in (rows[0], dict(problem_id=1, output="f"))]
+    of_files[0]["question"] = "a" * 24
+    assert gen_cot.load_traces(dump(file, of_files)) == {"a" * 24: "x", "f" * 24: "f"}  # two files' first ones
+    others = [dict(rows[0], question="Which?"), dict(rows[2], question=["Which?"])]  # a field of one's own
+    assert gen_cot.load_traces(dump(file, others)) == {"1": "x", "2": "y"}

@@ -192,6 +192,12 @@ OPTIONS = ["A. a red car", "B) a blue van", "C. 12", "D. A. Smith"]
     ("not B", "B", 0), ("The answer is not B.", "B", 0), ("It's not option B.", "B", 0),
     ("I wouldn't say option B", "B", 0), ("The answer is A red one", "A", 0),
     ("Option A, option B", "B", 0), ("The answer is B", "A", 0),
+    ("Option B is correct.", "B", 1), ("So the answer is B because it is blue", "B", 1),
+    ('The answer is "B".', "B", 1), ("I choose B", "B", 1), ("The answer should be [B]", "B", 1),
+    ("B\n\nThe van is blue.", "B", 1), (r"\boxed{\textbf{B}}", "B", 1),
+    ("wrong answer: B", "B", 0), ("Neither option B", "B", 0), ("The answer is A rather than option B", "B", 0),
+    ("The answer is B because option A, the red car, left.", "A", 0), ("Unlike option A, B is right", "A", 0),
+    ("A. a red car\nB) a blue van\nC. 12", "A", 0), ("(A) a red car or (B) a blue van", "A", 0),
 ])
 def test_lenient_multiple_choice(answer, gold, expected):
     assert score("multiple choice", answer, gold, "lenient", OPTIONS) == expected
@@ -201,7 +207,8 @@ def test_lenient_multiple_choice(answer, gold, expected):
     (["A. 3", "B. 5"], "B", "5", "3"), (["A. 3", "B. 5"], "5", "B", "A"),
     (["A. 12", "B. -12"], "A", "12", "-12"), (["A. 12", "B. -12"], "B", "-12", "12"),
     (["A. <", "B. >", "C. ="], "C", "=", "<"), (["A. <", "B. >", "C. ="], "C", "=", "!!!"),
-    (["A. x", "B. y"], "A", "x", "y"),
+    (["A. x", "B. y"], "A", "x", "y"), (["A. 3", "B. -3"], "B", "-3.", "3."), (["A. 3", "B. 5"], "A", "3.", "-3"),
+    (["A. 1 2", "B. 1/2"], "B", "1/2!", "1 2"),
     # options that are letters themselves: a letter that labels an option comes first, else an option's text
     (["A. c", "B. a", "C. b"], "C", "c", "a"), (["A. c", "B. a"], "A", "c", "b"),
     (["A. e", "B. g", "C. h"], "B", "g", "h"),
@@ -225,7 +232,8 @@ def test_an_option_is_named_by_its_text_however_short(options, gold, right, wron
     ("20°C", "20", 1), ("3 million", "3", 0), ("3", "3 million", 0), ("2π", "2", 0), ("5k", "5", 0),
     ("5 K", "5", 0), ("3 million", "3 million", 1), ("3 million", "3 billion", 0), ("50 percent", "50", 1),
     ("1 200 m", "1200", 1), ("\u22123", "-3", 1), ("5 minutes", "5", 1), ("$5", "$5", 1), ("nan", "nan", 1),
-    ("", "", 0), ("cm", "m", 0),
+    ("", "", 0), ("cm", "m", 0), ("3M", "3", 0), ("3.", "3", 1), ("**3**", "3", 1), (r"\boxed{3}", "3", 1),
+    ("1 hour", "1", 1),
 ])
 def test_lenient_numerical(answer, gold, expected):
     assert score("numerical", answer, gold, "lenient") == expected
