@@ -44,7 +44,8 @@ import gen_cot
 import sft
 from pagrpo import rollout
 from rewards import (NEGATION, ChatClient, UserError, answer_score, digest, fill_prompt, format_rewards,
-                     gold_answer, option_key, parse_trace, question_text, rule_judge, to_number, without_units)
+                     gold_answer, option_key, parse_trace, question_text, rule_judge, to_number,
+                     without_units)
 
 TINY = dict(data="data/toy/test.jsonl", media_root="data/toy", max_pixels=4, max_completion_tokens=112,
             batch_size=50)

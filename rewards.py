@@ -205,8 +205,8 @@ def number_score(problem_type, answer, gold):
 NUMBER_UNIT = re.compile(r"([-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d+)?)"  # 1,200.5
                          r"\s*((?:[%°]|[^\W\d_])\D{0,19})?")  # % or cm
 UNITS = set("% ° °c °f mm cm m km inch inches foot feet meter meters metre metres s sec second seconds min "
-            "minute minutes h hour hours mg g kg degree degrees percent dollar dollars usd euro euros year years "
-            "day days point points".split())
+            "minute minutes h hour hours mg g kg degree degrees percent dollar dollars usd euro euros year "
+            "years day days point points".split())
 
 
 def without_units(answer, gold):
@@ -223,9 +223,9 @@ def without_units(answer, gold):
 OPTION = re.compile(r"\s*\(?([A-N])[).:]\s*(.*)", re.DOTALL | re.IGNORECASE)  # "A. text", "A) ", "(A) "
 ANSWER_IS = re.compile(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice|choose|pick)\s*(?:is|should be)?\s*:?\s*"
                        r"(?:option\s*)?[(\[\"'`“]?([A-N])\b"
-                       r"(\s+(?!because\b|since\b|as\b|is (?:the )?(?:correct|right|best))[a-z])?")  # more words
-NEGATION = re.compile(r"not\b|n['’]t\b|\b(?:wrong|incorrect|false|neither|nor|unlike|except|without|rather than|"
-                      r"instead of)\b", re.IGNORECASE)
+                       r"(\s+(?!because\b|since\b|as\b|is (?:the )?(?:correct|right|best))[a-z])?")
+NEGATION = re.compile(r"not\b|n['’]t\b|\b(?:wrong|incorrect|false|neither|nor|unlike|except|without|rather|"
+                      r"instead)\b", re.IGNORECASE)
 
 
 def option_key(answer, options):
@@ -513,8 +513,8 @@ class ChatClient:
     def find_url(self, base):
         base = base.strip().removesuffix("/chat/completions").rstrip("/")
         if not re.fullmatch(r"https?://(\[[\da-fA-F:.]+\](:\d+)?|[^][@/?#\s]+)(/[^?#\s]*)?", base):
-            raise UserError(f"The URL of {self.model} is not of the form http://HOST:PORT/v1. A name, password "
-                            f"or key does not belong there: set {self.variable} in the environment.")
+            raise UserError(f"The URL of {self.model} is not of the form http://HOST:PORT/v1. A password or "
+                            f"key does not belong there: set {self.variable} in the environment.")
         if self.api == "anthropic" or not urlsplit(base).path:
             base = base.removesuffix("/v1") + "/v1"  # their clients leave it out, those of the others don't
         return base + ("/messages" if self.api == "anthropic" else "/chat/completions")
