@@ -465,6 +465,8 @@ def load_prompt(file, default, fields):
 
 # --- a chat client that survives a long run -----------------------------------------------------------------
 
+PATIENCE = 8  # seconds for which a judge's replies on their way are waited for when a run ends
+
 class ChatClient:
     """A remote model over the Messages API (anthropic:MODEL) or chat-completions (openai:MODEL).
 
@@ -532,7 +534,7 @@ class ChatClient:
         try:
             replies = [jobs[key].result() for key in keys]
         except BaseException:  # a refusal, the call limit, Ctrl-C: begin nothing new, keep what is under way
-            self.close()
+            self.close(PATIENCE)
             raise
         self.report(replies)
         return replies
@@ -543,10 +545,12 @@ class ChatClient:
             print(f"{self.model} at {urlsplit(self.url).netloc}: {replies.count(None)} of {len(replies)} "
                   f"replies missing after all retries; the last trouble was {self.trouble}", file=sys.stderr)
 
-    def close(self):
-        """Begin nothing new, and wait for the requests in flight."""
+    def close(self, patience=None):
+        """Begin nothing new, and wait for the requests in flight, so many seconds at most."""
         self.stop.set()
-        self.pool.shutdown(cancel_futures=True)
+        waiting = threading.Thread(target=self.pool.shutdown, kwargs=dict(cancel_futures=True), daemon=True)
+        waiting.start()
+        waiting.join(patience)
 
     def reply(self, content, accept=bool):
         """An accepted reply to one content, cached or from the server; None after the last retry. Raises

@@ -402,6 +402,22 @@ def test_ctrl_c_asks_nothing_more_and_keeps_what_is_on_its_way(server, tmp_path)
     assert 5 <= len(server.seen) == len(list(tmp_path.rglob("*.json"))) < 20
 
 
+def test_ctrl_c_waits_a_while_and_no_longer_for_a_server_that_hangs(server, monkeypatch):
+    release = threading.Event()
+
+    def behave(prompt, attempt):
+        os.kill(os.getpid(), signal.SIGINT)
+        release.wait(20)
+        return YES
+
+    server.behave = behave
+    monkeypatch.setattr(rewards, "PATIENCE", 0.1)
+    with pytest.raises(KeyboardInterrupt):
+        judge_at(server)([record()], ["seen"])
+    assert server.in_flight == 1
+    release.set()
+
+
 def test_concurrency_is_bounded_over_all_callers(server):
     server.behave = lambda prompt, attempt: time.sleep(0.02) or YES
     judge = judge_at(server, concurrency=3)
