@@ -59,9 +59,11 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.stream import Disposition
+from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 from pebble import ProcessExpired, ProcessPool
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from rewards import (PROBLEM_TYPES, ChatClient, UserError, accuracy_reward, correct_answer, digest,
@@ -745,12 +747,12 @@ def read_frames(path, num_frames=16, max_pixels=128 * FACTOR**2):
         with open_video(path) as (container, stream):
             stamps = [(packet.pts, packet.duration, packet.is_keyframe) for packet in container.demux(stream)
                       if packet.size and not packet.is_discard]
-            clip, promised = Timeline(stamps, stream), promised_end(stream)
+            clip, promised = Timeline(stamps, stream), promised_end(container, stream)
         frames = pick_frames(path, clip, num_frames, max_pixels)
         if frames is None:  # the frames have other time stamps than their packets, or none: decode twice
             with open_video(path) as (container, stream):
                 stamps = [(frame.pts, frame.duration, False) for frame in container.decode(stream)]
-                clip = Timeline(stamps, stream)
+                clip = Timeline(continue_clock(stamps, stream), stream)
             frames = pick_frames(path, clip, num_frames, max_pixels)
         seconds, lost = clip.end - clip.starts[0], promised - clip.end
         if lost > 0.05 * (seconds + lost):
@@ -766,7 +768,7 @@ def open_video(path):
     options = dict(format_whitelist=VIDEO_FORMATS, protocol_whitelist="file")
     with av.open(str(path), options=options) as container:
         stream = container.streams.best("video")
-        if stream is None:
+        if stream is None or stream.disposition & Disposition.attached_pic:  # the cover of a sound file
             raise ValueError("it holds no pictures")
         stream.codec_context.thread_count = 1  # there are other workers
         yield container, stream
@@ -789,8 +791,24 @@ class Timeline:
         self.end = (self.ticks[-1] + (stamps[-1][1] or step)) * float(stream.time_base)
 
 
-def promised_end(stream):
-    """The second at which a stream says that it ends; 0 where it doesn't say."""
+def continue_clock(stamps, stream):
+    """The (pts, duration, is keyframe) of frames in the order of decoding, where recordings were joined: if
+    the clock jumps back by more than a second, what follows begins where the frame before ended."""
+    shift, end, moved = 0, None, []
+    for pts, duration, is_keyframe in stamps:
+        if None not in (pts, end) and (end - pts - shift) * stream.time_base > 1:
+            shift = end - pts
+        if pts is not None:
+            pts += shift
+            end = pts + (duration or 0)
+        moved.append((pts, duration, is_keyframe))
+    return moved
+
+
+def promised_end(container, stream):
+    """The second at which a stream says that it ends; 0 where it doesn't say, or speaks for the sound, too."""
+    if container.format.name == "asf":
+        return 0
     if stream.duration:
         return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
     hours, minutes, seconds = stream.metadata.get("DURATION", "0:0:0").split(":")  # Matroska
@@ -812,16 +830,33 @@ def pick_frames(path, clip, num_frames, max_pixels):
                 decoded, at = container.decode(stream), None
             while at is None or at < i:
                 frame = next(decoded, None)
-                place = index.get(frame.pts) if frame and clip.keyframes else at + 1
-                if frame is None or place is None or place > i or at not in (None, place - 1):
+                if frame is None or at is None and frame.pict_type != PictureType.I:  # it only says keyframe
+                    return None
+                place = index.get(frame.pts) if clip.keyframes else at + 1
+                if place is None or place > i or at not in (None, place - 1):
                     return None
                 at = place
-            pixels = np.rot90(to_rgb.reformat(frame, format="rgb24").to_ndarray(), frame.rotation // 90)
+            pixels, turned = turn_pixels(to_rgb.reformat(frame, format="rgb24").to_ndarray(), frame)
             if size is None:  # of all frames, even if theirs changes on the way
                 sides = [frame.height, frame.width * float(stream.sample_aspect_ratio or 1)]
-                size = fit_size(*(sides[::-1] if frame.rotation % 180 else sides), max_pixels)
+                size = fit_size(*(sides[::-1] if turned else sides), max_pixels)
             frames.append(np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.BICUBIC)))
     return frames
+
+
+def turn_pixels(pixels, frame):
+    """(pixels as the frame's display matrix turns and mirrors them, whether the sides changed places); a tilt
+    counts as the nearest quarter."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
+    turned = abs(b) > abs(a)
+    if turned:
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]), turned
+
+
+TURNS = (None, Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE,
+         Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90)  # of EXIF's orientations 1 to 8
 
 
 def read_image(path, max_pixels=IMAGE_PIXELS[1]):
@@ -833,9 +868,11 @@ def read_image(path, max_pixels=IMAGE_PIXELS[1]):
                 raise ValueError(f"{image.width} x {image.height} pixels are too many: make it smaller")
             if image.mode in ("I", "F"):
                 raise ValueError("what is white in 32 bits is not known: save it with 8 or 16 bits a channel")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # convert() would clip it to white
-                image = image.point(lambda value: value / 256).convert("L")
+            orientation = image.getexif().get(0x0112, 1)
+            if orientation in range(2, 9):
+                image = image.transpose(TURNS[orientation - 1])
+            if image.mode.startswith("I;16"):  # convert("L") alone would clip it to white
+                image = image.convert("I").point(lambda value: value / 256).convert("L")
             if image.has_transparency_data:  # on white, where what it shows is usually meant to be seen
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             height, width = fit_size(image.height, image.width, max_pixels)
@@ -845,12 +882,17 @@ def read_image(path, max_pixels=IMAGE_PIXELS[1]):
 
 
 def read_folder(path, num_frames, max_pixels, rate=3.0):
-    """As `read_frames`, of a folder of pictures at `rate` per second in the order of their names."""
-    names = sorted(os.listdir(path))
+    """As `read_frames`, of a folder of pictures at `rate` per second in the order of their names, in which 10
+    comes after 9."""
+    names = [entry.name for entry in os.scandir(path) if not entry.name.startswith(".")]  # .DS_Store, ._1.jpg
+    names = [name for name in names if Path(name).suffix.lower() in Image.registered_extensions()]
+    names.sort(key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(20), name))
     if not names:
-        raise MediaError(f"{path} is an empty folder.")
+        raise MediaError(f"{path} is a folder without pictures.")
     wanted = sample_indices(np.arange(len(names)) / rate, len(names) / rate, num_frames)
     frames = [read_image(os.path.join(path, names[i]), max_pixels)[0] for i in wanted]
+    size = frames[0].shape[1::-1]  # of all of them
+    frames = [np.asarray(Image.fromarray(frame).resize(size, Image.BICUBIC)) for frame in frames]
     return np.stack(frames), len(frames) * rate / len(names)
 
 
@@ -910,6 +952,8 @@ def read_ahead(records, args, read=read_media, timeout=None):
                 media = MediaError(f"{record['media']} takes more than {limit:g} s to decode.")
             except ProcessExpired as error:
                 media = MediaError(f"{record['media']} crashes the decoder (exit code {error.exitcode}).")
+            except (OSError, MemoryError) as error:
+                media = MediaError(f"{record['media']} can't be read ({type(error).__name__}: {error}).")
             yield record, media
     finally:
         pool.stop()

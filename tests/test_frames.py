@@ -10,6 +10,7 @@ import struct
 import subprocess
 import time
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -125,6 +126,12 @@ def turned(path, matrix):
     return path
 
 
+def replaced(path, old, new):
+    """The file, in which every box of one name, or flag, is called otherwise."""
+    path.write_bytes(path.read_bytes().replace(old, new))
+    return path
+
+
 def grow(path):
     """A webm whose frame size changes in the middle, as video calls are recorded."""
     with av.open(str(path), "w") as container:
@@ -191,6 +198,9 @@ MADE = {  # name: how the file is made in its folder
     "grows.webm": grow,
     "bare.h264": lambda p: encode(p, X264, moving(100), container_format="h264"),
     "live.webm": lambda p: encode(p, "libvpx", moving(100), live="1"),
+    "no-keyframe-table.mp4": lambda p: replaced(encode(p, "mpeg4", moving(1300, 56, 56), g="1300"), b"stss", b"free"),
+    "sound-is-longer.wmv": lambda p: ffmpeg("-i", encode(p.with_suffix(".mp4"), X264, moving(100)), "-f", "lavfi",
+                                            "-i", "sine=d=9", "-c:v", "wmv2", "-c:a", "wmav2", p),
     "long.mp4": lambda p: encode(p, X264, moving(1500, 56, 56), g="50", preset="ultrafast"),
 }
 
@@ -227,6 +237,53 @@ def test_frames_are_those_that_a_player_shows_at_even_times(tmp_path, name):
         assert np.array_equal(ours, np.asarray(Image.fromarray(picture).resize(size[::-1], Image.BICUBIC)))
     assert len({frame.tobytes() for frame in frames}) >= min(len(frames), 8) or len(frames) <= 4  # they move
     assert len(frames) / fps == pytest.approx(seconds, abs=0.01)
+
+
+@pytest.mark.parametrize("matrix, expected", [
+    ((-1, 0, 0, 1), lambda x: x[:, :, ::-1]), ((1, 0, 0, -1), lambda x: x[:, ::-1]),
+    ((0, 1, 1, 0), lambda x: x.swapaxes(1, 2)), ((0, -1, -1, 0), lambda x: x[:, ::-1, ::-1].swapaxes(1, 2)),
+    ((0, 0, 0, 0), lambda x: x), ((1, 0, 0, 1), lambda x: x)])
+def test_clips_are_mirrored_as_the_file_says(tmp_path, matrix, expected):
+    plain = encode(tmp_path / "a.mp4", X264, moving(50, 112, 112))
+    other = turned(Path(shutil.copy(plain, tmp_path / "b.mp4")), matrix)
+    assert np.array_equal(read_frames(other)[0], expected(read_frames(plain)[0]))
+
+
+@pytest.mark.parametrize("suffix, codec", [("ts", X264), ("mpg", "mpeg2video")])
+def test_joined_recordings_follow_each_other(tmp_path, suffix, codec):
+    """The clock starts again with the second one: four seconds at 25 frames each second, half of them each."""
+    halves = [encode(tmp_path / f"{i}.{suffix}", codec, moving(100, 56, 56)[i::2]) for i in (0, 1)]
+    (tmp_path / f"joined.{suffix}").write_bytes(b"".join(path.read_bytes() for path in halves))
+    pictures = []
+    for path in halves:
+        with av.open(str(path)) as container:
+            pictures += [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    frames, fps = read_frames(tmp_path / f"joined.{suffix}")
+    assert len(pictures) == 100 and len(frames) == 8 and fps == pytest.approx(2, rel=0.02)
+    for ours, i in zip(frames, np.linspace(0, 99, 8).round().astype(int)):
+        assert min(np.abs(ours.astype(int) - pictures[j]).mean() for j in (i - 1, i, min(i + 1, 99))) == 0
+
+
+def test_a_sound_files_cover_is_no_video(tmp_path):
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
+    sound = ffmpeg("-f", "lavfi", "-i", "sine=d=5", "-attach", tmp_path / "a.png", "-metadata:s:t",
+                   "mimetype=image/png", tmp_path / "a.mkv")
+    with pytest.raises(MediaError, match="no pictures"):
+        read_frames(sound)
+
+
+def test_a_folders_pictures_come_in_the_order_of_their_numbers(tmp_path):
+    """Also of another size than the first one's, and beside what file managers leave there."""
+    for i in range(1, 13):
+        Image.new("RGB", (56, 56) if i != 5 else (112, 56), (20 * i, 0, 0)).save(tmp_path / f"frame_{i}.png")
+    for name in (".DS_Store", "._frame_1.png", "Thumbs.db", "notes.txt"):
+        (tmp_path / name).write_bytes(b"?")
+    (tmp_path / "more").mkdir()
+    frames, fps = gen_cot.read_folder(tmp_path, 16, 4 * 28**2)
+    assert frames.shape == (8, 56, 56, 3) and fps == 2.0
+    assert frames[:, 0, 0, 0].tolist() == [20, 60, 80, 120, 140, 180, 200, 240]
+    with pytest.raises(MediaError, match="a folder without pictures"):
+        gen_cot.read_folder(tmp_path / "more", 16, 4 * 28**2)
 
 
 def test_anamorphic_clips_have_the_shape_that_a_player_shows(tmp_path):
@@ -358,12 +415,14 @@ def stall_or_crash(record, num_frames, max_pixels):
         time.sleep(600)
     if record["media"] == "crashes":
         os.kill(os.getpid(), 9)
+    if record["media"] == "gone":
+        raise FileNotFoundError("it was there a minute ago")
     return record["media"], num_frames
 
 
 def test_a_hang_ends_at_the_time_limit_and_a_crash_costs_one_record(monkeypatch):
     monkeypatch.setattr(gen_cot, "DECODE_TIMEOUT", 1.5)
-    names = ["a", "crashes", "b", "hangs", "c", "crashes", "d"] + list("efghij")
+    names = ["a", "crashes", "b", "hangs", "c", "crashes", "d", "gone"] + list("efghij")
     results = [media for _, media in gen_cot.read_ahead(
         (dict(media=name) for name in names), settings(), stall_or_crash)]
     assert [m[0] for m in results if not isinstance(m, MediaError)] == [n for n in names if len(n) == 1]
@@ -416,7 +475,8 @@ TINTED = np.dstack([RAMP, 255 - RAMP, RAMP // 2])
     (Image.fromarray(RAMP // 64 * 64).quantize(4), "png", np.dstack([RAMP // 64 * 64] * 3)),
     (Image.fromarray(RAMP > 128), "png", np.dstack([(RAMP > 128) * np.uint8(255)] * 3)),
     (Image.fromarray(np.dstack([255 - RAMP] * 3 + [RAMP * 0]), "CMYK"), "jpg", np.dstack([RAMP] * 3)),
-], ids=["grey", "16-bit", "rgb", "alpha", "grey-alpha", "palette", "two-colour", "cmyk"])
+    (Image.fromarray((RAMP * 257.0).astype(">u2")), "tiff", np.dstack([RAMP] * 3)),
+], ids=["grey", "16-bit", "rgb", "alpha", "grey-alpha", "palette", "two-colour", "cmyk", "16-bit big-endian"])
 def test_pictures_of_every_mode_look_as_they_should(tmp_path, picture, suffix, expected):
     picture.save(tmp_path / f"a.{suffix}", quality=98)
     frames = read_image(tmp_path / f"a.{suffix}")
@@ -445,6 +505,10 @@ def test_photos_stand_upright(tmp_path, orientation):
     frames = read_image(tmp_path / "a.png")
     assert np.array_equal(frames[0], expected)
     assert frames.shape[1:3] == ((56, 112) if orientation < 5 else (112, 56))
+    # an odd tag beside it, a width that is no whole number, costs nothing
+    tags = struct.pack("<HHIf", 0x0100, 11, 1, 0.5) + struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)
+    photo.save(tmp_path / "b.png", exif=b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + tags + bytes(4))
+    assert np.array_equal(read_image(tmp_path / "b.png"), frames)
 
 
 @pytest.mark.parametrize("mode, value", [("I", 2**20), ("F", 0.5)])
@@ -457,7 +521,7 @@ def test_pictures_of_32_bits_are_refused(tmp_path, mode, value):
 def test_a_picture_is_refused_for_its_size_before_it_is_decoded(tmp_path, monkeypatch):
     """A file of 0.1 MiB can hold a gigabyte of white."""
     Image.new("1", (9000, 9000), 1).save(tmp_path / "a.png")
-    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
     with pytest.raises(MediaError, match="9000 x 9000 pixels are too many"):
         read_image(tmp_path / "a.png")
 
