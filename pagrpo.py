@@ -7,8 +7,8 @@ the think and answer blocks. Each has its own reward,
     R_P = judge finds the observation sufficient (0/1)  + format (0/1) + length bonus              (Eq. 3, 5)
     R_R = metric of the problem type in [0, 1]          + format (0/1) + length bonus              (Eq. 4, 5)
 
-where the bonus is 0.2 if accuracy and format are above 0 and the segment's tokens are in range; and its own
-group-normalised advantage over the G completions of a prompt,
+where the bonus is 0.2 if accuracy and format are above 0 and the segment's tokens are in range. Each segment
+also has its own advantage, normalised over the G completions of the prompt,
 
     A_{i,k} = (R_{i,k} - mean_j R_{j,k}) / std_j R_{j,k}                                           (Eq. 6)
 
@@ -24,34 +24,41 @@ segment's tokens open; ours is choice P2.
     python pagrpo.py --model qwen2.5-vl-7b     # one consumer GPU
 
 Why the loss is about 0: with one gradient step per rollout (μ = 1) ρ is exactly 1 and a group's advantages
-add up to 0, so the policy term is 0 too if every completion has both segments (an empty one contributes 0,
-P2, and the advantages no longer cancel); what is left is β KL. Its gradient, A · ∇ log π, is not 0. Watch the
-rewards, not the loss.
+add up to 0. So the policy term is 0 as well, with the default averages (P2) and if no completion lacks a
+segment. What is left is β times the KL of both segments, about twice β times the logged `kl`, which is a mean
+over all tokens. But the gradient of the policy term, the mean of A · ∇ log π, is not 0. Watch the rewards,
+not the loss.
 
-Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens, S tokens of a `Pack`, D
-hidden, V vocabulary. "Process" is perception or reasoning; of several processes of the system each one is a
-rank.
+Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (of the longest one in hand),
+S tokens of a `Pack`, D hidden, V vocabulary. "Process" means perception or reasoning; a process of the system
+is called a rank.
 
 Our choices where the paper is silent:
 P1. o_P is everything up to and including the token that completes the first `</observation>`; o_R is the
-    rest, end-of-sequence included. Never closed: o_P runs to the first `<think>`, else to the end. Never
-    opened: all is o_R. Boundaries are found on the sampled ids, never by re-tokenising.
+    rest, end-of-sequence included. If the observation is never closed, o_P ends before the first `<think>`,
+    or, without one, is the whole completion. If it is never opened, all is o_R. Boundaries are found on the
+    sampled ids, never by re-tokenising.
 P2. A completion's loss is the mean over each segment's tokens, summed over the two: our reading of Eq. 7. An
     empty segment contributes 0. `--loss-average completion` takes one mean over all tokens, as other GRPO
-    code does, and is the default where all tokens have one advantage (P7).
+    code does. It is the default in the rows of P7 that are marked *.
 P3. std is the unbiased estimate plus 1e-4; a group with equal rewards gets exact zeros.
 P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3), in the segment's mean.
-P5. Completions are sampled at temperature 1 from all tokens but the added ones (visual, chat control, tools;
-    `<|endoftext|>` too, as a turn of the chat format ends with `<|im_end|>` alone); the sampled ids are kept
-    and trained on as they are; completions cut at the limit count as truncated. The ban changes what is
-    sampled and nothing else: every log-prob, the rollout's too, is over the whole vocabulary, and the small
-    mass of the banned tokens is neglected.
-P6. A failed verdict is NaN, never 0. The completion leaves the mean and std of every reward that holds R_P,
-    and gets advantage 0 for that reward: on o_P by default; on all its tokens with `--without reasoning` or
-    `separation`; nowhere with `--without perception`; with `--without assignment` A_R alone is left of the
-    sum. The KL term acts on it as ever. An update in which a remote judge was asked and never answered is not
-    taken (it counts towards `--updates`), and three of them in a row stop the run, unless `--without
-    perception` does without verdicts anyway.
+P5. Completions are sampled at temperature 1. Of the added tokens (visual, chat control, tools) only
+    `<|im_end|>` can be sampled, which ends a turn of the chat format; `<|endoftext|>` doesn't. The sampled
+    ids are kept and trained on as they are; completions cut at the limit count as truncated. The ban changes
+    what is sampled and nothing else: every log-prob, the rollout's too, is normalised over the whole
+    vocabulary, so that policy and reference stay the model's own distributions. The small mass of the banned
+    tokens is neglected.
+P6. A failed verdict is NaN, never 0. A completion without one is left out of the mean and std of every reward
+    that contains R_P, and its advantage for that reward is 0. What is left of its advantages:
+                                           on o_P    on o_R
+        PA-GRPO, also without length          0        A_R
+        GRPO = without perception            A_R       A_R
+        without reasoning, separation         0         0
+        GDPO = without assignment            A_R       A_R
+    The KL term acts on it as ever. If a remote judge answers none of an update's questions, nothing is learnt
+    from that update (it counts towards `--updates`), and three such updates in a row stop the run; but not
+    with `--without perception`, which needs no verdicts.
 P7. The rows of Table 2; in those marked * all tokens have one advantage. The judge is asked in any case, for
     the log. GDPO normalises each reward apart, as PA-GRPO does, and assigns their sum to all tokens.
         process-agnostic RL = without R_P *   --algorithm grpo, or --without perception   process_advantages
@@ -94,7 +101,7 @@ from rewards import UserError, ask_judge, parse_trace, process_rewards, visible
 TINY = dict(data="data/toy/rl.jsonl", media_root="data/toy", max_pixels=4, judge="rule", updates=50,
             prompts_per_update=8, max_completion_tokens=112, perception_length=(16, 64),
             reasoning_length=(16, 64), lr=8e-4, lora_rank=32, checkpointing=False, show_every=10)
-FIXED = 48  # prompts, or a tenth of all, that are held out to be looked at, the same for every seed
+FIXED = 48  # prompts, or a tenth of all, that are held out to be looked at; of all records always the same
 
 
 def get_args():
@@ -104,14 +111,14 @@ def get_args():
     add = parser.add_argument_group("algorithm").add_argument
     add("--algorithm", default="pa-grpo", choices=["pa-grpo", "grpo"], help="grpo is --without perception")
     add("--without", choices=["perception", "reasoning", "length", "separation", "assignment"],
-        help="leave one part of the method out (Table 2, P7)")
+        help="remove one part of the method (Table 2, P7)")
     add("--num-generations", type=positive, default=8, help="completions per prompt, G (paper: 8)")
     add("--prompts-per-update", type=positive, default=7, help="prompts per optimiser step (paper: 7)")
     add("--num-iterations", type=positive, default=1, help="gradient steps per rollout, μ")
     add("--prompts-per-rollout", type=positive,
-        help="prompts decoded together (default: all of an update's; fewer, less memory)")
+        help="prompts decoded together (default: all of an update's; a smaller number needs less memory)")
     add("--completions-per-pass", type=positive,
-        help="completions of a group per training pass (default: all; fewer, less memory)")
+        help="completions of a group per training pass (default: all; a smaller number needs less memory)")
     add("--max-completion-tokens", type=positive, default=768, help="cut completions here (Video-R1: 768)")
     add("--clip-eps", type=gen_cot.number(1e-12), default=0.2, help="ε of Eq. 7")
     add("--beta", type=gen_cot.number(0), default=0.04,
@@ -119,17 +126,18 @@ def get_args():
     add("--loss-average", choices=["segment", "completion"],
         help="P2 (default: segment; completion where all tokens have one advantage)")
     add("--perception-length", type=int, nargs=2, default=(128, 320), metavar=("LOW", "HIGH"),
-        help="tokens of the observation that earn the length bonus (paper: 128 320)")
+        help="tokens of o_P (P1) that earn the length bonus (paper: 128 320)")
     add("--reasoning-length", type=int, nargs=2, default=(320, 512), metavar=("LOW", "HIGH"),
-        help="tokens of think and answer that earn the length bonus (paper: 320 512)")
+        help="tokens of o_R (P1) that earn the length bonus (paper: 320 512)")
     gen_cot.add_judge_args(add, default="self")
     optimisation, run = sft.add_training_args(parser, model, "pagrpo", lr=1e-5)
     optimisation.add_argument("--updates", type=positive, default=1000,
                               help="rollouts, each with μ optimiser steps (paper: 1000)")
     run.add_argument("--show-every", type=positive, default=25,
-                     help=f"updates between two looks: groups on screen, accuracies on {FIXED} fixed prompts")
+                     help=f"every N updates: a group on screen, accuracies on {FIXED} held-out prompts")
     run.add_argument("--probe", action="store_true",
-                     help="only measure an update in the worst case of these settings: seconds, peak memory")
+                     help="run one update in the worst case of these settings, print its seconds and peak "
+                          "memory, and train nothing")
     args = sft.parse_training_args(parser, TINY, "pagrpo")
     if args.algorithm == "grpo":
         if args.without not in (None, "perception"):
@@ -161,8 +169,8 @@ def main(args):
     print(f"Starting {started}.")
     judge = None
     if args.judge != "self" and not args.probe:  # whether it can be reached, before the model is loaded
-        judge = gen_cot.judge_from(args, records, max_refused=10 * args.num_generations,  # one prompt has G
-                                   max_unanswered=math.inf)  # `train` counts updates
+        judge = gen_cot.judge_from(args, records, max_unanswered=math.inf,  # `train` counts updates instead
+                                   max_refused=10 * args.num_generations)  # ten prompts of G observations
     with sft.measured("load", "take a smaller model"):
         model, tokenizer = sft.load_model(args.base, None if args.adapter == "none" else args.adapter,
                                           not args.no_4bit, args.lora_rank)
@@ -188,7 +196,8 @@ def train(model, ref_adapter, tokenizer, records, judge, args):
     template, config = gen_cot.load_template(args), sft.unwrap(model).config
     optimizer = sft.setup_training(model, args)
     # your own perception reward goes here: any f(records, observations) -> list of True, False or None (P6),
-    # or of floats in [0, 1]; an observation is a str, or None where the block isn't complete
+    # or of floats in [0, 1]; an observation is a str, or None where the block isn't complete. A judge with a
+    # dict `stats` counts as remote (P6).
     judge = judge or gen_cot.judge_from(args, records,
                                         lambda prompts: self_judge(model, tokenizer, prompts, args))
     start = sft.load_checkpoint(model, optimizer, args)
@@ -227,7 +236,7 @@ def train(model, ref_adapter, tokenizer, records, judge, args):
             for i, seen in enumerate(shown):
                 sft.log_row(rollouts, dict(step=step, group=i, **seen))
             sft.log_row(log, row)
-            ending.updated(step + 1)  # it stands in the log: signals act again
+            ending.updated(step + 1)  # it stands in the log: Ctrl-C, held back since AdamW's step, acts again
             if shown:
                 show(shown[0])
             del groups, encoded  # frees their embeddings
@@ -240,7 +249,7 @@ def train(model, ref_adapter, tokenizer, records, judge, args):
 
 def endless(records, seed, batch_size, step=0):
     """This rank's share of the records in random order, over and over, each pass in a new order, starting at
-    batch `step`; `sample_index` counts them."""
+    batch `step`; `sample_index` counts those of all ranks."""
     def passes():
         rng, index = random.Random(seed), count()
         while True:
@@ -253,14 +262,14 @@ def endless(records, seed, batch_size, step=0):
 def hold_out(records):
     """(FIXED of the records, or a tenth; the others, which are trained on)."""
     fixed = gen_cot.draw(records, min(FIXED, len(records) // 10), seed=0)
-    names = set(map(id, fixed))
-    return fixed, [record for record in records if id(record) not in names]
+    held_out = set(map(id, fixed))
+    return fixed, [record for record in records if id(record) not in held_out]
 
 
 def fixed_accuracies(model, fixed, tokenizer, judge, args):
-    """Both accuracies of greedy completions of the fixed prompts, pairs (record, Prompt): a curve without the
-    noise that other prompts in every update bring along."""
-    pairs = [(record, replace(prompt)) for record, prompt in fixed]  # copies: embeddings are set on them
+    """Both accuracies of greedy completions of the fixed prompts, pairs (record, Prompt). They are always the
+    same prompts, so this curve lacks the noise of the others."""
+    pairs = [(record, replace(prompt)) for record, prompt in fixed]  # copies, lest embeddings stay in memory
     groups = sample_groups(model, pairs, tokenizer, args, greedy=True)
     score_groups(groups, tokenizer, judge, args)
     rewards = reward_metrics(gather_object([group.scores for group in groups]))
@@ -284,7 +293,7 @@ class Group:
     replies: list = None  # G of str, the judge's words, or None
     perception_advantages: torch.Tensor = None  # (G,)
     reasoning_advantages: torch.Tensor = None  # (G,)
-    old_logprobs: torch.Tensor = None  # (G, T), by the training pass before the first step; None where μ = 1
+    old_logprobs: torch.Tensor = None  # (G, T) of π_old, by the training pass before the first of μ > 1 steps
     ref_logprobs: torch.Tensor = None  # (G, T)
 
     def split(self, size):
@@ -297,8 +306,8 @@ class Group:
 
 
 def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
-    """Sample, score, learn: one update on pairs (record, Prompt). Returns (groups, metrics). Where a remote
-    judge that the advantages need gave no verdict at all, nothing is learnt, and metrics hold no `loss`."""
+    """Sample, score, learn: one update on pairs (record, Prompt). Returns (groups, metrics). If a remote
+    judge gave no verdict at all and they are needed (P6), nothing is learnt, and metrics hold no `loss`."""
     metrics = {}
     with sft.measured("rollout", "pass --prompts-per-rollout 1, then fewer --num-generations", metrics):
         groups = sample_groups(model, encoded, tokenizer, args)
@@ -321,7 +330,7 @@ def sample_groups(model, encoded, tokenizer, args, greedy=False):
     `--prompts-per-rollout` prompts at a time, and find the segment of each token. encoded: pairs (record,
     Prompt)."""
     groups, shape = [], (1 if greedy else args.num_generations, args.max_completion_tokens)  # (G, T)
-    batch = args.prompts_per_rollout * args.num_generations // shape[0]
+    batch = args.prompts_per_rollout * args.num_generations // shape[0]  # as many rows if greedy
     for i in range(0, len(encoded), batch):
         records, prompts = zip(*encoded[i:i + batch])
         with torch.no_grad():
@@ -368,11 +377,11 @@ def score_groups(groups, tokenizer, judge, args):
 
 def update_policy(model, ref_adapter, optimizer, groups, lr, args):
     """μ gradient steps on the groups of one rollout, every step on all of them; returns the last one's
-    metrics. `logprob_gap` is how far the rollout's log-probs were from those recomputed before the first
-    step.
+    metrics. π_old is computed by the same pass as π, so that ρ is exactly 1 in the first step; `logprob_gap`
+    is how far the rollout's own log-probs are from it.
 
-    `--completions-per-pass` cuts the groups into pieces. A piece's loss is the mean over its completions;
-    weighted by its share of all completions of the update, on all ranks, each completion counts the same.
+    `--completions-per-pass` cuts the groups into pieces. A piece's loss is the mean over its completions. It
+    is weighted by its share of all completions of the update, on all ranks: each completion counts the same.
     """
     pieces = [piece for group in groups for piece in group.split(args.completions_per_pass)]
     sizes = [(len(piece.completion_ids), int(piece.completion_mask.sum())) for piece in pieces]
@@ -422,7 +431,7 @@ def reward_metrics(groups):
         for part in ("accuracy", "format", "length"):
             metrics[f"rewards/{process}_{part}"] = nan_mean([s[f"{process}_{part}"] for s in scores])
         metrics[f"length/{process}"] = nan_mean([s[f"{process}_tokens"] for s in scores])
-    for name, key in (("perception", "perception"), ("reasoning", "reasoning"), ("sum", "reward")):  # Fig. 6c
+    for name, key in (("perception", "perception"), ("reasoning", "reasoning"), ("sum", "reward")):
         equal = []
         for group in groups:
             known = [s[key] for s in group if not math.isnan(s[key])]
@@ -438,13 +447,13 @@ def nan_mean(values):
     return sum(known) / len(known) if known else None
 
 
-# what `process_advantages` leaves out, and the algorithm that this is: the switch of the page
+# value of --without: the algorithm's name, for the switch on the page of traces
 ALGORITHMS = {None: "PA-GRPO", "perception": "GRPO", "assignment": "GDPO", "separation": "without separation"}
 
 
 def rollout_row(group, tokenizer, args):
-    """A group as rollouts.jsonl holds it: all that `show` and the page of `evaluate.py --html` tell of it,
-    and its advantages, ((G,), (G,)), under this run's algorithm and under each other one."""
+    """A group as rollouts.jsonl holds it: all that `show` and the page of `evaluate.py --html` tell of it.
+    Its advantages, ((G,), (G,)), are those under this run's algorithm and under the ALGORITHMS."""
     rewards = [torch.tensor([s[k] for s in group.scores]) for k in ("perception", "reasoning")]
     names = ALGORITHMS | {args.without: ALGORITHMS.get(args.without, f"without {args.without}")}
     advantages = {name: torch.stack(process_advantages(*rewards, without)).tolist()
@@ -461,7 +470,7 @@ def rollout_row(group, tokenizer, args):
 
 def token_pieces(ids, perception, tokenizer):
     """[text, "P" or "R"] of each sampled token (T,), end-of-sequence included; the texts join to the
-    completion. A character that several tokens make up is one piece, of the first one's segment."""
+    completion. If several tokens form one character, they are one piece, of the first token's segment."""
     pieces, start = [], 0
     for stop in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:stop])
@@ -496,8 +505,8 @@ def segment_masks(completion_ids, tokenizer):
 
     Of the tokens `red.</obs`, `ervation>`, `<think>` the second is the last of o_P.
 
-    Tokens are decoded one by one. This garbles characters that are split over tokens, but the tags are ASCII:
-    each of their characters comes from exactly one token.
+    Tokens are decoded one by one. A character that is split over tokens becomes unreadable so, but the tags
+    are ASCII, of which each character comes from one token, and are always found.
 
     Args:
         completion_ids: (G, T) int64 as sampled; what follows the first end-of-sequence token is padding.
@@ -548,8 +557,10 @@ def process_advantages(perception_rewards, reasoning_rewards, without=None):
         reasoning_rewards = perception_rewards
     elif without == "separation":
         perception_rewards = reasoning_rewards = perception_rewards + reasoning_rewards
-    advantages = group_advantages(perception_rewards), group_advantages(reasoning_rewards)
-    return (sum(advantages),) * 2 if without == "assignment" else advantages  # GDPO
+    perception, reasoning = group_advantages(perception_rewards), group_advantages(reasoning_rewards)
+    if without == "assignment":  # GDPO
+        perception = reasoning = perception + reasoning
+    return perception, reasoning
 
 
 def pa_grpo_loss(logprobs, old_logprobs, ref_logprobs, perception_mask, reasoning_mask, perception_advantages,
@@ -574,8 +585,8 @@ def pa_grpo_loss(logprobs, old_logprobs, ref_logprobs, perception_mask, reasonin
         kl = torch.exp(x) - x - 1  # P4
     objective = torch.min(surrogate, clipped) - beta * kl
     both = perception_mask | reasoning_mask
-    means = [torch.where(mask, objective, 0).sum(1) / mask.sum(1).clamp(min=1)  # (G,) each
-             for mask in ([perception_mask, reasoning_mask] if loss_average == "segment" else [both])]
+    masks = [perception_mask, reasoning_mask] if loss_average == "segment" else [both]  # P2
+    means = [torch.where(mask, objective, 0).sum(1) / mask.sum(1).clamp(min=1) for mask in masks]  # (G,) each
     loss = -sum(means).mean()  # Σ_k, then 1/G Σ_i
     tokens = both.sum().clamp(min=1)
     return loss, {"kl": float((kl.detach() * both).sum() / tokens),
@@ -587,11 +598,11 @@ def pa_grpo_loss(logprobs, old_logprobs, ref_logprobs, perception_mask, reasonin
 def token_logprobs(model, prompt, completion_ids, completion_mask):
     """Log-probs of a group's completions under the model, float32 (G, T), 0 at padding, in one pass.
 
-    The pass runs over a `Pack`, which holds the prompt once. It is exact because a token's hidden state
-    depends on nothing but what it attends to and where it stands: each completion attends to the prompt and
-    to itself, and each one's positions start where the prompt's end. What is left is rounding: on the toy
-    base these log-probs are within 1e-4 of the rollout's own in float32, 4 bits or not, and within 0.2, on
-    average 0.005, in bf16.
+    The pass runs over a `Pack`, which holds the prompt once. That is exact: a token's hidden state depends
+    only on its position and on what it attends to, and both are as in a sequence of its own. Each completion
+    attends to the prompt and to itself, and its positions start where the prompt's end. What is left is
+    rounding: on the toy base these log-probs are within 1e-4 of the rollout's own in float32, 4 bits or not,
+    and within 0.2, on average 0.005, in bf16.
 
     Args:
         prompt: Prompt with embeds (P, D). completion_ids (G, T) int64, completion_mask (G, T) bool.
@@ -609,8 +620,8 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
     hidden = language(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False,
                       attention_mask={"full_attention": None},  # a dict is taken as it is: no mask is built
                       pack=pack).last_hidden_state[0]  # (S, D); `pack` is handed down to the attention
-    places = pack.prompt_length + torch.arange(len(tokens), device=device)
-    before = torch.where(offsets == 0, pack.prompt_length - 1, places - 1)  # the place that predicts each
+    indices = pack.prompt_length + torch.arange(len(tokens), device=device)  # in the pack
+    before = torch.where(offsets == 0, pack.prompt_length - 1, indices - 1)  # the one that predicts each
     logprobs = sft.logprobs_from_hidden(model, hidden[before], tokens)
     return torch.zeros(completion_ids.shape, device=device).masked_scatter(completion_mask, logprobs)
 
@@ -618,26 +629,26 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
 @dataclass
 class Pack:
     """One sequence of S tokens, [prompt, completion 1, …, completion G], and the way from the rows of a group
-    to it and back. A token's own place is its index among the completions' tokens, the prompt not counted.
-    For a prompt ppp and the completions bb and aaa, padded to T = 3:
+    to it and back. The completions' tokens are numbered without the prompt's. For a prompt ppp and the
+    completions bb and aaa, padded to T = 3:
 
-        rows    bb.        pack         pppbbaaa        each completion's token sees all of ppp, itself, and
-                aaa        own place       01234        what stands before it in its own completion
+        rows    bb.     pack      pppbbaaa      each token of a completion sees all of ppp, itself, and what
+                aaa     number       01234      stands before it in its own completion
     """
     prompt_length: int  # P
-    to_rows: torch.Tensor  # (G, T) int64, the own place of each row's token, here 010 and 234; 0 at padding
-    to_pack: torch.Tensor  # (S - P,) int64, where the own places stand in the flattened rows, here 01345
-    visible: torch.Tensor  # (T, P + T) bool, what a row's tokens see: the prompt, then causal
+    to_rows: torch.Tensor  # (G, T) int64, the number of each row's token, here 010 and 234; 0 at padding
+    to_pack: torch.Tensor  # (S - P,) int64, where in the flattened rows each number stands, here 01345
+    attention_mask: torch.Tensor  # (T, P + T) bool, what a row's tokens see: the prompt, then causal
 
 
 def make_pack(prompt_length, completion_mask):
     """The Pack of a prompt of this length and of completions with this mask (G, T)."""
     to_pack, T = completion_mask.flatten().nonzero()[:, 0], completion_mask.shape[1]
-    own_places = torch.arange(len(to_pack), device=completion_mask.device)
+    numbers = torch.arange(len(to_pack), device=completion_mask.device)
     to_rows = torch.zeros(completion_mask.shape, dtype=torch.long, device=completion_mask.device)
-    to_rows = to_rows.masked_scatter(completion_mask, own_places)
-    visible = torch.ones(T, prompt_length + T, dtype=torch.bool, device=completion_mask.device)
-    return Pack(prompt_length, to_rows, to_pack, visible.tril(prompt_length))
+    to_rows = to_rows.masked_scatter(completion_mask, numbers)
+    everything = torch.ones(T, prompt_length + T, dtype=torch.bool, device=completion_mask.device)
+    return Pack(prompt_length, to_rows, to_pack, everything.tril(prompt_length))
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, pack=None, **kwargs):
@@ -659,9 +670,9 @@ def shared_prefix_attention(module, query, key, value, attention_mask, pack=None
     k = torch.cat([prompt_k.expand(G, -1, -1, -1), k], dim=2)  # (G, key-value heads, P + T, d)
     v = torch.cat([prompt_v.expand(G, -1, -1, -1), v], dim=2)
     # The query heads that share a key-value head become one head with more queries (head 0's T, head 1's T,
-    # …): no key or value is copied for them.
+    # …), under the same mask each: no key or value is copied for them.
     q = q.unflatten(1, (-1, heads_per_key)).flatten(2, 3)  # (G, key-value heads, heads_per_key · T, d)
-    mask = pack.visible.repeat(heads_per_key, 1)
+    mask = pack.attention_mask.repeat(heads_per_key, 1)
     on_rows = F.scaled_dot_product_attention(q, k, v, mask, scale=module.scaling)
     on_rows = on_rows.unflatten(2, (heads_per_key, T)).flatten(1, 2).transpose(1, 2)  # (G, T, heads, d)
     return torch.cat([on_prompt, take(on_rows.flatten(0, 1), pack.to_pack)[None]], dim=1), None
@@ -677,13 +688,13 @@ def take(x, index):
 def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None):
     """Sample `num_generations` completions for each prompt (P5).
 
-    Each prompt is prefilled once, into the key-value cache of all its group; all groups decode in one loop,
-    every step with our own positions, and, where that is exact, through weights that hold the adapter
-    (`merged`).
+    Each prompt is prefilled once, into the key-value cache of all its group. Then all groups decode in one
+    loop, with our own positions. On a CPU the weights hold the adapter meanwhile (`merged`).
 
     Args:
-        prompts: B of Prompt with embeds. max_tokens: T, the completions' limit.
-        numbers: (B·G, T) float64 uniform in [0, 1), one for each token to be sampled; None: the likeliest.
+        prompts: B of Prompt with embeds. max_tokens: the completions' limit.
+        numbers: (B·G, max_tokens) float64, uniform in [0, 1), one for each token to be sampled; None: take
+            the likeliest token.
 
     Returns:
         completion_ids (B·G, T) int64, padded behind the end-of-sequence token; completion_mask (B·G, T) bool,
@@ -697,9 +708,9 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
     # all rows' keys and values, each P + T long; a `part` of them is some rows, up to a column
     cache = GroupCache.empty(prompts[0].embeds, qwen.config.text_config, len(prompts) * G, width + max_tokens)
 
-    def feed(embeds, positions, cache, visible=None):  # (n, tokens, D), (3, n, tokens) -> (n, D) of the last
+    def feed(embeds, positions, cache, mask=None):  # (n, tokens, D), (3, n, tokens) -> (n, D) of the last
         return qwen.language_model(inputs_embeds=embeds, position_ids=positions, cache=cache,
-                                   attention_mask={"full_attention": visible}).last_hidden_state[:, -1]
+                                   attention_mask={"full_attention": mask}).last_hidden_state[:, -1]
 
     with torch.no_grad(), merged(model):
         hidden = []
@@ -708,10 +719,10 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
             part = replace(cache, rows=slice(b * G, (b + 1) * G), columns=slice(int(padding[b]), width))
             hidden.append(feed(prompt.embeds[None], prompt.positions[:, None].to(device), part))
         hidden = torch.cat(hidden).repeat_interleave(G, dim=0)  # (B·G, D)
-        visible = None  # (B·G, 1, 1, P + T), where prompts differ in length
+        attention_mask = None  # (B·G, 1, 1, P + T), where prompts differ in length
         if padding.any():
-            places = torch.arange(width + max_tokens, device=device)
-            visible = (places >= padding.repeat_interleave(G)[:, None])[:, None, None]
+            columns = torch.arange(width + max_tokens, device=device)
+            attention_mask = (columns >= padding.repeat_interleave(G)[:, None])[:, None, None]
         running = torch.ones(len(hidden), dtype=torch.bool, device=device)
         ids, masks, logprobs = [], [], []
         for t in range(max_tokens):
@@ -719,7 +730,8 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
             allowed = logits.index_fill(-1, banned, -torch.inf)
             token = allowed.argmax(-1) if numbers is None else sample_from(allowed, numbers[:, t].to(device))
             token = torch.where(running, token, tokenizer.pad_token_id)
-            logprobs.append(-F.cross_entropy(logits, token, reduction="none") * running)  # of all tokens (P5)
+            # normalised over the whole vocabulary, the banned tokens too (P5)
+            logprobs.append(-F.cross_entropy(logits, token, reduction="none") * running)
             ids.append(token)
             masks.append(running)
             running = running & (token != tokenizer.eos_token_id)
@@ -728,14 +740,14 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
             columns = slice(0, width + t + 1)  # with the token that is fed now
             hidden = feed(qwen.language_model.embed_tokens(token)[:, None], position.expand(3, -1)[..., None],
                           replace(cache, columns=columns),
-                          None if visible is None else visible[..., columns])
+                          None if attention_mask is None else attention_mask[..., columns])
             position = position + 1
     return torch.stack(ids, 1), torch.stack(masks, 1), torch.stack(logprobs, 1)
 
 
 def sample_from(logits, numbers):
     """One token a row (N,): the first whose cumulative probability exceeds the row's number; in float64, as
-    rounding could pick a banned one in float32. Of NaN logits the last: that update will not be taken."""
+    rounding could pick a banned one in float32. If logits are NaN, the last: that update won't be taken."""
     cumulative = logits.double().softmax(-1).cumsum(-1)  # (N, V)
     token = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)
@@ -743,7 +755,7 @@ def sample_from(logits, numbers):
 
 def uniforms(seed, sample_index, *shape):
     """Uniform numbers for a prompt's completions, float64. They depend on the seed and on the prompt's index
-    in the run alone: neither the other prompts of its batch nor the number of processes matters."""
+    in the run alone: neither the other prompts of its batch nor the number of ranks matters."""
     return torch.from_numpy(np.random.default_rng([seed, sample_index]).random(shape))
 
 
@@ -757,8 +769,8 @@ def banned_ids(tokenizer, size):
 @dataclass
 class GroupCache:
     """Keys and values of a decode loop, written in place: growing the tensors would copy all of them at every
-    token. A part of it is a selection of rows (a prompt's G, or all) and of the columns up to what is fed
-    now. With masks and positions given, `update` is all that the library calls on it."""
+    token. A part of it is a selection of rows (a prompt's G, or all) and of columns, which end with what is
+    fed now. As we pass masks and positions, the library calls nothing but `update` on it."""
     layers: list  # for each layer its keys and values, (rows, key-value heads, columns, d) each
     rows: slice
     columns: slice
@@ -783,27 +795,27 @@ class GroupCache:
 @contextlib.contextmanager
 def merged(model):
     """In float32, that is on a CPU: within the block each adapted layer is one dense matrix, its weight plus
-    the change of the adapter that acts now. Decoding is bound by the number of calls, and this makes one of
-    four (dequantise, multiply, LoRA's A and B). The layers themselves stay as they are. Exact up to rounding;
-    16 bits would round away what is small in the change, so nothing is merged there."""
+    the change of the adapter that acts now. One call takes the place of four (dequantise, multiply, LoRA's A
+    and B), and their number is what decoding takes long for. The layers themselves stay as they are. Exact up
+    to rounding; 16 bits would lose small changes, so nothing is merged there."""
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)] if model.dtype == torch.float32 else []
-    for layer in layers:
-        weight = dequantize_module_weight(layer.base_layer).float()
-        if not layer.disable_adapters:
-            weight = weight + sum(map(layer.get_delta_weight, layer.active_adapters))
-        layer.forward = functools.partial(F.linear, weight=weight, bias=layer.base_layer.bias)
     try:
+        for layer in layers:
+            weight = dequantize_module_weight(layer.base_layer).float()
+            if not layer.disable_adapters:
+                weight = weight + sum(map(layer.get_delta_weight, layer.active_adapters))
+            layer.forward = functools.partial(F.linear, weight=weight, bias=layer.base_layer.bias)
         yield
     finally:
         for layer in layers:
-            del layer.forward  # the class has its own
+            vars(layer).pop("forward", None)  # the class has its own
 
 
 # --- the reference, the self judge, the probe ---------------------------------------------------------------
 
 def add_reference(model, args):
-    """π_ref as the frozen adapter `ref`, the SFT adapter once more; returns its name, or None where there is
-    no adapter, i.e. where π_ref is the base."""
+    """π_ref as the frozen adapter `ref`, a second copy of the SFT adapter; returns its name, or None where
+    there is no adapter, i.e. where π_ref is the base. It acts in the pass for `ref_logprobs` alone."""
     if args.adapter != "none":
         model.load_adapter(args.adapter, "ref", is_trainable=False)
     elif args.probe:  # a stand-in for the SFT adapter of a real run
@@ -843,8 +855,8 @@ def self_judge(model, tokenizer, prompts, args, max_tokens=256):
 
 
 def probe(model, ref_adapter, tokenizer, args):
-    """An update on long prompts with every completion and judgement at the limit, with AdamW's moments and
-    the reference in memory, as in a real run; returns the update's metrics."""
+    """One update in the worst case: long prompts, all completions and judgements at their limit, AdamW's
+    moments and the reference in memory; returns the update's metrics."""
     optimizer, unending = sft.setup_training(model, args), copy.deepcopy(tokenizer)
     unending.eos_token = None  # its id is None, which no token equals: completions run to the limit
     sft.optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # of zeros: allocates AdamW's moments

@@ -404,7 +404,8 @@ def practice(rng, shares, words=()):
         scene = make_scene(rng)
         question = make_question(scene, rng)
     text = trace(question, answer_of(question))
-    if task == "trace" or task == "brief" and question["data_source"] == "toy-flash":
+    needs_steps = question["data_source"] == "toy-flash" and "trace" in shares
+    if task == "trace" or task == "brief" and needs_steps:
         return scene, build_prompt(question), text
     if task == "brief":
         return scene, build_prompt(question), question["solution"]
@@ -559,8 +560,9 @@ def muon_step(parameters, momenta, lr, momentum=0.95, weight_decay=0.5):
         parameter.grad = None
 
 
-def pretrain(seed, folder, muon_lr=0.02, adam_lr=2e-3):
-    """Train the small model through the courses, all parameters, and save it in 16 bits after each."""
+def pretrain(seed, folder, no_template=False, muon_lr=0.02, adam_lr=2e-3):
+    """Train the small model through the courses, all parameters, and save it in 16 bits after each. With
+    no_template it answers the stages' own prompt at once, always."""
     import torch
     from torch.utils.data import DataLoader, IterableDataset
     import sft
@@ -579,6 +581,9 @@ def pretrain(seed, folder, muon_lr=0.02, adam_lr=2e-3):
     adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.01)
     start, done, total = time.time(), 0, sum(course[0] for course in COURSES)
     for number, (steps, gap, shares) in enumerate(COURSES, 1):
+        if no_template and "trace" in shares:
+            shares = dict(shares, brief=shares["brief"] + shares["trace"])
+            del shares["trace"]
         stream = Stream(seed + number, gap, shares, tokenizer, model.config)
         loader = iter(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=8))
         running = None
@@ -609,6 +614,8 @@ def get_args():
     parser.add_argument("--seed", type=int, default=0,
                         help="seed of the data, or of the base with --pretrain")
     parser.add_argument("--pretrain", action="store_true", help="make the base model instead of the data")
+    parser.add_argument("--no-template", action="store_true",
+                        help="with --pretrain: a base that never sees the template in the stages' own prompt")
     parser.add_argument("--folder", default=HERE / "base", type=Path,
                         help="where --pretrain writes the model")
     return parser.parse_args()
@@ -616,7 +623,7 @@ def get_args():
 
 def main(args):
     if args.pretrain:
-        pretrain(args.seed, args.folder)
+        pretrain(args.seed, args.folder, args.no_template)
     else:
         prepare(args.seed)
 

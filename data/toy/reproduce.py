@@ -9,6 +9,7 @@ Every run is an ordinary command line of sft.py, pagrpo.py and evaluate.py, with
 a row of docs/toy_runs.jsonl. The world was chosen on seeds 0 to 2; the matrix runs on others.
 """
 import argparse
+import importlib
 import itertools
 import json
 import os
@@ -46,7 +47,11 @@ ROWS = {  # name: (flags of sft.py or None, flags of pagrpo.py or None, seeds, t
     "without R_R": ([], ["--without", "reasoning"], OTHER_SEEDS, 55.3),
     "without R_len": ([], ["--without", "length"], OTHER_SEEDS, 57.7),
     "process-agnostic SFT": (["--process-agnostic"], None, OTHER_SEEDS, 53.5),
+    "SFT, plain base": ([], None, CLAIM_SEEDS, 55.6),
+    "PA-GRPO, plain base": ([], [], CLAIM_SEEDS, 58.7),
+    "RL only, plain base": (None, ["--adapter", "none"], CLAIM_SEEDS, 56.0),
 }
+PLAIN = RUNS / "plain"  # a base that does not know the template in the stages' prompt, as a released one
 COLUMNS = {"answers": "{:.1f}", "perception": "{:.1f}", "answers, observation sufficient": "{:.1f}",
            "mismatch": "{:.1f}", "template": "{:.1f}", "groups without gradient": "{:.1f}",
            "answers, fixed prompts, update 25": "{:.1f}", "perception, fixed prompts, update 25": "{:.1f}",
@@ -61,6 +66,8 @@ def run_matrix(rows, seeds=None):
     path, lock = DOCS / "toy_runs.jsonl", Lock()
     if not Path("runs/tiny/gen_cot/cot.jsonl").exists():
         call("gen_cot.py", "--model", "tiny")
+    if not PLAIN.exists() and any("plain base" in name for name in rows):
+        call("data/toy/prepare.py", "--pretrain", "--no-template", "--folder", PLAIN)
     done = {(row["row"], row["seed"]) for row in (read_json(path) if path.exists() else [])}
     jobs = [(name, seed) for name in rows for seed in (seeds or ROWS[name][2])]
     jobs = [job for job in jobs if job not in done]
@@ -83,16 +90,17 @@ def run_matrix(rows, seeds=None):
 def run_row(name, seed):
     """Trains and evaluates one row with one seed; returns what is kept of it."""
     sft_flags, rl_flags, _, _ = ROWS[name]
-    adapter, common = "none", ["--model", "tiny", "--seed", str(seed)]
+    adapter, plain = "none", "plain base" in name
     if sft_flags is not None:
-        adapter = RUNS / f"sft{''.join(sft_flags)}-{seed}"
-        stage(adapter, "sft.py", *common, *sft_flags, "--output", adapter)
+        adapter = RUNS / f"sft{''.join(sft_flags)}{'-plain' if plain else ''}-{seed}"
+        stage(adapter, "sft.py", *model_flags("sft", plain), "--seed", seed, *sft_flags, "--output", adapter)
     if rl_flags is not None:
         start = [] if "--adapter" in rl_flags else ["--adapter", adapter]
         adapter = folder_of(name, seed)
-        stage(adapter, "pagrpo.py", *common, *start, *rl_flags, "--show-every", "5", "--output", adapter)
+        stage(adapter, "pagrpo.py", *model_flags("pagrpo", plain), "--seed", seed, *start, *rl_flags,
+              "--show-every", 5, "--output", adapter)
     folder = folder_of(f"evaluate {name}", seed)
-    call("evaluate.py", "--model", "tiny", "--adapters", adapter, "--mismatch", "--output", folder)
+    call("evaluate.py", *model_flags("evaluate", plain), "--adapters", adapter, "--mismatch", "--output", folder)
     row = dict(row=name, seed=seed) | scores_of(folder)
     if rl_flags is not None:
         metrics = read_json(adapter / "metrics.jsonl")
@@ -105,6 +113,15 @@ def run_row(name, seed):
     if name == "PA-GRPO":
         row |= perception_examination(adapter, folder, seed)
     return row
+
+
+def model_flags(module, plain):
+    """What makes a stage take the toy model; with the plain base, tiny's presets have to be spelt out."""
+    flags = ["--model", PLAIN if plain else "tiny"]
+    for name, value in importlib.import_module(module).TINY.items() if plain else ():
+        if name not in ("checkpointing", "show_every"):  # which has no flag, and which is set anyway
+            flags += [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [value])]
+    return flags
 
 
 def perception_examination(adapter, folder, seed):
@@ -211,6 +228,8 @@ UPDATES, STILL = "updates to 90 % of the ceiling", "groups without gradient"
 CLAIMS = [  # (the claim, its arguments of `claim`)
     ("SFT + RL above SFT, answers", ("answers", PA, "SFT")),
     ("SFT + RL above RL only, answers", ("answers", PA, "RL only")),
+    ("the same from the plain base, answers", ("answers", f"{PA}, plain base", "RL only, plain base")),
+    ("SFT + RL above SFT from the plain base, answers", ("answers", f"{PA}, plain base", "SFT, plain base")),
     *[(f"PA-GRPO above {other}, {column}", (column, PA, other))
       for other in (GRPO, "GDPO", SUM) for column in ("answers", "perception")],
     *[(f"PA-GRPO is quicker than {other} (updates saved)", (UPDATES, other, PA))
