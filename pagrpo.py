@@ -20,7 +20,7 @@ with ρ = π_θ / π_old per token, π_old being the policy that sampled, and π
 from: the one after SFT, or the base where there was no SFT (`add_reference`). Eq. 7 leaves the average over a
 segment's tokens open; ours is choice P2.
 
-    python pagrpo.py --model tiny              # a laptop's CPU: 2 minutes, 1 GiB
+    python pagrpo.py --model tiny              # a laptop's CPU: 2 minutes, 0.6 GiB
     python pagrpo.py --model qwen2.5-vl-7b     # one consumer GPU
 
 Why the loss is about 0: with one gradient step per rollout (μ = 1) ρ is exactly 1 and a group's advantages

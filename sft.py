@@ -5,7 +5,7 @@ The language model's linear layers are frozen in nf4 with double quantisation (Q
 frozen and not quantised, and LoRA adapters on the language model are all that trains. The loss is next-token
 cross-entropy on the assistant's completion only.
 
-    python sft.py --model tiny                 # a laptop's CPU: under a minute, 1 GiB
+    python sft.py --model tiny                 # a laptop's CPU: under a minute, 0.6 GiB
     python sft.py --model qwen2.5-vl-7b        # one consumer GPU
 
 `train`, `sft_step` and `sft_loss` come first. Below the double line stands what later stages borrow: the
