@@ -110,9 +110,10 @@ def main(args):
         files[adapter] = args.output / f"completions-{re.sub('[^A-Za-z0-9.]+', '-', stem).strip('-')}.jsonl"
     runs = {adapter: run_digest(adapter, args) for adapter in args.adapters}
     if not args.rescore:
+        notes = load_notes(records, args)  # before their own folder may be moved aside
         keep_apart(files, runs, args.output)
         gen_cot.check_writable(args.output)
-        complete_all(records, files, runs, args)
+        complete_all(records, notes, files, runs, args)
     results = {"constant": constant_answers(records, args.scoring)}
     for adapter, name in names.items():
         done = {key_of(row): row for row in read_completions(files[adapter])}
@@ -140,7 +141,8 @@ def main(args):
     gen_cot.write_text(args.output / "results.json", text)
     print(f"\nresults.json and every completion in {args.output}")
     folder = args.run_dir if args.output.is_relative_to(args.run_dir) else args.output
-    print(f"To read them: python evaluate.py --html {folder}, then open {folder / 'traces.html'}")
+    root = "" if args.media_root == TINY["media_root"] else f" --media-root {args.media_root}"
+    print(f"To read them: python evaluate.py --html {folder}{root}, then open {folder / 'traces.html'}")
 
 
 # --- the benchmarks -----------------------------------------------------------------------------------------
@@ -276,10 +278,21 @@ def keep_apart(files, runs, folder):
             return gen_cot.move_aside(folder)
 
 
-def complete_all(records, files, runs, args):
-    """Write what is missing of each adapter's completions, as they come; the base is loaded once."""
+def load_notes(records, args):
+    """{key of a question: its observation} of --observations. UserError where it has none of these."""
+    if not args.observations:
+        return {}
     notes = {key_of(row): parse_trace(row["completion"] or "").observation
-             for row in (read_completions(args.observations) if args.observations else [])}
+             for row in read_completions(args.observations)}
+    found = sum(bool(notes.get(key_of(record))) for record in records)
+    print(f"{found} of {len(records)} questions have an observation in {args.observations}.")
+    if not found:
+        raise UserError(f"{args.observations} holds no observation for any of these questions.")
+    return notes
+
+
+def complete_all(records, notes, files, runs, args):
+    """Write what is missing of each adapter's completions, as they come; the base is loaded once."""
     base = None
     for adapter, path in files.items():
         done = {key_of(row) for row in read_completions(path) if row["completion"] is not None}

@@ -36,7 +36,7 @@ def get_args():
 def main(args):
     records = gen_cot.load_records(args.data, args.media_root)
     media = {record["media"]: record for record in records}  # each once, whoever asks about it
-    there = [record for path, record in media.items() if os.path.isfile(path)]
+    there = [record for path, record in media.items() if os.path.exists(path)]
     usable = set()
     results = gen_cot.read_ahead(there, args, check_media, timeout=600)  # all frames take longer than a few
     for record, found in tqdm(results, "media", len(there)):
@@ -54,7 +54,7 @@ def main(args):
 
 def check_media(record, num_frames, max_pixels):
     """None for a record whose medium is whole and can be read as the stages read it. Raises MediaError."""
-    if record["data_type"] == "video":
+    if record["data_type"] == "video" and not os.path.isdir(record["media"]):
         try:
             decode_strictly(record["media"])
         except Exception as error:  # a damaged file can fail anywhere in a decoder

@@ -16,8 +16,9 @@ The floors are what no implementation of the same arithmetic gets below on the d
 measured first (a large matrix product, a large copy). With N parameters in the language model's 4-bit layers,
 L layers, D hidden, V vocabulary, B prompts of P tokens, G completions of T tokens each:
 
-    decoding   T times: read the 4-bit weights (0.52 bytes each with their scales), the head (2 V D bytes) and
-               the cache of B G rows (2 · 2 bytes · L · key-value heads · head size a token)
+    decoding   T times: read the cache of B G rows (2 · 2 bytes · L · key-value heads · head size a token);
+               and for each --prompts-per-rollout prompts, T times: read the 4-bit weights (0.52 bytes each
+               with their scales) and the head (2 V D bytes)
     a pass     2 N floating-point operations a token forward, as many for gradients of the activations (the
                weights are frozen), as many again for what checkpointing recomputes; the same for the head on
                completion tokens, 2 V D each; attention 4 D a layer for each pair that see each other
@@ -38,6 +39,7 @@ completions; nothing for fragmentation or the driver:
     SFT        the same with the S tokens of a micro-batch, a prompt and a trace of 1024 tokens each
 """
 import argparse
+import math
 import sys
 import time
 from dataclasses import replace
@@ -177,7 +179,8 @@ def floors(config, args, P, J, flops, bandwidth):
     (D, _, L, V, kv, N), (B, G, T) = sizes(config, args)
 
     def decode(prompts, tokens, rows, new):
-        read = 0.52 * N + 2 * V * D + rows * (tokens + new / 2) * 4 * L * kv
+        loops = math.ceil(B / args.prompts_per_rollout)
+        read = loops * (0.52 * N + 2 * V * D) + rows * (tokens + new / 2) * 4 * L * kv
         return prompts * 2 * N * tokens / flops + new * read / bandwidth
 
     def forward(G, T):

@@ -31,11 +31,13 @@ def test_every_medium_is_decoded_to_its_end_and_the_usable_records_are_written(t
     (tmp_path / "cut.mp4").write_bytes(whole[:middle])
     Image.new("RGB", (60, 60), "red").save(tmp_path / "picture.png")
     (tmp_path / "spoilt.png").write_bytes(b"spoilt")
+    (tmp_path / "frames").mkdir()
+    Image.new("RGB", (60, 60), "red").save(tmp_path / "frames" / "1.png")
     names = ["whole.mp4", "flipped.mp4", "cut.mp4", "missing.mp4", "picture.png", "spoilt.png",
-             "./whole.mp4"]
+             "./whole.mp4", "frames"]
     gen_cot.write_jsonl(tmp_path / "all.jsonl", [
         dict(problem_id=i, problem=f"Question {i}?", problem_type="numerical", solution="1", path=name,
-             data_type="video" if name.endswith("mp4") else "image") for i, name in enumerate(names)])
+             data_type="image" if name.endswith("png") else "video") for i, name in enumerate(names)])
     records = gen_cot.load_records(tmp_path / "all.jsonl", tmp_path)
     assert len(gen_cot.read_media(records[1])[0]) == 8  # the stages would take what the decoder painted over
 
@@ -47,5 +49,5 @@ def test_every_medium_is_decoded_to_its_end_and_the_usable_records_are_written(t
     assert [line.split()[0] for line in unreadable] == [
         str(tmp_path / name) for name in ("flipped.mp4", "cut.mp4", "spoilt.png")]
     assert all("Error: " in line for line in unreadable)  # the decoder's own reason
-    assert counts == "6 media: 2 usable, 1 missing, 3 unreadable" and written.startswith("3 of 7 records in ")
-    assert gen_cot.load_records(tmp_path / "usable.jsonl", tmp_path) == [records[i] for i in (0, 4, 6)]
+    assert counts == "7 media: 3 usable, 1 missing, 3 unreadable" and written.startswith("4 of 8 records in ")
+    assert gen_cot.load_records(tmp_path / "usable.jsonl", tmp_path) == [records[i] for i in (0, 4, 6, 7)]

@@ -526,6 +526,20 @@ def test_another_runs_observations_stand_in_the_text_prompt_of_the_same_question
     assert clips[0]["problem"] in told[0]
     with pytest.raises(UserError, match="no completions nowhere.jsonl"):
         run(*TOY, "--server", server.spec(), "--observations", "nowhere.jsonl")
+    with pytest.raises(UserError, match="no observation for any of these questions"):
+        gen_cot.write_jsonl("others.jsonl", notes[1:])
+        run(*TOY, "--server", server.spec(), "--observations", "others.jsonl")
+
+
+def test_observations_are_read_before_their_own_folder_is_moved_aside(clips, server, capsys):
+    server.behave = lambda prompt, attempt: TRACE.format("A").replace(">o<", ">something red<")
+    run(*TOY, "--server", server.spec())
+    file, = Path("out").glob("completions-*.jsonl")
+    server.seen.clear()
+    run(*TOY, "--server", server.spec(), "--input", "text", "--observations", file)
+    assert "11 of 13 questions have an observation in out/" in capsys.readouterr().out  # two have no medium
+    told = [body["messages"][0]["content"][0]["text"].count("something red") for _, _, body in server.seen]
+    assert sorted(told) == [0, 0] + [1] * 11
 
 
 def test_a_model_reads_a_question_without_its_medium(clips):

@@ -154,7 +154,7 @@ def test_a_server_that_fails_three_times_in_ten_loses_nothing(server, api):
 
     server.behave = behave
     truth = [random.Random(i).random() < 0.5 for i in range(1000)]
-    judge = judge_at(server, api, timeout=0.5, concurrency=16, backoff=0.001)
+    judge = judge_at(server, api, timeout=1.0, concurrency=16, backoff=0.001)
     observations = [f"{i} {'described' if sufficient else 'left out'}" for i, sufficient in enumerate(truth)]
     assert judge([record()] * 1000, observations) == truth
     stats = judge.stats

@@ -26,6 +26,8 @@ def test_verdicts_follow_the_differences():
     assert reproduce.claim(up, "answers", "b", "a")[3] == "does not hold"
     assert reproduce.claim(rows("a", [1, 2]) + rows("b", [0, 1]), "answers", "a", "b")[3].startswith("undecided")
     assert reproduce.claim(rows("a", [1]), "answers", "a", "b") is None
+    alike = rows("a", [2] * 8) + rows("b", [1])  # the base has no seed
+    assert reproduce.claim(alike, "answers", "a", "b")[3].startswith("can't be tested")
 
 
 def test_curves_say_when_the_ceiling_is_reached():
