@@ -21,6 +21,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data/toy")]
 KEY = "sk-secret-0123456789"
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")  # the longest file first, for -n 2
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """(model, tokenizer): the toy base in 4 bits with a fresh LoRA adapter, which changes nothing yet."""
