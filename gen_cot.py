@@ -806,7 +806,7 @@ def continue_clock(stamps, stream):
 
 
 def promised_end(container, stream):
-    """The second at which a stream says that it ends; 0 where it doesn't say, or speaks for the sound, too."""
+    """The second at which a stream says that it ends; 0 where it doesn't say, or means the sound, too."""
     if container.format.name == "asf":
         return 0
     if stream.duration:

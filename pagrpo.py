@@ -25,9 +25,9 @@ segment's tokens open; ours is choice P2.
 
 Why the loss is about 0: with one gradient step per rollout (μ = 1) ρ is exactly 1 and a group's advantages
 add up to 0. So the policy term is 0 as well, with the default averages (P2) and if no completion lacks a
-segment. What is left is β times the KL of both segments, about twice β times the logged `kl`, which is a mean
-over all tokens. But the gradient of the policy term, the mean of A · ∇ log π, is not 0. Watch the rewards,
-not the loss.
+segment. What is left is β times the KL: of both segments, so about twice the logged `kl`, a mean over all
+tokens, where the loss is averaged by segment. But the gradient of the policy term, the mean of A · ∇ log π,
+is not 0. Watch the rewards, not the loss.
 
 Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (of the longest one in hand),
 S tokens of a `Pack`, D hidden, V vocabulary. "Process" means perception or reasoning; a process of the system
@@ -42,9 +42,9 @@ P2. A completion's loss is the mean over each segment's tokens, summed over the 
     empty segment contributes 0. `--loss-average completion` takes one mean over all tokens, as other GRPO
     code does. It is the default in the rows of P7 that are marked *.
 P3. std is the unbiased estimate plus 1e-4; a group with equal rewards gets exact zeros.
-P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3), in the segment's mean.
+P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3), in the same mean (P2).
 P5. Completions are sampled at temperature 1. Of the added tokens (visual, chat control, tools) only
-    `<|im_end|>` can be sampled, which ends a turn of the chat format; `<|endoftext|>` doesn't. The sampled
+    `<|im_end|>` can be sampled, which ends a turn of the chat format (`<|endoftext|>` ends none). The sampled
     ids are kept and trained on as they are; completions cut at the limit count as truncated. The ban changes
     what is sampled and nothing else: every log-prob, the rollout's too, is normalised over the whole
     vocabulary, so that policy and reference stay the model's own distributions. The small mass of the banned
@@ -52,10 +52,10 @@ P5. Completions are sampled at temperature 1. Of the added tokens (visual, chat 
 P6. A failed verdict is NaN, never 0. A completion without one is left out of the mean and std of every reward
     that contains R_P, and its advantage for that reward is 0. What is left of its advantages:
                                            on o_P    on o_R
-        PA-GRPO, also without length          0        A_R
-        GRPO = without perception            A_R       A_R
-        without reasoning, separation         0         0
-        GDPO = without assignment            A_R       A_R
+        PA-GRPO, also without length          0        A_R      each has its own
+        GRPO = without perception            A_R       A_R      A_R needs no verdict
+        without reasoning, separation         0         0       the one reward contains R_P
+        GDPO = without assignment            A_R       A_R      the sum, with A_P = 0
     The KL term acts on it as ever. If a remote judge answers none of an update's questions, nothing is learnt
     from that update (it counts towards `--updates`), and three such updates in a row stop the run; but not
     with `--without perception`, which needs no verdicts.
@@ -116,9 +116,10 @@ def get_args():
     add("--prompts-per-update", type=positive, default=7, help="prompts per optimiser step (paper: 7)")
     add("--num-iterations", type=positive, default=1, help="gradient steps per rollout, μ")
     add("--prompts-per-rollout", type=positive,
-        help="prompts decoded together (default: all of an update's; a smaller number needs less memory)")
+        help="decode an update's rollout in parts of so many prompts (default: in one; smaller parts need "
+             "less memory)")
     add("--completions-per-pass", type=positive,
-        help="completions of a group per training pass (default: all; a smaller number needs less memory)")
+        help="completions of a group per training pass (default: all; fewer need less memory)")
     add("--max-completion-tokens", type=positive, default=768, help="cut completions here (Video-R1: 768)")
     add("--clip-eps", type=gen_cot.number(1e-12), default=0.2, help="ε of Eq. 7")
     add("--beta", type=gen_cot.number(0), default=0.04,
@@ -169,8 +170,10 @@ def main(args):
     print(f"Starting {started}.")
     judge = None
     if args.judge != "self" and not args.probe:  # whether it can be reached, before the model is loaded
-        judge = gen_cot.judge_from(args, records, max_unanswered=math.inf,  # `train` counts updates instead
-                                   max_refused=10 * args.num_generations)  # ten prompts of G observations
+        # it may refuse ten prompts of G observations in a row for what they hold; the updates in which it
+        # doesn't answer at all are counted by `train` (P6)
+        judge = gen_cot.judge_from(args, records, max_refused=10 * args.num_generations,
+                                   max_unanswered=math.inf)
     with sft.measured("load", "take a smaller model"):
         model, tokenizer = sft.load_model(args.base, None if args.adapter == "none" else args.adapter,
                                           not args.no_4bit, args.lora_rank)
@@ -195,9 +198,9 @@ def train(model, ref_adapter, tokenizer, records, judge, args):
     groups of each look), curves.png and the adapter."""
     template, config = gen_cot.load_template(args), sft.unwrap(model).config
     optimizer = sft.setup_training(model, args)
-    # your own perception reward goes here: any f(records, observations) -> list of True, False or None (P6),
-    # or of floats in [0, 1]; an observation is a str, or None where the block isn't complete. A judge with a
-    # dict `stats` counts as remote (P6).
+    # for your own perception reward replace the next statement by `judge = f`, with any f(records,
+    # observations) -> list of True, False or None (P6), or of floats in [0, 1]; an observation is a str, or
+    # None where the block isn't complete. A judge with `stats`, a dict with entries, counts as remote (P6).
     judge = judge or gen_cot.judge_from(args, records,
                                         lambda prompts: self_judge(model, tokenizer, prompts, args))
     start = sft.load_checkpoint(model, optimizer, args)
@@ -210,7 +213,8 @@ def train(model, ref_adapter, tokenizer, records, judge, args):
     with (sft.open_log(args.output, start) as log,
           sft.open_log(args.output, start, "rollouts.jsonl") as rollouts,
           sft.progress("PA-GRPO", start, args.updates) as bar,
-          sft.Ending(start, model, optimizer, args) as ending):  # saves the last whole update, come what may
+          sft.Ending(start, model, optimizer, args) as ending):  # holds Ctrl-C back from AdamW's step until
+        # `updated`, and saves the last whole update, come what may
         for step in bar:
             look = step % args.show_every == 0
             if step > start and step % args.save_every == 0:
@@ -236,7 +240,7 @@ def train(model, ref_adapter, tokenizer, records, judge, args):
             for i, seen in enumerate(shown):
                 sft.log_row(rollouts, dict(step=step, group=i, **seen))
             sft.log_row(log, row)
-            ending.updated(step + 1)  # it stands in the log: Ctrl-C, held back since AdamW's step, acts again
+            ending.updated(step + 1)  # it stands in the log
             if shown:
                 show(shown[0])
             del groups, encoded  # frees their embeddings
@@ -314,7 +318,7 @@ def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
     with sft.measured("judge", "lower --prompts-per-rollout or name another --judge", metrics):
         verdicts = gather_object(score_groups(groups, tokenizer, judge, args))
     answered = not verdicts or any(verdict is not None for verdict in verdicts)
-    remote = bool(getattr(judge, "stats", None))  # which only the client of a server has
+    remote = bool(getattr(judge, "stats", None))  # rule has none, and self an empty one
     if answered or not remote or args.without == "perception":
         with sft.measured("update", "lower --completions-per-pass, then --lora-rank from sft.py on", metrics):
             metrics |= update_policy(model, ref_adapter, optimizer, groups, lr, args)
@@ -565,7 +569,7 @@ def process_advantages(perception_rewards, reasoning_rewards, without=None):
 
 def pa_grpo_loss(logprobs, old_logprobs, ref_logprobs, perception_mask, reasoning_mask, perception_advantages,
                  reasoning_advantages, clip_eps=0.2, beta=0.04, loss_average="segment"):
-    """The negative of Eq. 7 for one group.
+    """The negative of Eq. 7 for one group, or for a piece of it.
 
     Args:
         logprobs, old_logprobs, ref_logprobs: (G, T) of the policy, of the policy that sampled, and of π_ref
@@ -608,6 +612,8 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
         prompt: Prompt with embeds (P, D). completion_ids (G, T) int64, completion_mask (G, T) bool.
     """
     language, device = sft.unwrap(model).model.language_model, prompt.embeds.device
+    # The library looks the attention up by name in every layer, and hands our keyword `pack` down to it;
+    # sdpa_mask makes the masks of passes without a pack.
     AttentionInterface.register("shared_prefix", shared_prefix_attention)
     AttentionMaskInterface.register("shared_prefix", sdpa_mask)
     language.config._attn_implementation = "shared_prefix"  # from here on; the library's own without a pack
@@ -651,6 +657,12 @@ def make_pack(prompt_length, completion_mask):
     return Pack(prompt_length, to_rows, to_pack, everything.tril(prompt_length))
 
 
+def take(x, index):
+    """x[index], (N, a, b) and (…) to (…, a, b); as an embedding, since its gradient, a sum by rows, is
+    quicker than indexing's."""
+    return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
+
+
 def shared_prefix_attention(module, query, key, value, attention_mask, pack=None, **kwargs):
     """Attention over a pack in two calls, neither of which computes anything between completions: the prompt
     on itself, and each completion on the prompt and itself. Without a pack, the library's way.
@@ -672,15 +684,10 @@ def shared_prefix_attention(module, query, key, value, attention_mask, pack=None
     # The query heads that share a key-value head become one head with more queries (head 0's T, head 1's T,
     # …), under the same mask each: no key or value is copied for them.
     q = q.unflatten(1, (-1, heads_per_key)).flatten(2, 3)  # (G, key-value heads, heads_per_key · T, d)
-    mask = pack.attention_mask.repeat(heads_per_key, 1)
+    mask = pack.attention_mask.repeat(heads_per_key, 1)  # (heads_per_key · T, P + T)
     on_rows = F.scaled_dot_product_attention(q, k, v, mask, scale=module.scaling)
     on_rows = on_rows.unflatten(2, (heads_per_key, T)).flatten(1, 2).transpose(1, 2)  # (G, T, heads, d)
     return torch.cat([on_prompt, take(on_rows.flatten(0, 1), pack.to_pack)[None]], dim=1), None
-
-
-def take(x, index):
-    """x[index]; as an embedding, since its gradient, a sum by rows, is quicker than indexing's."""
-    return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
 
 
 # --- rollout ------------------------------------------------------------------------------------------------
@@ -689,7 +696,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
     """Sample `num_generations` completions for each prompt (P5).
 
     Each prompt is prefilled once, into the key-value cache of all its group. Then all groups decode in one
-    loop, with our own positions. On a CPU the weights hold the adapter meanwhile (`merged`).
+    loop, with our own positions. On a CPU each adapted layer is one dense matrix meanwhile (`merged`).
 
     Args:
         prompts: B of Prompt with embeds. max_tokens: the completions' limit.
@@ -709,6 +716,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
     cache = GroupCache.empty(prompts[0].embeds, qwen.config.text_config, len(prompts) * G, width + max_tokens)
 
     def feed(embeds, positions, cache, mask=None):  # (n, tokens, D), (3, n, tokens) -> (n, D) of the last
+        # `cache` was called past_key_values before transformers 5.24
         return qwen.language_model(inputs_embeds=embeds, position_ids=positions, cache=cache,
                                    attention_mask={"full_attention": mask}).last_hidden_state[:, -1]
 
@@ -747,7 +755,8 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
 
 def sample_from(logits, numbers):
     """One token a row (N,): the first whose cumulative probability exceeds the row's number; in float64, as
-    rounding could pick a banned one in float32. If logits are NaN, the last: that update won't be taken."""
+    rounding could pick a banned one in float32. If logits are NaN, the last: `sft.optimiser_step` won't take
+    that update."""
     cumulative = logits.double().softmax(-1).cumsum(-1)  # (N, V)
     token = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)
@@ -814,8 +823,9 @@ def merged(model):
 # --- the reference, the self judge, the probe ---------------------------------------------------------------
 
 def add_reference(model, args):
-    """π_ref as the frozen adapter `ref`, a second copy of the SFT adapter; returns its name, or None where
-    there is no adapter, i.e. where π_ref is the base. It acts in the pass for `ref_logprobs` alone."""
+    """π_ref as the frozen adapter `ref`, a second copy of the SFT adapter (of a fresh one for the probe);
+    returns its name, or None where there is no adapter, i.e. where π_ref is the base. It acts in the pass for
+    `ref_logprobs` alone."""
     if args.adapter != "none":
         model.load_adapter(args.adapter, "ref", is_trainable=False)
     elif args.probe:  # a stand-in for the SFT adapter of a real run
