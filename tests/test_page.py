@@ -2,7 +2,6 @@
 import html
 import io
 import json
-import math
 import re
 import shutil
 import subprocess
