@@ -122,10 +122,10 @@ def run_here(clone, monkeypatch, command):
 
 
 def test_two_processes_learn_what_one_learns(clone, monkeypatch):
-    """Their shares of the prompts, of three two and one, gradients added up: ten steps with the same losses,
+    """Their shares of the prompts, of three two and one, gradients added up: five steps with the same losses,
     in both stages."""
-    commands = ["sft.py --model tiny --limit 80 --batch-size 8 --micro-batch 2 --output runs/NAME/sft",
-                "pagrpo.py --model tiny --updates 10 --prompts-per-update 3 --num-generations 4 "
+    commands = ["sft.py --model tiny --limit 40 --batch-size 8 --micro-batch 2 --output runs/NAME/sft",
+                "pagrpo.py --model tiny --updates 5 --prompts-per-update 3 --num-generations 4 "
                 "--max-completion-tokens 32 --output runs/NAME/pagrpo"]
     script = ["import sys, sft, pagrpo", "assert sft.process().num_processes == 2"]
     for stage, command in zip(("sft", "pagrpo"), commands):
@@ -137,7 +137,7 @@ def test_two_processes_learn_what_one_learns(clone, monkeypatch):
         run_here(clone, monkeypatch, command.replace("NAME", "one"))
     for stage in ("sft", "pagrpo"):
         one, two = (without_times(clone / "runs" / name / stage) for name in ("one", "two"))
-        assert len(one) == 10 and one[0]["loss"] != one[9]["loss"]
+        assert len(one) == 5 and one[0]["loss"] != one[4]["loss"]
         for row, other in zip(one, two, strict=True):
             assert row == pytest.approx(other, abs=1e-4)
 
