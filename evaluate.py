@@ -117,7 +117,7 @@ def main(args):
     results = {"constant": constant_answers(records, args.scoring)}
     for adapter, name in names.items():
         done = {key_of(row): row for row in read_completions(files[adapter])}
-        rows = [done[key_of(record)] | dict(record) for record in records if key_of(record) in done]
+        rows = [done[key_of(record)] | record for record in records if key_of(record) in done]
         if any(row.get("run") != runs[adapter] for row in rows):
             print(f"{name}: these completions are of another model, prompt or setting than this command's.")
         if len(rows) < len(records):
@@ -201,7 +201,7 @@ BENCHMARKS = {
                            {"accuracy": pooled}, (48.1, 55.0, 45.3)),
     "mmvu": Benchmark("eval_mmvu.json", field("subject"), {"accuracy": pooled}, (60.0, 65.4, 58.7)),
     "vcr": Benchmark("eval_vcrbench.json", field("dimension"), {"accuracy": pooled}, (44.3, 51.0, 45.3)),
-    "mvbench": Benchmark("eval_mvbench.json",
+    "mvbench": Benchmark("eval_mvbench.json",  # its problem_ids are 1 to 4000, 200 for each task
                          lambda r: MVBENCH_TASKS[range(4000).index(int(r["problem_id"]) - 1) // 200],
                          {"mean of tasks": mean_of_groups}, (59.0, 68.1, 63.2)),
     "tempcompass": Benchmark("eval_tempcompass.json", field("dim"), {"accuracy": pooled}, (72.6, 74.5, 66.4)),
@@ -247,10 +247,15 @@ def key_of(row):
     return row["file"], str(row.get("problem_id")), gen_cot.question_key(row)
 
 
-def read_completions(path):
-    """The rows of a completions file but for a line that a kill tore; none where it is not there yet."""
+def whole_rows(path):
+    """The rows of a JSON Lines file but for a line that a kill tore; none where it is not there yet."""
     rows = gen_cot.read_json(path) if Path(path).exists() else []
-    rows = [row for row in rows if isinstance(row, dict)]
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def read_completions(path):
+    """The rows of a completions file. Raises UserError where it is none."""
+    rows = whole_rows(path)
     if not all({"file", "completion"} <= row.keys() for row in rows):
         raise UserError(f"{path} holds no completions of evaluate.py.")
     return rows
@@ -637,7 +642,7 @@ def page_rollouts(folder):
     """The rows of every rollouts.jsonl with their `run`, the gold answer, and (mean, std) of each reward."""
     rows = []
     for path in sorted(folder.rglob("rollouts.jsonl")):
-        for row in filter(None, gen_cot.read_json(path)):
+        for row in whole_rows(path):
             row["run"], row["moments"] = str(path.parent.relative_to(folder)), {}
             row["record"]["gold"] = gold_answer(row["record"]["solution"])
             for key in ("perception", "reasoning", "reward"):

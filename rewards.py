@@ -467,6 +467,7 @@ def load_prompt(file, default, fields):
 
 PATIENCE = 8  # seconds for which a judge's replies on their way are waited for when a run ends
 
+
 class ChatClient:
     """A remote model over the Messages API (anthropic:MODEL) or chat-completions (openai:MODEL).
 
@@ -649,7 +650,7 @@ class ChatClient:
 
 # What servers say when the account is used up; when it comes back by itself; when one content is the trouble.
 USED_UP = re.compile(r"quota|credit balance|billing|api.?key", re.IGNORECASE)
-SOON = re.compile(r"per.?(?:min|sec)|(?:retry|again) (?:in|after) [\d.]+ ?m?s|retryDelay", re.IGNORECASE)
+SOON = re.compile(r"per.?(?:min|sec)|(?:retry|again) (?:in|after) [\d.]+ ?[hms]|retryDelay", re.IGNORECASE)
 FILTERED = re.compile(r'"content_filter"|"refusal": ?"|: ?"refusal"')
 
 

@@ -221,6 +221,7 @@ QUOTA = "You exceeded your current quota, please check your plan and billing det
     (429, f"{QUOTA} Please retry in 1.3s.", "retry"), (429, "Rate limit reached", "retry"),
     (429, "Quota exceeded for quota metric 'Requests' and limit 'Requests per minute'", "retry"),
     (429, "Please retry after 1 seconds. Please go here: https://aka.ms/oai/quotaincrease", "retry"),
+    (429, "Limit 200 requests per day. Please try again in 7m12s, or see your account's billing.", "retry"),
     (424, "generation failed", "retry"), (425, "too early", "retry"), (529, "overloaded", "retry"),
     (200, '{"choices": [{"finish_reason": "content_filter", "message": {"content": ""}}]}', "unknown"),
     (200, '{"choices": [{"message": {"content": null, "refusal": "I will not."}}]}', "unknown"),

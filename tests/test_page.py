@@ -60,6 +60,7 @@ def write(folder, rollouts=(), samples=()):
     with sft.open_log(folder, 0, "rollouts.jsonl") as log:
         for row in rollouts:
             sft.log_row(log, row)
+        log.write(b'{"step": 9, "gro' * bool(rollouts))  # what a kill tore
     gen_cot.write_jsonl(folder / "completions-x.jsonl", samples)
     args = SimpleNamespace(judge=None, scoring="paper", media_root=str(folder), workers=1, num_frames=32,
                            max_pixels=256)

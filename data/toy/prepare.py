@@ -6,10 +6,10 @@ badly.
 
 A clip is four or five moments of one second, H.264 in MP4 at 8 frames a second, 56 × 56 pixels: in each
 moment a coloured figure (a shape or a sign) drifts over a noisy ground, and in some clips the light flashes
-for 0.4 seconds of one moment. A picture is a PNG of four figures in reading order. Every question needs a perception
-(what came when) and a reasoning step (count, compare, reverse, multiply, look up the option's letter). Each
-record carries `evidence`: the facts that an observation must state to be sufficient, so that `--judge rule`
-is exact.
+for 0.4 seconds of one moment. A picture is a PNG of four figures in reading order. Every question needs a
+perception (what came when) and a reasoning step (count, compare, reverse, multiply, look up the option's
+letter). Each record carries `evidence`: the facts that an observation must state to be sufficient, so that
+`--judge rule` is exact.
 
 Files, all below data/toy: `cot.jsonl`, `rl.jsonl`, `test.jsonl` (records, disjoint by scene), `traces.jsonl`
 (a scripted teacher's raw traces for `cot.jsonl`; the field `flaw` says what was spoilt on purpose, and no

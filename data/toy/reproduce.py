@@ -101,7 +101,8 @@ def run_row(name, seed):
         stage(adapter, "pagrpo.py", *model_flags("pagrpo", plain), "--seed", seed, *start, *rl_flags,
               "--show-every", 5, "--output", adapter)
     folder = folder_of(f"evaluate {name}", seed)
-    call("evaluate.py", *model_flags("evaluate", plain), "--adapters", adapter, "--mismatch", "--output", folder)
+    call("evaluate.py", *model_flags("evaluate", plain), "--adapters", adapter, "--mismatch",
+         "--output", folder)
     row = dict(row=name, seed=seed) | scores_of(folder)
     if rl_flags is not None:
         metrics = read_json(adapter / "metrics.jsonl")
