@@ -116,7 +116,7 @@ def is_plain(content):
 
 
 BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe00-\ufe0f\uffa0"
-                   "\u180b-\u180f\ufffc\U000e0100-\U000e01ef]")  # Hangul fillers
+                   "\u180b-\u180f\ufffc\U000e0100-\U000e01ef]")  # fillers, joiners, variation selectors
 
 
 def visible(text):
