@@ -367,21 +367,21 @@ def local_rows(model, tokenizer, records, notes, args):
 
 def server_rows(client, records, notes, args):
     """(record, row) of each record, answered by a server, to which stamped frames go as to a teacher."""
-    waiting, replies = collections.deque(), []
+    replies = []
+
+    def ask(record, content):
+        if isinstance(content, gen_cot.MediaError):
+            return dict(completion=None, unread=str(content))
+        prompt = dict(type="text", text=prompt_text(record, notes, args))
+        reply = client.reply([*(content or []), prompt])
+        replies.append(reply)
+        return dict(completion=reply)
+
+    jobs = ((record, client.pool.submit(ask, record, content))
+            for record, content in with_media(records, args, gen_cot.teacher_content))
     try:
-        for record, content in with_media(records, args, gen_cot.teacher_content):
-            if isinstance(content, gen_cot.MediaError):
-                yield record, dict(completion=None, unread=str(content))
-                continue
-            prompt = dict(type="text", text=prompt_text(record, notes, args))
-            waiting.append((record, client.pool.submit(client.reply, [*(content or []), prompt])))
-            while waiting and (waiting[0][1].done() or len(waiting) > 32):
-                record, job = waiting.popleft()
-                replies.append(job.result())
-                yield record, dict(completion=replies[-1])
-        for record, job in waiting:
-            replies.append(job.result())
-            yield record, dict(completion=replies[-1])
+        for record, job in gen_cot.in_order(jobs, 32):
+            yield record, job.result()
         client.report(replies)
     finally:  # Ctrl-C: ask nothing more
         client.close()

@@ -140,8 +140,7 @@ def generate(records, teacher, args):
     in flight are through, where the teacher refuses or the first 30 replies all break the template.
     """
     path, template = args.output.with_name("traces.jsonl"), load_template(args)
-    file, lock, waiting = open_jsonl(path), threading.Lock(), collections.deque()
-    broken = lost = 0
+    file, lock, counts = open_jsonl(path), threading.Lock(), collections.Counter()
     outputs = {row.get("request"): row["output"] for row in read_json(path)
                if isinstance(row, dict) and isinstance(row.get("output"), str)}
     keys = [digest([args.teacher, args.teacher_extra, build_prompt(record, template), record["path"],
@@ -150,38 +149,35 @@ def generate(records, teacher, args):
 
     def ask(key, record, content):
         output = teacher.reply([*content, dict(type="text", text=build_prompt(record, template))])
-        if output is not None:
-            row = dict(question=question_key(record), request=key, problem_id=record.get("problem_id"),
-                       output=output)
-            with lock:
+        with lock:
+            if output is not None:
+                row = dict(question=question_key(record), request=key, problem_id=record.get("problem_id"),
+                           output=output)
                 file.write(json_line(row))
                 file.flush()
+                counts["came"] += 1
+                counts["broken"] += format_rewards(bare_trace(output)) != (1.0, 1.0)
+                if counts["came"] == counts["broken"] == 30:
+                    teacher.refuse("None of the first 30 replies is in the template; the last one is "
+                                   f"{output[:300]!r}.")
+            bar.set_postfix(broken=counts["broken"], tokens=teacher.stats["tokens_out"], refresh=False)
+            bar.update()
         return output
 
-    def settle(key, job):
-        nonlocal broken, lost
-        outputs[key] = job.result()
-        lost += outputs[key] is None
-        broken += outputs[key] is not None and format_rewards(bare_trace(outputs[key])) != (1.0, 1.0)
-        bar.set_postfix(broken=broken, tokens=teacher.stats["tokens_out"], refresh=False)
-        bar.update()
-        if broken == bar.n - lost == 30:  # all that came so far
-            raise UserError("None of the first 30 replies is in the template; the last one is "
-                            f"{str(outputs[key])[:300]!r}.")
+    def jobs():
+        for key, (record, content) in zip(todo, read_ahead(todo.values(), args, teacher_content)):
+            if teacher.stop.is_set():  # it refuses: no need to decode on
+                return
+            if isinstance(content, MediaError):
+                tqdm.write(f"skipped: {content}")
+                outputs[key] = content
+            else:
+                yield key, teacher.pool.submit(ask, key, record, content)
 
     with file, tqdm(total=len(todo), desc="questions") as bar:
         try:
-            for key, (record, content) in zip(todo, read_ahead(todo.values(), args, teacher_content)):
-                if isinstance(content, MediaError):
-                    tqdm.write(f"skipped: {content}")
-                    outputs[key] = content
-                    continue
-                waiting.append((key, teacher.pool.submit(ask, key, record, content)))
-                # settled as they come, in order; and so many at most are decoded and not yet answered
-                while waiting and (waiting[0][1].done() or len(waiting) == 8 * args.teacher_concurrency):
-                    settle(*waiting.popleft())
-            for key, job in waiting:
-                settle(key, job)
+            for key, job in in_order(jobs(), 8 * args.teacher_concurrency):  # so many are decoded ahead
+                outputs[key] = job.result()
         except (UserError, OSError, KeyboardInterrupt) as error:
             teacher.close()  # ask nothing more; what is on its way is written
             with contextlib.suppress(OSError):  # a full disk says so once more
@@ -935,15 +931,11 @@ def read_ahead(records, args, read=read_media, timeout=None):
     if context.get_start_method() == "spawn" and read.__module__ != "__main__":
         vars(sys.modules["__main__"]).pop("__file__", None)
     pool = ProcessPool(max_workers=args.workers, context=context, initializer=init_worker)
-    records, waiting, limit = iter(records), collections.deque(), timeout or DECODE_TIMEOUT
+    limit = timeout or DECODE_TIMEOUT
+    jobs = ((record, pool.schedule(read, (record, args.num_frames, args.max_pixels), timeout=limit))
+            for record in records)
     try:
-        while True:
-            for record in itertools.islice(records, 4 * args.workers - len(waiting)):
-                job = pool.schedule(read, (record, args.num_frames, args.max_pixels), timeout=limit)
-                waiting.append((record, job))
-            if not waiting:
-                break
-            record, job = waiting.popleft()
+        for record, job in in_order(jobs, 4 * args.workers):
             try:
                 media = job.result()
             except MediaError as error:
@@ -958,6 +950,15 @@ def read_ahead(records, args, read=read_media, timeout=None):
     finally:
         pool.stop()
         pool.join()
+
+
+def in_order(jobs, ahead):
+    """The items of an iterator that begins a job with each, in order; `ahead` of them are under way while one
+    is used."""
+    waiting = collections.deque(itertools.islice(jobs, ahead))
+    while waiting:
+        yield waiting.popleft()
+        waiting.extend(itertools.islice(jobs, 1))
 
 
 # --- the prompt ---------------------------------------------------------------------------------------------

@@ -25,13 +25,13 @@ segment's tokens open; ours is choice P2.
 
 Why the loss is about 0: with one gradient step per rollout (μ = 1) ρ is exactly 1 and a group's advantages
 add up to 0. So the policy term is 0 as well, with the default averages (P2) and if no completion lacks a
-segment. What is left is β times the KL: of both segments, so about twice the logged `kl`, a mean over all
-tokens, where the loss is averaged by segment. But the gradient of the policy term, the mean of A · ∇ log π,
-is not 0. Watch the rewards, not the loss.
+segment. What is left is β times the KL. Averaged by segment, both segments' mean KL are added: this is about
+2β times the logged `kl`, which is one mean over all tokens. But the gradient of the policy term, the mean of
+A · ∇ log π, is not 0. Watch the rewards, not the loss.
 
-Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (of the longest one in hand),
-S tokens of a `Pack`, D hidden, V vocabulary. "Process" means perception or reasoning; a process of the system
-is called a rank.
+Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (of the longest completion in
+the tensor), S tokens of a packed sequence, D hidden, V vocabulary. "Process" means perception or reasoning; a
+process of the operating system, of which there is one for each GPU, is called a rank.
 
 Our choices where the paper is silent:
 P1. o_P is everything up to and including the token that completes the first `</observation>`; o_R is the
@@ -44,23 +44,24 @@ P2. A completion's loss is the mean over each segment's tokens, summed over the 
 P3. std is the unbiased estimate plus 1e-4; a group with equal rewards gets exact zeros.
 P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3), in the same mean (P2).
 P5. Completions are sampled at temperature 1. Of the added tokens (visual, chat control, tools) only
-    `<|im_end|>` can be sampled, which ends a turn of the chat format (`<|endoftext|>` ends none). The sampled
-    ids are kept and trained on as they are; completions cut at the limit count as truncated. The ban changes
-    what is sampled and nothing else: every log-prob, the rollout's too, is normalised over the whole
-    vocabulary, so that policy and reference stay the model's own distributions. The small mass of the banned
-    tokens is neglected.
-P6. A failed verdict is NaN, never 0. A completion without one is left out of the mean and std of every reward
-    that contains R_P, and its advantage for that reward is 0. What is left of its advantages:
-                                           on o_P    on o_R
-        PA-GRPO, also without length          0        A_R      each has its own
-        GRPO = without perception            A_R       A_R      A_R needs no verdict
-        without reasoning, separation         0         0       the one reward contains R_P
-        GDPO = without assignment            A_R       A_R      the sum, with A_P = 0
-    The KL term acts on it as ever. If a remote judge answers none of an update's questions, nothing is learnt
-    from that update (it counts towards `--updates`), and three such updates in a row stop the run; but not
-    with `--without perception`, which needs no verdicts.
+    `<|im_end|>` can be sampled, which ends a turn of the chat format (`<|endoftext|>` is banned, too, as are
+    ids that stand for no token). The sampled ids are kept and trained on as they are; completions cut at the
+    limit count as truncated. The ban changes what is sampled and nothing else: every log-prob, the rollout's
+    too, is normalised over the whole vocabulary, so that policy and reference stay the model's own
+    distributions. The small mass of the banned tokens is neglected.
+P6. If the judge fails to give a verdict on a completion, R_P is NaN, never 0. The completion is left out of
+    the mean and std of every reward that contains R_P, and its advantage for that reward is 0. The advantages
+    that its tokens still get:
+                                         o_P's tokens  o_R's tokens
+        PA-GRPO, also without length          0            A_R      each has its own
+        GRPO = without perception            A_R           A_R      A_R needs no verdict
+        without reasoning, separation         0             0       the one reward contains R_P
+        GDPO = without assignment            A_R           A_R      the sum, with A_P = 0
+    The KL term still applies to it. If the judge gives no verdict at all in an update, nothing is learnt from
+    that update (it counts towards `--updates`), and three such updates in a row stop the run; but not with
+    `--without perception`, which needs no verdicts.
 P7. The rows of Table 2; in those marked * all tokens have one advantage. The judge is asked in any case, for
-    the log. GDPO normalises each reward apart, as PA-GRPO does, and assigns their sum to all tokens.
+    the log. GDPO normalises each reward apart, as PA-GRPO does, but assigns their sum to all tokens.
         process-agnostic RL = without R_P *   --algorithm grpo, or --without perception   process_advantages
         without R_R *                         --without reasoning                         process_advantages
         without separation *                  --without separation                        process_advantages
@@ -101,7 +102,7 @@ from rewards import UserError, ask_judge, parse_trace, process_rewards, visible
 TINY = dict(data="data/toy/rl.jsonl", media_root="data/toy", max_pixels=4, judge="rule", updates=50,
             prompts_per_update=8, max_completion_tokens=112, perception_length=(16, 64),
             reasoning_length=(16, 64), lr=8e-4, lora_rank=32, checkpointing=False, show_every=10)
-FIXED = 48  # prompts, or a tenth of all, that are held out to be looked at; of all records always the same
+FIXED = 48  # prompts held out for the `fixed/…` curves, at most a tenth of all, the same for every --seed
 
 
 def get_args():
@@ -168,10 +169,10 @@ def main(args):
     if not args.probe:
         sft.claim_output(args)
     print(f"Starting {started}.")
-    judge = None
-    if args.judge != "self" and not args.probe:  # whether it can be reached, before the model is loaded
-        # it may refuse ten prompts of G observations in a row for what they hold; the updates in which it
-        # doesn't answer at all are counted by `train` (P6)
+    judge = None  # `self` needs the loaded model: `train` makes it
+    if args.judge != "self" and not args.probe:  # tried before the model is loaded
+        # It may refuse the observations of ten prompts in a row for what they hold. The updates in which it
+        # doesn't answer at all are counted by `train` (P6).
         judge = gen_cot.judge_from(args, records, max_refused=10 * args.num_generations,
                                    max_unanswered=math.inf)
     with sft.measured("load", "take a smaller model"):
@@ -184,27 +185,19 @@ def main(args):
     print(f"This run started {started}.")
 
 
-CURVES = {"reward": ["reward"], "KL to the reference": ["kl"],
-          "accuracy": ["rewards/perception_accuracy", "rewards/reasoning_accuracy"],
-          "fixed prompts, greedy": ["fixed/perception", "fixed/reasoning"],
-          "format": ["rewards/perception_format", "rewards/reasoning_format"],
-          "tokens": ["length/perception", "length/reasoning"],
-          "groups with equal rewards": ["frac_reward_zero_std/perception", "frac_reward_zero_std/reasoning",
-                                        "frac_reward_zero_std/sum"]}
-
-
 def train(model, ref_adapter, tokenizer, records, judge, args):
     """The RL loop: decode a few questions' media, update, log. Writes metrics.jsonl, rollouts.jsonl (two
     groups of each look), curves.png and the adapter."""
     template, config = gen_cot.load_template(args), sft.unwrap(model).config
     optimizer = sft.setup_training(model, args)
-    # for your own perception reward replace the next statement by `judge = f`, with any f(records,
-    # observations) -> list of True, False or None (P6), or of floats in [0, 1]; an observation is a str, or
-    # None where the block isn't complete. A judge with `stats`, a dict with entries, counts as remote (P6).
+    # For your own perception reward replace the next statement by `judge = f`, with any f(records,
+    # observations) -> list of True, False or None (P6), or of floats in [0, 1], which take the place of the
+    # accuracy in Eq. 3 (one above 0 can earn the length bonus). A record is the JSON record and `media`, the
+    # path of its file; an observation is a str, or None where the block isn't complete.
     judge = judge or gen_cot.judge_from(args, records,
                                         lambda prompts: self_judge(model, tokenizer, prompts, args))
     start = sft.load_checkpoint(model, optimizer, args)
-    named = set()  # media that were reported as unreadable
+    named = set()  # files already reported as unreadable
     fixed, records = hold_out(records)
     fixed = sft.encode_batch(gen_cot.read_ahead(sft.shard(fixed, FIXED), args), template, tokenizer, config,
                              named)
@@ -213,8 +206,7 @@ def train(model, ref_adapter, tokenizer, records, judge, args):
     with (sft.open_log(args.output, start) as log,
           sft.open_log(args.output, start, "rollouts.jsonl") as rollouts,
           sft.progress("PA-GRPO", start, args.updates) as bar,
-          sft.Ending(start, model, optimizer, args) as ending):  # holds Ctrl-C back from AdamW's step until
-        # `updated`, and saves the last whole update, come what may
+          sft.Ending(start, model, optimizer, args) as ending):  # on Ctrl-C or an error: a checkpoint
         for step in bar:
             look = step % args.show_every == 0
             if step > start and step % args.save_every == 0:
@@ -223,6 +215,7 @@ def train(model, ref_adapter, tokenizer, records, judge, args):
             encoded = sft.encode_batch(islice(media, share), template, tokenizer, config, named)
             row = {"step": step, "lr": sft.cosine_lr(step, args.updates, args.lr), "scoring": args.scoring,
                    "sec/media": time.time() - since}  # media were decoded during the last update
+            # gather_object joins the lists of all ranks; on one GPU it gives back its argument
             row["skipped_media"] = sum(gather_object([share - len(encoded)]))
             if look:
                 row |= fixed_accuracies(model, fixed, tokenizer, judge, args)
@@ -233,7 +226,7 @@ def train(model, ref_adapter, tokenizer, records, judge, args):
                 row |= metrics
                 unanswered = 0 if "loss" in row else unanswered + 1
                 if unanswered == 3:
-                    raise UserError("The judge was asked in three updates in a row and never answered")
+                    raise UserError("The judge was asked in three updates in a row and gave no verdict")
                 bar.set_postfix({"reward": row["reward"], "P": row["rewards/perception_accuracy"],
                                  "R": row["rewards/reasoning_accuracy"], "kl": row.get("kl")})
             shown = [rollout_row(group, tokenizer, args) for group in (groups[:2] if look else [])]
@@ -243,7 +236,7 @@ def train(model, ref_adapter, tokenizer, records, judge, args):
             ending.updated(step + 1)  # it stands in the log
             if shown:
                 show(shown[0])
-            del groups, encoded  # frees their embeddings
+            del groups, encoded  # with their embeddings, before the next ones are made
         sft.save_checkpoint(sft.checkpoint_bytes(args.updates, model, optimizer, args), args.output)
     lost = sft.finish(model, CURVES, args.updates * args.prompts_per_update, args.output)
     gen_cot.print_stats("judge", judge)
@@ -273,7 +266,7 @@ def hold_out(records):
 def fixed_accuracies(model, fixed, tokenizer, judge, args):
     """Both accuracies of greedy completions of the fixed prompts, pairs (record, Prompt). They are always the
     same prompts, so this curve lacks the noise of the others."""
-    pairs = [(record, replace(prompt)) for record, prompt in fixed]  # copies, lest embeddings stay in memory
+    pairs = [(record, replace(prompt)) for record, prompt in fixed]  # copies: their embeddings go with them
     groups = sample_groups(model, pairs, tokenizer, args, greedy=True)
     score_groups(groups, tokenizer, judge, args)
     rewards = reward_metrics(gather_object([group.scores for group in groups]))
@@ -286,7 +279,7 @@ def fixed_accuracies(model, fixed, tokenizer, judge, args):
 class Group:
     """One prompt's completions with all that the update needs of them."""
     record: dict
-    prompt: sft.Prompt
+    prompt: sft.Prompt  # with embeds (P, D), by `sample_groups`, and M-RoPE positions (3, P)
     completion_ids: torch.Tensor  # (G, T)
     completion_mask: torch.Tensor  # (G, T)
     sampled_logprobs: torch.Tensor  # (G, T), by the rollout, for logprob_gap alone
@@ -297,44 +290,43 @@ class Group:
     replies: list = None  # G of str, the judge's words, or None
     perception_advantages: torch.Tensor = None  # (G,)
     reasoning_advantages: torch.Tensor = None  # (G,)
-    old_logprobs: torch.Tensor = None  # (G, T) of π_old, by the training pass before the first of μ > 1 steps
+    # these two are set by `update_policy`, on the pieces of the group alone
+    old_logprobs: torch.Tensor = None  # (G, T) of π_old, if μ > 1
     ref_logprobs: torch.Tensor = None  # (G, T)
 
     def split(self, size):
-        """The group's tensors in pieces of up to `size` completions (None: in one); its lists stay whole."""
-        pieces, G = [], len(self.completion_ids)
-        for i in range(0, G, size or G):
-            part = {k: v[i:i + (size or G)] for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        """The group in pieces of up to `size` completions: its tensors are cut, its lists stay whole."""
+        pieces = []
+        for i in range(0, len(self.completion_ids), size):
+            part = {k: v[i:i + size] for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
             pieces.append(replace(self, **part))
         return pieces
 
 
 def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
-    """Sample, score, learn: one update on pairs (record, Prompt). Returns (groups, metrics). If a remote
-    judge gave no verdict at all and they are needed (P6), nothing is learnt, and metrics hold no `loss`."""
+    """Sample, score, learn: one update on pairs (record, Prompt). Returns (groups, metrics). If the judge was
+    asked and gave no verdict at all (P6), nothing is learnt, and metrics hold no `loss`."""
     metrics = {}
     with sft.measured("rollout", "pass --prompts-per-rollout 1, then fewer --num-generations", metrics):
         groups = sample_groups(model, encoded, tokenizer, args)
     with sft.measured("judge", "lower --prompts-per-rollout or name another --judge", metrics):
         verdicts = gather_object(score_groups(groups, tokenizer, judge, args))
-    answered = not verdicts or any(verdict is not None for verdict in verdicts)
-    remote = bool(getattr(judge, "stats", None))  # rule has none, and self an empty one
-    if answered or not remote or args.without == "perception":
+    unanswered = bool(verdicts) and all(verdict is None for verdict in verdicts)
+    if not unanswered or args.without == "perception":
         with sft.measured("update", "lower --completions-per-pass, then --lora-rank from sft.py on", metrics):
             metrics |= update_policy(model, ref_adapter, optimizer, groups, lr, args)
     metrics["peak_gib"] = max(value for key, value in metrics.items() if key.startswith("gib/"))
     flat = [not (g.perception_mask * g.perception_advantages[:, None]
                  + g.reasoning_mask * g.reasoning_advantages[:, None]).any() for g in groups]
-    metrics["frac_no_gradient"] = nan_mean(gather_object(flat))  # but for the KL term (Fig. 6c)
+    metrics["frac_no_gradient"] = nan_mean(gather_object(flat))  # not counting the KL term (Fig. 6c)
     return groups, reward_metrics(gather_object([group.scores for group in groups])) | metrics
 
 
 def sample_groups(model, encoded, tokenizer, args, greedy=False):
-    """Embed the prompts, sample G completions of each (or take the likeliest one), those of
-    `--prompts-per-rollout` prompts at a time, and find the segment of each token. encoded: pairs (record,
-    Prompt)."""
+    """Embed the prompts, sample G completions of each (greedy: decode one), for `--prompts-per-rollout`
+    prompts at a time, and find the segment of each token. encoded: pairs (record, Prompt)."""
     groups, shape = [], (1 if greedy else args.num_generations, args.max_completion_tokens)  # (G, T)
-    batch = args.prompts_per_rollout * args.num_generations // shape[0]  # as many rows if greedy
+    batch = args.prompts_per_rollout * args.num_generations // shape[0]  # prompts; greedy: G times as many
     for i in range(0, len(encoded), batch):
         records, prompts = zip(*encoded[i:i + batch])
         with torch.no_grad():
@@ -381,13 +373,17 @@ def score_groups(groups, tokenizer, judge, args):
 
 def update_policy(model, ref_adapter, optimizer, groups, lr, args):
     """μ gradient steps on the groups of one rollout, every step on all of them; returns the last one's
-    metrics. π_old is computed by the same pass as π, so that ρ is exactly 1 in the first step; `logprob_gap`
+    metrics.
+
+    π_old is computed by `token_logprobs`, as π is, not taken from the rollout, so that ρ is exactly 1 in the
+    first step: for μ = 1 it is π detached, for μ > 1 a pass without gradient before that step. `logprob_gap`
     is how far the rollout's own log-probs are from it.
 
     `--completions-per-pass` cuts the groups into pieces. A piece's loss is the mean over its completions. It
     is weighted by its share of all completions of the update, on all ranks: each completion counts the same.
     """
-    pieces = [piece for group in groups for piece in group.split(args.completions_per_pass)]
+    size = args.completions_per_pass or args.num_generations
+    pieces = [piece for group in groups for piece in group.split(size)]
     sizes = [(len(piece.completion_ids), int(piece.completion_mask.sum())) for piece in pieces]
     all_completions, all_tokens = map(sum, zip(*gather_object(sizes)))  # which joins the ranks' lists
 
@@ -401,7 +397,7 @@ def update_policy(model, ref_adapter, optimizer, groups, lr, args):
                     piece.ref_logprobs = logprobs_of(piece)
             if args.num_iterations > 1:
                 piece.old_logprobs = logprobs_of(piece)
-    model.train()  # turns checkpointing on; nothing here has dropout
+    model.train()  # turns checkpointing on; there is no dropout
     for _ in range(args.num_iterations):
         totals = dict.fromkeys(("loss", "kl", "clip_frac", "logprob_gap"), 0.0)
         for piece, (completions, tokens) in zip(pieces, sizes):
@@ -411,7 +407,7 @@ def update_policy(model, ref_adapter, optimizer, groups, lr, args):
                 logprobs, old, piece.ref_logprobs, piece.perception_mask, piece.reasoning_mask,
                 piece.perception_advantages, piece.reasoning_advantages, args.clip_eps, args.beta,
                 args.loss_average)
-            (completions / all_completions * loss).backward()
+            (completions / all_completions * loss).backward()  # `optimiser_step` sums over the ranks
             totals["loss"] += completions / all_completions * loss.item()
             metrics["logprob_gap"] = float((old - piece.sampled_logprobs).abs().sum() / tokens)
             for key, value in metrics.items():  # means over tokens
@@ -423,85 +419,6 @@ def update_policy(model, ref_adapter, optimizer, groups, lr, args):
     return metrics
 
 
-def reward_metrics(groups):
-    """What an update's completions earned, as logged (names in the README). A completion with an unknown
-    verdict is left out of every mean and spread that needs the verdict. groups: for each prompt a list of its
-    completions' `process_rewards`, with `truncated` (bool)."""
-    scores = [s for group in groups for s in group]
-    metrics = {"reward": nan_mean([s["reward"] for s in scores]),
-               "truncated_frac": nan_mean([s["truncated"] for s in scores]),
-               "judge_unknown": sum(math.isnan(s["perception"]) for s in scores)}
-    for process in ("perception", "reasoning"):
-        for part in ("accuracy", "format", "length"):
-            metrics[f"rewards/{process}_{part}"] = nan_mean([s[f"{process}_{part}"] for s in scores])
-        metrics[f"length/{process}"] = nan_mean([s[f"{process}_tokens"] for s in scores])
-    for name, key in (("perception", "perception"), ("reasoning", "reasoning"), ("sum", "reward")):
-        equal = []
-        for group in groups:
-            known = [s[key] for s in group if not math.isnan(s[key])]
-            if len(known) > 1:
-                equal.append(min(known) == max(known))
-        metrics[f"frac_reward_zero_std/{name}"] = nan_mean(equal)
-    return metrics
-
-
-def nan_mean(values):
-    """Mean of the values that are known, i.e. not NaN; None where none is."""
-    known = [v for v in values if not math.isnan(v)]
-    return sum(known) / len(known) if known else None
-
-
-# value of --without: the algorithm's name, for the switch on the page of traces
-ALGORITHMS = {None: "PA-GRPO", "perception": "GRPO", "assignment": "GDPO", "separation": "without separation"}
-
-
-def rollout_row(group, tokenizer, args):
-    """A group as rollouts.jsonl holds it: all that `show` and the page of `evaluate.py --html` tell of it.
-    Its advantages, ((G,), (G,)), are those under this run's algorithm and under the ALGORITHMS."""
-    rewards = [torch.tensor([s[k] for s in group.scores]) for k in ("perception", "reasoning")]
-    names = ALGORITHMS | {args.without: ALGORITHMS.get(args.without, f"without {args.without}")}
-    advantages = {name: torch.stack(process_advantages(*rewards, without)).tolist()
-                  for without, name in names.items()}
-    completions = []
-    for i, (scores, reply) in enumerate(zip(group.scores, group.replies)):
-        keep = group.completion_mask[i]
-        tokens = token_pieces(group.completion_ids[i][keep], group.perception_mask[i][keep], tokenizer)
-        completions.append(dict(tokens=tokens, scores=scores, reply=reply))
-    return dict(record={k: v for k, v in group.record.items() if k != "media"}, completions=completions,
-                advantages=advantages, algorithm=names[args.without], loss_average=args.loss_average,
-                length_ranges=[args.perception_length, args.reasoning_length])
-
-
-def token_pieces(ids, perception, tokenizer):
-    """[text, "P" or "R"] of each sampled token (T,), end-of-sequence included; the texts join to the
-    completion. If several tokens form one character, they are one piece, of the first token's segment."""
-    pieces, start = [], 0
-    for stop in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:stop])
-        if stop == len(ids) or not text.endswith("\ufffd"):  # which stands for part of a character
-            pieces.append([text, "P" if perception[start] else "R"])
-            start = stop
-    return pieces
-
-
-def show(row):
-    """A group (`rollout_row`) on screen, two paragraphs per completion: perception in cyan and reasoning in
-    yellow, or both plain where that is no terminal."""
-    cyan, yellow, plain = ("\033[36m", "\033[33m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
-    width, record = max(40, shutil.get_terminal_size().columns), row["record"]
-    question = f"{record['problem']} {' '.join(record['options'])}  gold {record['solution']}"
-    lines = ["", *textwrap.wrap(question, width), f"reward, advantage: {cyan}perception{plain}, "
-                                                  f"{yellow}reasoning{plain}"]
-    for i, completion in enumerate(row["completions"]):
-        for k, process, colour in ((0, "perception", cyan), (1, "reasoning", yellow)):
-            text = "".join(piece for piece, segment in completion["tokens"] if segment == process[0].upper())
-            reward, advantage = completion["scores"][process], row["advantages"][row["algorithm"]][k][i]
-            head = f"{'' if k else i + 1:>2}{reward:6.2f}, {advantage:+5.2f}  "
-            lines.append(colour + textwrap.fill(visible(text) or "-", width, initial_indent=head,
-                                                subsequent_indent=" " * len(head)) + plain)
-    tqdm.write("\n".join(lines))
-
-
 # --- whose token is it, what is it worth, and the loss ------------------------------------------------------
 
 def segment_masks(completion_ids, tokenizer):
@@ -509,8 +426,8 @@ def segment_masks(completion_ids, tokenizer):
 
     Of the tokens `red.</obs`, `ervation>`, `<think>` the second is the last of o_P.
 
-    Tokens are decoded one by one. A character that is split over tokens becomes unreadable so, but the tags
-    are ASCII, of which each character comes from one token, and are always found.
+    Tokens are decoded one by one. A character made of several tokens then comes out garbled. But the tags are
+    ASCII, where no character is split, so they are always found.
 
     Args:
         completion_ids: (G, T) int64 as sampled; what follows the first end-of-sequence token is padding.
@@ -602,21 +519,19 @@ def pa_grpo_loss(logprobs, old_logprobs, ref_logprobs, perception_mask, reasonin
 def token_logprobs(model, prompt, completion_ids, completion_mask):
     """Log-probs of a group's completions under the model, float32 (G, T), 0 at padding, in one pass.
 
-    The pass runs over a `Pack`, which holds the prompt once. That is exact: a token's hidden state depends
-    only on its position and on what it attends to, and both are as in a sequence of its own. Each completion
-    attends to the prompt and to itself, and its positions start where the prompt's end. What is left is
-    rounding: on the toy base these log-probs are within 1e-4 of the rollout's own in float32, 4 bits or not,
-    and within 0.2, on average 0.005, in bf16.
+    The pass runs over a packed sequence, which holds the prompt once. That is exact: a token's hidden state
+    depends only on its position and on what it attends to, and both are as in a sequence of its own. Each
+    completion attends to the prompt and to itself, and its positions start where the prompt's end. The only
+    difference is rounding: on the toy base these log-probs are within 1e-4 of the rollout's own in float32, 4
+    bits or not, and within 0.2, on average 0.005, in bf16.
 
     Args:
         prompt: Prompt with embeds (P, D). completion_ids (G, T) int64, completion_mask (G, T) bool.
     """
     language, device = sft.unwrap(model).model.language_model, prompt.embeds.device
-    # The library looks the attention up by name in every layer, and hands our keyword `pack` down to it;
-    # sdpa_mask makes the masks of passes without a pack.
-    AttentionInterface.register("shared_prefix", shared_prefix_attention)
-    AttentionMaskInterface.register("shared_prefix", sdpa_mask)
-    language.config._attn_implementation = "shared_prefix"  # from here on; the library's own without a pack
+    # Each layer looks its attention up by this name, also when checkpointing runs it again in the backward
+    # pass, so the name stays. Passes without a pack, such as the rollout's, get the library's own by it.
+    language.config._attn_implementation = "shared_prefix"
     pack = make_pack(len(prompt.input_ids), completion_mask)
     tokens = completion_ids[completion_mask]  # (S - P,), row after row
     offsets = completion_mask.nonzero()[:, 1]  # the index of each within its own completion
@@ -625,7 +540,7 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
     positions = torch.cat([prompt.positions.to(device), after], dim=1)  # (3, S)
     hidden = language(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False,
                       attention_mask={"full_attention": None},  # a dict is taken as it is: no mask is built
-                      pack=pack).last_hidden_state[0]  # (S, D); `pack` is handed down to the attention
+                      pack=pack).last_hidden_state[0]  # (S, D); the layers hand `pack` to the attention
     indices = pack.prompt_length + torch.arange(len(tokens), device=device)  # in the pack
     before = torch.where(offsets == 0, pack.prompt_length - 1, indices - 1)  # the one that predicts each
     logprobs = sft.logprobs_from_hidden(model, hidden[before], tokens)
@@ -634,38 +549,38 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
 
 @dataclass
 class Pack:
-    """One sequence of S tokens, [prompt, completion 1, …, completion G], and the way from the rows of a group
-    to it and back. The completions' tokens are numbered without the prompt's. For a prompt ppp and the
-    completions bb and aaa, padded to T = 3:
+    """The index tables of a packed sequence of S tokens, [prompt, completion 1, …, completion G]: from it to
+    the rows of the group, padded to T tokens each, and back. For a prompt ppp and the completions bb and aaa:
 
-        rows    bb.     pack      pppbbaaa      each token of a completion sees all of ppp, itself, and what
-                aaa     number       01234      stands before it in its own completion
+        rows    bb.     packed    pppbbaaa      each token of a completion sees all of ppp, itself, and what
+                aaa     index        01234      stands before it in its own completion
+
+    The index counts the completions' tokens alone.
     """
     prompt_length: int  # P
-    to_rows: torch.Tensor  # (G, T) int64, the number of each row's token, here 010 and 234; 0 at padding
-    to_pack: torch.Tensor  # (S - P,) int64, where in the flattened rows each number stands, here 01345
+    packed_index: torch.Tensor  # (G, T) int64, of each token of the rows, here 010 and 234; 0 at padding
+    row_index: torch.Tensor  # (S - P,) int64, where in the flattened rows each of them stands, here 01345
     attention_mask: torch.Tensor  # (T, P + T) bool, what a row's tokens see: the prompt, then causal
 
 
 def make_pack(prompt_length, completion_mask):
     """The Pack of a prompt of this length and of completions with this mask (G, T)."""
-    to_pack, T = completion_mask.flatten().nonzero()[:, 0], completion_mask.shape[1]
-    numbers = torch.arange(len(to_pack), device=completion_mask.device)
-    to_rows = torch.zeros(completion_mask.shape, dtype=torch.long, device=completion_mask.device)
-    to_rows = to_rows.masked_scatter(completion_mask, numbers)
+    row_index, T = completion_mask.flatten().nonzero()[:, 0], completion_mask.shape[1]
+    packed_index = torch.zeros_like(completion_mask, dtype=torch.long)
+    packed_index[completion_mask] = torch.arange(len(row_index), device=completion_mask.device)
     everything = torch.ones(T, prompt_length + T, dtype=torch.bool, device=completion_mask.device)
-    return Pack(prompt_length, to_rows, to_pack, everything.tril(prompt_length))
+    return Pack(prompt_length, packed_index, row_index, everything.tril(prompt_length))
 
 
 def take(x, index):
-    """x[index], (N, a, b) and (…) to (…, a, b); as an embedding, since its gradient, a sum by rows, is
-    quicker than indexing's."""
+    """x[index]: rows of x (N, a, b) by an index (…) to (…, a, b). As an embedding its backward pass is
+    faster."""
     return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, pack=None, **kwargs):
-    """Attention over a pack in two calls, neither of which computes anything between completions: the prompt
-    on itself, and each completion on the prompt and itself. Without a pack, the library's way.
+    """Attention over a packed sequence in two calls, neither of which computes anything between completions:
+    the prompt on itself, and each completion on the prompt and itself. Without a pack, the library's own.
 
     query (1, heads, S, d), key and value (1, key-value heads, S, d); returns (1, S, heads, d) and None.
     """
@@ -675,8 +590,8 @@ def shared_prefix_attention(module, query, key, value, attention_mask, pack=None
     for x in (query, key, value):
         head, tail = x.split([pack.prompt_length, x.shape[2] - pack.prompt_length], dim=2)
         prompt.append(head)  # (1, heads, P, d)
-        rows.append(take(tail[0].transpose(0, 1), pack.to_rows).transpose(1, 2))  # (G, heads, T, d)
-    on_prompt, _ = sdpa_attention_forward(module, *prompt, None, **kwargs)  # causal; (1, P, heads, d)
+        rows.append(take(tail[0].transpose(0, 1), pack.packed_index).transpose(1, 2))  # (G, heads, T, d)
+    on_prompt, _ = sdpa_attention_forward(module, *prompt, None, **kwargs)  # without a mask it is causal
     (_, prompt_k, prompt_v), (q, k, v) = prompt, rows
     (G, _, T, _), heads_per_key = q.shape, module.num_key_value_groups
     k = torch.cat([prompt_k.expand(G, -1, -1, -1), k], dim=2)  # (G, key-value heads, P + T, d)
@@ -687,7 +602,11 @@ def shared_prefix_attention(module, query, key, value, attention_mask, pack=None
     mask = pack.attention_mask.repeat(heads_per_key, 1)  # (heads_per_key · T, P + T)
     on_rows = F.scaled_dot_product_attention(q, k, v, mask, scale=module.scaling)
     on_rows = on_rows.unflatten(2, (heads_per_key, T)).flatten(1, 2).transpose(1, 2)  # (G, T, heads, d)
-    return torch.cat([on_prompt, take(on_rows.flatten(0, 1), pack.to_pack)[None]], dim=1), None
+    return torch.cat([on_prompt, take(on_rows.flatten(0, 1), pack.row_index)[None]], dim=1), None
+
+
+AttentionInterface.register("shared_prefix", shared_prefix_attention)
+AttentionMaskInterface.register("shared_prefix", sdpa_mask)  # for passes without a pack
 
 
 # --- rollout ------------------------------------------------------------------------------------------------
@@ -696,7 +615,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
     """Sample `num_generations` completions for each prompt (P5).
 
     Each prompt is prefilled once, into the key-value cache of all its group. Then all groups decode in one
-    loop, with our own positions. On a CPU each adapted layer is one dense matrix meanwhile (`merged`).
+    loop, with our own positions. On a CPU LoRA is merged into the weights meanwhile (`merged`).
 
     Args:
         prompts: B of Prompt with embeds. max_tokens: the completions' limit.
@@ -712,7 +631,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
     padding = torch.tensor([width - len(p.input_ids) for p in prompts], device=device)  # on the left
     position = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(G)
     banned = torch.tensor(banned_ids(tokenizer, head.out_features), device=device)
-    # all rows' keys and values, each P + T long; a `part` of them is some rows, up to a column
+    # keys and values of all rows, P + T columns each; `part` is a view of a group's rows and some columns
     cache = GroupCache.empty(prompts[0].embeds, qwen.config.text_config, len(prompts) * G, width + max_tokens)
 
     def feed(embeds, positions, cache, mask=None):  # (n, tokens, D), (3, n, tokens) -> (n, D) of the last
@@ -754,17 +673,17 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
 
 
 def sample_from(logits, numbers):
-    """One token a row (N,): the first whose cumulative probability exceeds the row's number; in float64, as
-    rounding could pick a banned one in float32. If logits are NaN, the last: `sft.optimiser_step` won't take
-    that update."""
+    """One token a row (N,): the first whose cumulative probability exceeds the row's number. In float64, as
+    rounding in float32 could select a banned token. If the logits are NaN it is the last id, and
+    `sft.optimiser_step` skips the update."""
     cumulative = logits.double().softmax(-1).cumsum(-1)  # (N, V)
     token = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)
 
 
 def uniforms(seed, sample_index, *shape):
-    """Uniform numbers for a prompt's completions, float64. They depend on the seed and on the prompt's index
-    in the run alone: neither the other prompts of its batch nor the number of ranks matters."""
+    """Uniform numbers for a prompt's completions, float64 of this shape, by seed and the prompt's index in the
+    run: neither the other prompts of its batch nor the number of ranks matters."""
     return torch.from_numpy(np.random.default_rng([seed, sample_index]).random(shape))
 
 
@@ -805,8 +724,8 @@ class GroupCache:
 def merged(model):
     """In float32, that is on a CPU: within the block each adapted layer is one dense matrix, its weight plus
     the change of the adapter that acts now. One call takes the place of four (dequantise, multiply, LoRA's A
-    and B), and their number is what decoding takes long for. The layers themselves stay as they are. Exact up
-    to rounding; 16 bits would lose small changes, so nothing is merged there."""
+    and B), and on a CPU the number of calls dominates the time of decoding. The stored weights stay as they
+    are. Exact up to rounding; 16 bits would lose small changes, so nothing is merged there."""
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)] if model.dtype == torch.float32 else []
     try:
         for layer in layers:
@@ -824,8 +743,8 @@ def merged(model):
 
 def add_reference(model, args):
     """π_ref as the frozen adapter `ref`, a second copy of the SFT adapter (of a fresh one for the probe);
-    returns its name, or None where there is no adapter, i.e. where π_ref is the base. It acts in the pass for
-    `ref_logprobs` alone."""
+    returns its name, or None without an SFT adapter, where π_ref is the base. It is active only while
+    `ref_logprobs` are computed."""
     if args.adapter != "none":
         model.load_adapter(args.adapter, "ref", is_trainable=False)
     elif args.probe:  # a stand-in for the SFT adapter of a real run
@@ -868,20 +787,20 @@ def probe(model, ref_adapter, tokenizer, args):
     """One update in the worst case: long prompts, all completions and judgements at their limit, AdamW's
     moments and the reference in memory; returns the update's metrics."""
     optimizer, unending = sft.setup_training(model, args), copy.deepcopy(tokenizer)
-    unending.eos_token = None  # its id is None, which no token equals: completions run to the limit
+    unending.eos_token = None  # no token is equal to its id, None: all completions run to their limit
     sft.optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # of zeros: allocates AdamW's moments
     record, prompt = worst_prompt(tokenizer, sft.unwrap(model).config, args)
     encoded = [(dict(record, sample_index=i), replace(prompt))
                for i in range(sft.shard_size(args.prompts_per_update))]
-    if len(encoded) > 1:  # unequal lengths, as usual, are decoded under a mask
+    if len(encoded) > 1:  # prompts of unequal lengths are decoded under a mask: make one a token shorter
         shorter = encoded[1][1]
         shorter.input_ids, shorter.positions = shorter.input_ids[1:], shorter.positions[:, 1:]
     print(f"{len(encoded)} prompts of {len(prompt.input_ids)} tokens, {args.num_generations} completions of "
           f"{args.max_completion_tokens} each")
 
     def judge(records, observations):
-        if args.judge != "self":  # asking another costs none of this memory
-            return [None for _ in records]
+        if args.judge != "self":  # any other uses no memory here
+            return [False for _ in records]
         own = gen_cot.judge_from(args, records, lambda prompts: self_judge(model, unending, prompts, args))
         return own(records, ["the " * args.max_completion_tokens for _ in records])
 
@@ -897,7 +816,7 @@ def worst_prompt(tokenizer, config, args, words=300):
     question."""
     factor, image_tokens = gen_cot.FACTOR, gen_cot.IMAGE_PIXELS[1] // gen_cot.FACTOR**2
     blocks, frames, fps = args.max_pixels, args.num_frames, 2.0
-    if blocks * (frames // sft.TEMPORAL) < image_tokens:  # visual tokens; a picture has its own
+    if blocks * (frames // sft.TEMPORAL) < image_tokens:  # a picture has more visual tokens than a clip
         blocks, frames, fps = image_tokens, 1, None
     rows = math.gcd(blocks, 8)
     shape = frames, rows * factor, blocks // rows * factor, 3
@@ -905,6 +824,96 @@ def worst_prompt(tokenizer, config, args, words=300):
     record = dict(problem="the " * words, problem_type="free-form", solution="<answer>the</answer>")
     text = gen_cot.build_prompt(record, gen_cot.load_template(args))
     return record, sft.encode_prompt(text, pixels, fps, tokenizer, config)
+
+
+# --- what is logged and shown -------------------------------------------------------------------------------
+
+CURVES = {"reward": ["reward"], "KL to the reference": ["kl"],
+          "accuracy": ["rewards/perception_accuracy", "rewards/reasoning_accuracy"],
+          "fixed prompts, greedy": ["fixed/perception", "fixed/reasoning"],
+          "format": ["rewards/perception_format", "rewards/reasoning_format"],
+          "tokens": ["length/perception", "length/reasoning"],
+          "groups with equal rewards": ["frac_reward_zero_std/perception", "frac_reward_zero_std/reasoning",
+                                        "frac_reward_zero_std/sum"]}
+
+
+def reward_metrics(groups):
+    """What an update's completions earned, as logged (names in the README). A completion with an unknown
+    verdict is left out of every mean and spread that needs the verdict. groups: for each prompt a list of its
+    completions' `process_rewards`, with `truncated` (bool)."""
+    scores = [s for group in groups for s in group]
+    metrics = {"reward": nan_mean([s["reward"] for s in scores]),
+               "truncated_frac": nan_mean([s["truncated"] for s in scores]),
+               "judge_unknown": sum(math.isnan(s["perception"]) for s in scores)}
+    for process in ("perception", "reasoning"):
+        for part in ("accuracy", "format", "length"):
+            metrics[f"rewards/{process}_{part}"] = nan_mean([s[f"{process}_{part}"] for s in scores])
+        metrics[f"length/{process}"] = nan_mean([s[f"{process}_tokens"] for s in scores])
+    for name, key in (("perception", "perception"), ("reasoning", "reasoning"), ("sum", "reward")):
+        equal = []
+        for group in groups:
+            known = [s[key] for s in group if not math.isnan(s[key])]
+            if len(known) > 1:
+                equal.append(min(known) == max(known))
+        metrics[f"frac_reward_zero_std/{name}"] = nan_mean(equal)
+    return metrics
+
+
+def nan_mean(values):
+    """Mean of the values that are known, i.e. not NaN; None where none is."""
+    known = [v for v in values if not math.isnan(v)]
+    return sum(known) / len(known) if known else None
+
+
+# value of --without: the algorithm's name, for the switch on the page of traces
+ALGORITHMS = {None: "PA-GRPO", "perception": "GRPO", "assignment": "GDPO", "separation": "without separation"}
+
+
+def rollout_row(group, tokenizer, args):
+    """A group as rollouts.jsonl holds it: all that `show` and the page of `evaluate.py --html` tell of it.
+    Its advantages, ((G,), (G,)), are those under this run's algorithm and under the ALGORITHMS."""
+    rewards = [torch.tensor([s[k] for s in group.scores]) for k in ("perception", "reasoning")]
+    names = ALGORITHMS | {args.without: ALGORITHMS.get(args.without, f"without {args.without}")}
+    advantages = {name: torch.stack(process_advantages(*rewards, without)).tolist()
+                  for without, name in names.items()}
+    completions = []
+    for i, (scores, reply) in enumerate(zip(group.scores, group.replies)):
+        keep = group.completion_mask[i]
+        tokens = token_pieces(group.completion_ids[i][keep], group.perception_mask[i][keep], tokenizer)
+        completions.append(dict(tokens=tokens, scores=scores, reply=reply))
+    return dict(record={k: v for k, v in group.record.items() if k != "media"}, completions=completions,
+                advantages=advantages, algorithm=names[args.without], loss_average=args.loss_average,
+                length_ranges=[args.perception_length, args.reasoning_length])
+
+
+def token_pieces(ids, perception, tokenizer):
+    """[text, "P" or "R"] of each sampled token (T,), end-of-sequence included; the texts join to the
+    completion. If several tokens form one character, they are one piece, of the first token's segment."""
+    pieces, start = [], 0
+    for stop in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:stop])
+        if stop == len(ids) or not text.endswith("\ufffd"):  # which stands for part of a character
+            pieces.append([text, "P" if perception[start] else "R"])
+            start = stop
+    return pieces
+
+
+def show(row):
+    """A group (`rollout_row`) on screen, two paragraphs per completion: perception in cyan and reasoning in
+    yellow, or both plain where that is no terminal."""
+    cyan, yellow, plain = ("\033[36m", "\033[33m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
+    width, record = max(40, shutil.get_terminal_size().columns), row["record"]
+    question = f"{record['problem']} {' '.join(record['options'])}  gold {record['solution']}"
+    lines = ["", *textwrap.wrap(question, width), f"reward, advantage: {cyan}perception{plain}, "
+                                                  f"{yellow}reasoning{plain}"]
+    for i, completion in enumerate(row["completions"]):
+        for k, process, colour in ((0, "perception", cyan), (1, "reasoning", yellow)):
+            text = "".join(piece for piece, segment in completion["tokens"] if segment == process[0].upper())
+            reward, advantage = completion["scores"][process], row["advantages"][row["algorithm"]][k][i]
+            head = f"{'' if k else i + 1:>2}{reward:6.2f}, {advantage:+5.2f}  "
+            lines.append(colour + textwrap.fill(visible(text) or "-", width, initial_indent=head,
+                                                subsequent_indent=" " * len(head)) + plain)
+    tqdm.write("\n".join(lines))
 
 
 if __name__ == "__main__":

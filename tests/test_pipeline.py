@@ -235,7 +235,7 @@ def free_port():
 
 @pytest.mark.parametrize("answers, flags, taken", [
     ("1000", "", "1000"), ("001001", "", "001001"), ("0000", "--without perception", "1111")])
-def test_an_update_in_which_a_remote_judge_never_answered_is_not_taken(
+def test_an_update_in_which_the_judge_never_answered_is_not_taken(
         clone, monkeypatch, answers, flags, taken):
     """And three in a row end the run, where perception's reward is used: it would go on with reasoning alone."""
     updates, weights, step = iter(answers), [], sft.optimiser_step
@@ -251,11 +251,10 @@ def test_an_update_in_which_a_remote_judge_never_answered_is_not_taken(
         weights.append([p.detach().clone() for p in sft.trainable_parameters(model)])
         return metrics
 
-    judge.stats = dict(calls=1)
     monkeypatch.setattr(gen_cot, "judge_from", lambda *args, **options: judge)
     monkeypatch.setattr(sft, "optimiser_step", kept)
     ends = "000" in taken
-    stopped = pytest.raises(UserError, match="three updates in a row and never answered. .* a checkpoint: go on")
+    stopped = pytest.raises(UserError, match="three updates in a row and gave no verdict. .* a checkpoint: go on")
     with stopped if ends else contextlib.nullcontext():
         run_here(clone, monkeypatch, f"pagrpo.py --model tiny --updates {len(answers)} --prompts-per-update 4 "
                  f"--num-generations 4 --max-completion-tokens 64 --output runs/silent {flags}")
