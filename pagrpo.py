@@ -79,7 +79,6 @@ import random
 import shutil
 import sys
 import textwrap
-import time
 from dataclasses import dataclass, replace
 from itertools import count, islice
 
@@ -169,7 +168,7 @@ def main(args):
     if not args.probe:
         sft.claim_output(args)
     print(f"Starting {started}.")
-    judge = None  # `self` needs the loaded model: `train` makes it
+    judge = None
     if args.judge != "self" and not args.probe:  # tried before the model is loaded
         # It may refuse the observations of ten prompts in a row for what they hold. The updates in which it
         # doesn't answer at all are counted by `train` (P6).
@@ -181,6 +180,12 @@ def main(args):
         ref_adapter = add_reference(model, args)
     if args.probe:
         return probe(model, ref_adapter, tokenizer, args)
+    # For your own perception reward replace the next statement by `judge = f`, with any f(records,
+    # observations) -> list of True, False or None (P6), or of floats in [0, 1], which take the place of the
+    # accuracy in Eq. 3 (one above 0 can earn the length bonus). A record is the JSON record and `media`, the
+    # path of its file; an observation is a str, or None where the block isn't complete.
+    judge = judge or gen_cot.judge_from(args, records,
+                                        lambda prompts: self_judge(model, tokenizer, prompts, args))
     train(model, ref_adapter, tokenizer, records, judge, args)
     print(f"This run started {started}.")
 
@@ -190,37 +195,26 @@ def train(model, ref_adapter, tokenizer, records, judge, args):
     groups of each look), curves.png and the adapter."""
     template, config = gen_cot.load_template(args), sft.unwrap(model).config
     optimizer = sft.setup_training(model, args)
-    # For your own perception reward replace the next statement by `judge = f`, with any f(records,
-    # observations) -> list of True, False or None (P6), or of floats in [0, 1], which take the place of the
-    # accuracy in Eq. 3 (one above 0 can earn the length bonus). A record is the JSON record and `media`, the
-    # path of its file; an observation is a str, or None where the block isn't complete.
-    judge = judge or gen_cot.judge_from(args, records,
-                                        lambda prompts: self_judge(model, tokenizer, prompts, args))
     start = sft.load_checkpoint(model, optimizer, args)
     named = set()  # files already reported as unreadable
     fixed, records = hold_out(records)
-    fixed = sft.encode_batch(gen_cot.read_ahead(sft.shard(fixed, FIXED), args), template, tokenizer, config,
-                             named)
+    fixed, _ = sft.encode_batch(gen_cot.read_ahead(sft.shard(fixed, FIXED), args), len(fixed), template,
+                                tokenizer, config, named)
     media = gen_cot.read_ahead(endless(records, args.seed, args.prompts_per_update, start), args)
     unanswered = 0  # updates in a row
     with (sft.open_log(args.output, start) as log,
           sft.open_log(args.output, start, "rollouts.jsonl") as rollouts,
           sft.progress("PA-GRPO", start, args.updates) as bar,
-          sft.Ending(start, model, optimizer, args) as ending):  # on Ctrl-C or an error: a checkpoint
+          sft.Checkpoints(start, args.updates, model, optimizer, args) as checkpoints):
         for step in bar:
-            look = step % args.show_every == 0
-            if step > start and step % args.save_every == 0:
-                sft.save_checkpoint(sft.checkpoint_bytes(step, model, optimizer, args), args.output)
-            since, share = time.time(), sft.shard_size(args.prompts_per_update)
-            encoded = sft.encode_batch(islice(media, share), template, tokenizer, config, named)
-            row = {"step": step, "lr": sft.cosine_lr(step, args.updates, args.lr), "scoring": args.scoring,
-                   "sec/media": time.time() - since}  # media were decoded during the last update
-            # gather_object joins the lists of all ranks; on one GPU it gives back its argument
-            row["skipped_media"] = sum(gather_object([share - len(encoded)]))
+            encoded, waited = sft.encode_batch(media, args.prompts_per_update, template, tokenizer, config,
+                                               named)  # the media were decoded during the last update
+            row = {"step": step, "lr": sft.cosine_lr(step, args.updates, args.lr),
+                   "scoring": args.scoring} | waited
+            look, groups = step % args.show_every == 0, []
             if look:
                 row |= fixed_accuracies(model, fixed, tokenizer, judge, args)
-            groups = []
-            if any(gather_object([len(encoded)])):  # all ranks take part in an update, or none
+            if row["skipped_media"] < args.prompts_per_update:
                 groups, metrics = update(model, ref_adapter, tokenizer, optimizer, encoded, judge, row["lr"],
                                          args)
                 row |= metrics
@@ -229,15 +223,11 @@ def train(model, ref_adapter, tokenizer, records, judge, args):
                     raise UserError("The judge was asked in three updates in a row and gave no verdict")
                 bar.set_postfix({"reward": row["reward"], "P": row["rewards/perception_accuracy"],
                                  "R": row["rewards/reasoning_accuracy"], "kl": row.get("kl")})
-            shown = [rollout_row(group, tokenizer, args) for group in (groups[:2] if look else [])]
-            for i, seen in enumerate(shown):
-                sft.log_row(rollouts, dict(step=step, group=i, **seen))
+            if look:
+                keep_groups(groups[:2], step, rollouts, tokenizer, args)
             sft.log_row(log, row)
-            ending.updated(step + 1)  # it stands in the log
-            if shown:
-                show(shown[0])
+            checkpoints.updated(step + 1)
             del groups, encoded  # with their embeddings, before the next ones are made
-        sft.save_checkpoint(sft.checkpoint_bytes(args.updates, model, optimizer, args), args.output)
     lost = sft.finish(model, CURVES, args.updates * args.prompts_per_update, args.output)
     gen_cot.print_stats("judge", judge)
     print(f"{args.updates} updates, {lost} media skipped; "
@@ -310,6 +300,7 @@ def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
     with sft.measured("rollout", "pass --prompts-per-rollout 1, then fewer --num-generations", metrics):
         groups = sample_groups(model, encoded, tokenizer, args)
     with sft.measured("judge", "lower --prompts-per-rollout or name another --judge", metrics):
+        # gather_object joins the lists of all ranks; on one GPU it gives back its argument
         verdicts = gather_object(score_groups(groups, tokenizer, judge, args))
     unanswered = bool(verdicts) and all(verdict is None for verdict in verdicts)
     if not unanswered or args.without == "perception":
@@ -385,7 +376,7 @@ def update_policy(model, ref_adapter, optimizer, groups, lr, args):
     size = args.completions_per_pass or args.num_generations
     pieces = [piece for group in groups for piece in group.split(size)]
     sizes = [(len(piece.completion_ids), int(piece.completion_mask.sum())) for piece in pieces]
-    all_completions, all_tokens = map(sum, zip(*gather_object(sizes)))  # which joins the ranks' lists
+    all_completions, all_tokens = map(sum, zip(*gather_object(sizes)))  # of all ranks
 
     def logprobs_of(piece):
         return token_logprobs(model, piece.prompt, piece.completion_ids, piece.completion_mask)
@@ -682,8 +673,8 @@ def sample_from(logits, numbers):
 
 
 def uniforms(seed, sample_index, *shape):
-    """Uniform numbers for a prompt's completions, float64 of this shape, by seed and the prompt's index in the
-    run: neither the other prompts of its batch nor the number of ranks matters."""
+    """Uniform numbers for a prompt's completions, float64 of this shape, by the seed and the prompt's index
+    in the run alone: neither the other prompts of its batch nor the number of ranks matters."""
     return torch.from_numpy(np.random.default_rng([seed, sample_index]).random(shape))
 
 
@@ -863,6 +854,15 @@ def nan_mean(values):
     """Mean of the values that are known, i.e. not NaN; None where none is."""
     known = [v for v in values if not math.isnan(v)]
     return sum(known) / len(known) if known else None
+
+
+def keep_groups(groups, step, file, tokenizer, args):
+    """Adds the groups to rollouts.jsonl, and shows the first one on screen."""
+    for i, group in enumerate(groups):
+        row = rollout_row(group, tokenizer, args)
+        sft.log_row(file, dict(step=step, group=i, **row))
+        if i == 0:
+            show(row)
 
 
 # value of --without: the algorithm's name, for the switch on the page of traces

@@ -106,21 +106,17 @@ def train(model, tokenizer, records, args):
     start, named = load_checkpoint(model, optimizer, args), set()
     media = read_ahead(shard(order[start * args.batch_size:], args.batch_size), args)
     with (open_log(args.output, start) as log, progress("SFT", start, steps) as bar,
-          Ending(start, model, optimizer, args) as ending):  # saves the last whole step, come what may
+          Checkpoints(start, steps, model, optimizer, args) as checkpoints):
         for step in bar:
-            if step > start and step % args.save_every == 0:
-                save_checkpoint(checkpoint_bytes(step, model, optimizer, args), args.output)
-            since, share = time.time(), shard_size(len(order[step * args.batch_size:][:args.batch_size]))
-            encoded = encode_batch(islice(media, share), template, tokenizer, unwrap(model).config, named)
-            row = {"step": step, "lr": cosine_lr(step, steps, args.lr), "sec/media": time.time() - since}
-            row["skipped_media"] = sum(gather_object([share - len(encoded)]))
-            if any(gather_object([len(encoded)])):
+            size = min(args.batch_size, len(order) - step * args.batch_size)
+            encoded, waited = encode_batch(media, size, template, tokenizer, unwrap(model).config, named)
+            row = {"step": step, "lr": cosine_lr(step, steps, args.lr)} | waited
+            if row["skipped_media"] < size:
                 with measured("step", "lower --micro-batch, then --lora-rank or --num-frames", row):
                     row |= sft_step(model, tokenizer, optimizer, encoded, row["lr"], args)
                 bar.set_postfix(loss=f"{row['loss']:.3f}")
             log_row(log, row)
-            ending.updated(step + 1)
-        save_checkpoint(checkpoint_bytes(steps, model, optimizer, args), args.output)  # lest the end be lost
+            checkpoints.updated(step + 1)
     lost = finish(model, {"loss": ["loss"], "gradient norm": ["grad_norm"]}, len(order), args.output)
     print(f"SFT on {len(order) - lost} traces, {lost} skipped; adapter, metrics.jsonl, curves.png in "
           f"{args.output}")
@@ -638,18 +634,24 @@ def optimiser_step(model, optimizer, lr, clip, loss=0.0):
     return {"grad_norm": norm, "skipped_steps": group["skipped_steps"]}
 
 
-def encode_batch(batch, template, tokenizer, config, named):
-    """Pairs (record, Prompt) of a batch of pairs of `read_ahead`. Records whose media can't be read are left
-    out, never replaced, and named once; `named` are those so far."""
-    encoded = []
-    for record, media in batch:
-        if isinstance(media, MediaError):
-            if str(media) not in named:
-                tqdm.write(f"skipped: {media}", file=sys.stderr)  # which all processes have
-            named.add(str(media))
+def encode_batch(media, size, template, tokenizer, config, named):
+    """This process's share of a batch of so many records, from its pairs of `read_ahead`. Records whose media
+    can't be read are left out, never replaced, and named once; `named` are those so far.
+
+    Returns (pairs, log): list of (record, Prompt), and a dict with `sec/media`, the seconds that were waited
+    for media, and `skipped_media` of all processes.
+    """
+    since, share, encoded = time.time(), shard_size(size), []
+    for record, frames in islice(media, share):
+        if isinstance(frames, MediaError):
+            if str(frames) not in named:
+                tqdm.write(f"skipped: {frames}", file=sys.stderr)  # which all processes have
+            named.add(str(frames))
         else:
-            encoded.append((record, encode_prompt(build_prompt(record, template), *media, tokenizer, config)))
-    return encoded
+            text = build_prompt(record, template)
+            encoded.append((record, encode_prompt(text, *frames, tokenizer, config)))
+    lost = sum(gather_object([share - len(encoded)]))  # which joins the lists of all processes
+    return encoded, {"sec/media": time.time() - since, "skipped_media": lost}
 
 
 def checkpoint_bytes(step, model, optimizer, args):
@@ -700,23 +702,28 @@ def load_checkpoint(model, optimizer, args):
     return state["step"]
 
 
-class Ending:
-    """Whatever ends a run's loop, Ctrl-C, SIGTERM or an error, leaves a checkpoint of its last whole update
-    and one sentence that says how to go on.
+class Checkpoints:
+    """Saves a run every `--save-every` updates and after the last one. Whatever else ends its loop, Ctrl-C,
+    SIGTERM or an error, leaves a checkpoint of the last whole update and one sentence that says how to go on.
 
     From AdamW's step until `updated`, when the update stands in the log, signals are held back. With several
     steps an update (μ > 1) the weights before it are kept. Nothing here is collective: the other processes
     may be gone.
     """
 
-    def __init__(self, step, model, optimizer, args):
+    def __init__(self, start, steps, model, optimizer, args):
         self.state, self.several = (model, optimizer, args), getattr(args, "num_iterations", 1) > 1
-        self.asked, self.folder = False, args.output
-        self.updated(step)
+        self.asked, self.folder, self.steps, self.every = False, args.output, steps, args.save_every
+        self.begin(start)
 
-    def updated(self, step):
+    def begin(self, step):
         self.step, self.changing, self.stepped = step, False, False
         self.kept = checkpoint_bytes(step, *self.state) if self.several else None
+
+    def updated(self, step):
+        self.begin(step)
+        if step % self.every == 0 or step == self.steps:
+            save_checkpoint(self.kept or checkpoint_bytes(step, *self.state), self.folder)
         if self.asked:
             raise KeyboardInterrupt
 

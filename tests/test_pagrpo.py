@@ -257,7 +257,7 @@ def group(tiny, toy_records):
     model, tokenizer = tiny
     chosen = [next(r for r in toy_records if r["data_type"] == kind) for kind in ("video", "image")]
     media = [(record, gen_cot.read_media(record, 16, 4)) for record in chosen]
-    encoded = sft.encode_batch(media, gen_cot.PROMPT, tokenizer, sft.unwrap(model).config, set())
+    encoded, _ = sft.encode_batch(media, 2, gen_cot.PROMPT, tokenizer, sft.unwrap(model).config, set())
     prompts = [prompt for _, prompt in encoded]
     with torch.no_grad():
         sft.embed_prompts(model, prompts)

@@ -310,8 +310,8 @@ def measure_advantages(adapter, questions=264):
     model, tokenizer = sft.load_model(args.base, args.adapter, lora_rank=args.lora_rank)
     records = itertools.islice(pagrpo.endless(gen_cot.select_records(args), 0, 8), questions)
     groups, media, template = [], gen_cot.read_ahead(records, args), gen_cot.load_template(args)
-    while batch := list(itertools.islice(media, 8)):
-        encoded = sft.encode_batch(batch, template, tokenizer, sft.unwrap(model).config, set())
+    for _ in range(questions // 8):
+        encoded, _ = sft.encode_batch(media, 8, template, tokenizer, sft.unwrap(model).config, set())
         some = pagrpo.sample_groups(model, encoded, tokenizer, args)
         pagrpo.score_groups(some, tokenizer, rule_judge, args)
         groups += [group.scores for group in some]
