@@ -16,22 +16,22 @@ which goes to the tokens of o_{i,k} alone:
 
     J = E[ 1/G Σ_i Σ_k ( min(ρ A, clip(ρ, 1-ε, 1+ε) A) - β KL(π_θ || π_ref) ) ]                    (Eq. 7)
 
-with ρ = π_θ / π_old per token, π_old being the policy that sampled, and π_ref the frozen model that RL starts
-from: the one after SFT, or the base where there was no SFT (`add_reference`). Eq. 7 leaves the average over a
-segment's tokens open; ours is choice P2.
+where i and j count completions, k is P or R, and ρ = π_θ / π_old per token. π_old is the policy that sampled
+the completions. π_ref is the frozen model that RL starts from: the one after SFT, or the base where there was
+no SFT (`add_reference`). Eq. 7 leaves the average over a segment's tokens open; ours is choice P2.
 
-    python pagrpo.py --model tiny              # a laptop's CPU: 2 minutes, 0.6 GiB
+    python pagrpo.py --model tiny              # a laptop's CPU: 2.5 minutes, 0.6 GiB
     python pagrpo.py --model qwen2.5-vl-7b     # one consumer GPU
 
-Why the loss is about 0: with one gradient step per rollout (μ = 1) ρ is exactly 1 and a group's advantages
-add up to 0. So the policy term is 0 as well, with the default averages (P2) and if no completion lacks a
-segment. What is left is β times the KL. Averaged by segment, both segments' mean KL are added: this is about
-2β times the logged `kl`, which is one mean over all tokens. But the gradient of the policy term, the mean of
-A · ∇ log π, is not 0. Watch the rewards, not the loss.
+Why the loss is about 0: with one gradient step per rollout (μ = 1) ρ is exactly 1. So the mean of ρ A over a
+segment is its A, and over the group these add up to 0. (Not quite, if a completion lacks a segment, or if
+PA-GRPO averages over the completion: its lengths weight A_P and A_R differently.) What is left is β times the
+KL. The mean KLs of the two segments are added, so it is about 2β times the logged `kl`, which is one mean
+over all tokens. But the gradient of the policy term, the mean of A · ∇ log π, is not 0. Watch the rewards.
 
-Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (of the longest completion in
-the tensor), S tokens of a packed sequence, D hidden, V vocabulary. "Process" means perception or reasoning; a
-process of the operating system, of which there is one for each GPU, is called a rank.
+Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (columns; at most the limit),
+S tokens of a packed sequence, D hidden, V vocabulary. "Process" means perception or reasoning; a process of
+the operating system, of which there is one for each GPU, is called a rank.
 
 Our choices where the paper is silent:
 P1. o_P is everything up to and including the token that completes the first `</observation>`; o_R is the
@@ -39,29 +39,32 @@ P1. o_P is everything up to and including the token that completes the first `</
     or, without one, is the whole completion. If it is never opened, all is o_R. Boundaries are found on the
     sampled ids, never by re-tokenising.
 P2. A completion's loss is the mean over each segment's tokens, summed over the two: our reading of Eq. 7. An
-    empty segment contributes 0. `--loss-average completion` takes one mean over all tokens, as other GRPO
-    code does. It is the default in the rows of P7 that are marked *.
-P3. std is the unbiased estimate plus 1e-4; a group with equal rewards gets exact zeros.
+    empty segment contributes 0. `--loss-average completion` takes one mean over all tokens of a completion,
+    as other GRPO code does. It is the default in the rows of P7 that are marked *.
+P3. std is the unbiased estimate plus 1e-4; a group with equal rewards, or with less than two that are known,
+    gets exact zeros.
 P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3), in the same mean (P2).
 P5. Completions are sampled at temperature 1. Of the added tokens (visual, chat control, tools) only
     `<|im_end|>` can be sampled, which ends a turn of the chat format (`<|endoftext|>` is banned, too, as are
     ids that stand for no token). The sampled ids are kept and trained on as they are; completions cut at the
     limit count as truncated. The ban changes what is sampled and nothing else: every log-prob, the rollout's
     too, is normalised over the whole vocabulary, so that policy and reference stay the model's own
-    distributions. The small mass of the banned tokens is neglected.
+    distributions. So ρ ignores that sampling gave the other tokens the small share of the banned ones.
 P6. If the judge fails to give a verdict on a completion, R_P is NaN, never 0. The completion is left out of
     the mean and std of every reward that contains R_P, and its advantage for that reward is 0. The advantages
     that its tokens still get:
-                                         o_P's tokens  o_R's tokens
-        PA-GRPO, also without length          0            A_R      each has its own
-        GRPO = without perception            A_R           A_R      A_R needs no verdict
-        without reasoning, separation         0             0       the one reward contains R_P
-        GDPO = without assignment            A_R           A_R      the sum, with A_P = 0
+        --without                        o_P's tokens  o_R's tokens  why
+        nothing (PA-GRPO), or length          0            A_R       each has its own
+        perception (GRPO)                    A_R           A_R       A_R needs no verdict
+        reasoning, or separation              0             0        the one reward contains R_P
+        assignment (GDPO)                    A_R           A_R       the sum, with A_P = 0
     The KL term still applies to it. If the judge gives no verdict at all in an update, nothing is learnt from
-    that update (it counts towards `--updates`), and three such updates in a row stop the run; but not with
+    that update (it is still one of the `--updates`), and three such updates in a row stop the run; but not
     `--without perception`, which needs no verdicts.
-P7. The rows of Table 2; in those marked * all tokens have one advantage. The judge is asked in any case, for
-    the log. GDPO normalises each reward apart, as PA-GRPO does, but assigns their sum to all tokens.
+P7. The rows of Table 2. In those marked * all tokens of a completion have one advantage, and the loss average
+    is the completion's (`get_args`). The judge is asked in any case, for the log. GDPO normalises each reward
+    apart, as PA-GRPO does, but assigns their sum to all tokens.
+        row of the table                      flag                                        what it changes
         process-agnostic RL = without R_P *   --algorithm grpo, or --without perception   process_advantages
         without R_R *                         --without reasoning                         process_advantages
         without separation *                  --without separation                        process_advantages
@@ -101,7 +104,7 @@ from rewards import UserError, ask_judge, parse_trace, process_rewards, visible
 TINY = dict(data="data/toy/rl.jsonl", media_root="data/toy", max_pixels=4, judge="rule", updates=50,
             prompts_per_update=8, max_completion_tokens=112, perception_length=(16, 64),
             reasoning_length=(16, 64), lr=8e-4, lora_rank=32, checkpointing=False, show_every=10)
-FIXED = 48  # prompts held out for the `fixed/…` curves, at most a tenth of all, the same for every --seed
+FIXED = 48  # prompts held out for the `fixed/…` curves, at most a tenth; the same unless --limit draws others
 
 
 def get_args():
@@ -130,7 +133,7 @@ def get_args():
         help="tokens of o_P (P1) that earn the length bonus (paper: 128 320)")
     add("--reasoning-length", type=int, nargs=2, default=(320, 512), metavar=("LOW", "HIGH"),
         help="tokens of o_R (P1) that earn the length bonus (paper: 320 512)")
-    gen_cot.add_judge_args(add, default="self")
+    gen_cot.add_judge_args(add, default="self")  # --judge, its prompt and limit, and --scoring
     optimisation, run = sft.add_training_args(parser, model, "pagrpo", lr=1e-5)
     optimisation.add_argument("--updates", type=positive, default=1000,
                               help="rollouts, each with μ optimiser steps (paper: 1000)")
@@ -170,29 +173,29 @@ def main(args):
     print(f"Starting {started}.")
     judge = None
     if args.judge != "self" and not args.probe:  # tried before the model is loaded
-        # It may refuse the observations of ten prompts in a row for what they hold. The updates in which it
-        # doesn't answer at all are counted by `train` (P6).
+        # A remote judge may refuse observations because of their content; ten prompts' worth of refusals in a
+        # row end the run. The updates in which it doesn't answer at all are counted by `train` (P6).
         judge = gen_cot.judge_from(args, records, max_refused=10 * args.num_generations,
                                    max_unanswered=math.inf)
-    with sft.measured("load", "take a smaller model"):
+    with sft.measured("load", "take a smaller model"):  # the advice if the memory isn't enough
         model, tokenizer = sft.load_model(args.base, None if args.adapter == "none" else args.adapter,
                                           not args.no_4bit, args.lora_rank)
         ref_adapter = add_reference(model, args)
     if args.probe:
         return probe(model, ref_adapter, tokenizer, args)
     # For your own perception reward replace the next statement by `judge = f`, with any f(records,
-    # observations) -> list of True, False or None (P6), or of floats in [0, 1], which take the place of the
-    # accuracy in Eq. 3 (one above 0 can earn the length bonus). A record is the JSON record and `media`, the
-    # path of its file; an observation is a str, or None where the block isn't complete.
-    judge = judge or gen_cot.judge_from(args, records,
-                                        lambda prompts: self_judge(model, tokenizer, prompts, args))
+    # observations) -> list of True, False or None (P6), or of floats in [0, 1], which are then the accuracy
+    # in Eq. 3 (one above 0 can earn the length bonus). A record is as `gen_cot.load_records` gives it, with
+    # `media`, the path of its file; an observation is a str, or None where the block isn't complete.
+    judge = judge or gen_cot.judge_from(  # `self`, which asks by `generate`
+        args, records, generate=lambda prompts: self_judge(model, tokenizer, prompts, args))
     train(model, ref_adapter, tokenizer, records, judge, args)
     print(f"This run started {started}.")
 
 
 def train(model, ref_adapter, tokenizer, records, judge, args):
     """The RL loop: decode a few questions' media, update, log. Writes metrics.jsonl, rollouts.jsonl (two
-    groups of each look), curves.png and the adapter."""
+    groups every `--show-every` updates), curves.png and the adapter."""
     template, config = gen_cot.load_template(args), sft.unwrap(model).config
     optimizer = sft.setup_training(model, args)
     start = sft.load_checkpoint(model, optimizer, args)
@@ -207,10 +210,10 @@ def train(model, ref_adapter, tokenizer, records, judge, args):
           sft.progress("PA-GRPO", start, args.updates) as bar,
           sft.Checkpoints(start, args.updates, model, optimizer, args) as checkpoints):
         for step in bar:
-            encoded, waited = sft.encode_batch(media, args.prompts_per_update, template, tokenizer, config,
-                                               named)  # the media were decoded during the last update
-            row = {"step": step, "lr": sft.cosine_lr(step, args.updates, args.lr),
-                   "scoring": args.scoring} | waited
+            encoded, media_log = sft.encode_batch(media, args.prompts_per_update, template, tokenizer, config,
+                                                  named)  # decoded while the last update ran
+            row = {"step": step, "lr": sft.cosine_lr(step, args.updates, args.lr), "scoring": args.scoring,
+                   **media_log}  # sec/media, and skipped_media of all ranks
             look, groups = step % args.show_every == 0, []
             if look:
                 row |= fixed_accuracies(model, fixed, tokenizer, judge, args)
@@ -218,7 +221,7 @@ def train(model, ref_adapter, tokenizer, records, judge, args):
                 groups, metrics = update(model, ref_adapter, tokenizer, optimizer, encoded, judge, row["lr"],
                                          args)
                 row |= metrics
-                unanswered = 0 if "loss" in row else unanswered + 1
+                unanswered = 0 if "loss" in row else unanswered + 1  # without a loss nothing was learnt
                 if unanswered == 3:
                     raise UserError("The judge was asked in three updates in a row and gave no verdict")
                 bar.set_postfix({"reward": row["reward"], "P": row["rewards/perception_accuracy"],
@@ -227,7 +230,7 @@ def train(model, ref_adapter, tokenizer, records, judge, args):
                 keep_groups(groups[:2], step, rollouts, tokenizer, args)
             sft.log_row(log, row)
             checkpoints.updated(step + 1)
-            del groups, encoded  # with their embeddings, before the next ones are made
+            del groups, encoded  # frees their embeddings before the next batch makes its own
     lost = sft.finish(model, CURVES, args.updates * args.prompts_per_update, args.output)
     gen_cot.print_stats("judge", judge)
     print(f"{args.updates} updates, {lost} media skipped; "
@@ -255,8 +258,8 @@ def hold_out(records):
 
 def fixed_accuracies(model, fixed, tokenizer, judge, args):
     """Both accuracies of greedy completions of the fixed prompts, pairs (record, Prompt). They are always the
-    same prompts, so this curve lacks the noise of the others."""
-    pairs = [(record, replace(prompt)) for record, prompt in fixed]  # copies: their embeddings go with them
+    same prompts, so from point to point this curve changes with the policy alone."""
+    pairs = [(record, replace(prompt)) for record, prompt in fixed]  # copies, freed with their embeddings
     groups = sample_groups(model, pairs, tokenizer, args, greedy=True)
     score_groups(groups, tokenizer, judge, args)
     rewards = reward_metrics(gather_object([group.scores for group in groups]))
@@ -294,8 +297,8 @@ class Group:
 
 
 def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
-    """Sample, score, learn: one update on pairs (record, Prompt). Returns (groups, metrics). If the judge was
-    asked and gave no verdict at all (P6), nothing is learnt, and metrics hold no `loss`."""
+    """Sample, score, learn: one update on pairs (record, Prompt). Returns (groups, metrics). If verdicts are
+    needed, and the judge was asked and gave none (P6), nothing is learnt, and metrics hold no `loss`."""
     metrics = {}
     with sft.measured("rollout", "pass --prompts-per-rollout 1, then fewer --num-generations", metrics):
         groups = sample_groups(model, encoded, tokenizer, args)
@@ -314,10 +317,11 @@ def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
 
 
 def sample_groups(model, encoded, tokenizer, args, greedy=False):
-    """Embed the prompts, sample G completions of each (greedy: decode one), for `--prompts-per-rollout`
-    prompts at a time, and find the segment of each token. encoded: pairs (record, Prompt)."""
+    """Embed the prompts, sample G completions of each, for `--prompts-per-rollout` prompts at a time, and
+    find the segment of each token. greedy: one completion of each, for G times as many prompts. encoded:
+    pairs (record, Prompt)."""
     groups, shape = [], (1 if greedy else args.num_generations, args.max_completion_tokens)  # (G, T)
-    batch = args.prompts_per_rollout * args.num_generations // shape[0]  # prompts; greedy: G times as many
+    batch = args.prompts_per_rollout * args.num_generations // shape[0]  # prompts at a time
     for i in range(0, len(encoded), batch):
         records, prompts = zip(*encoded[i:i + batch])
         with torch.no_grad():
@@ -367,8 +371,8 @@ def update_policy(model, ref_adapter, optimizer, groups, lr, args):
     metrics.
 
     π_old is computed by `token_logprobs`, as π is, not taken from the rollout, so that ρ is exactly 1 in the
-    first step: for μ = 1 it is π detached, for μ > 1 a pass without gradient before that step. `logprob_gap`
-    is how far the rollout's own log-probs are from it.
+    first step: for μ = 1 it is the same tensor without its gradient, for μ > 1 a pass without gradient before
+    that step. `logprob_gap` is how far the rollout's own log-probs are from it.
 
     `--completions-per-pass` cuts the groups into pieces. A piece's loss is the mean over its completions. It
     is weighted by its share of all completions of the update, on all ranks: each completion counts the same.
@@ -417,8 +421,8 @@ def segment_masks(completion_ids, tokenizer):
 
     Of the tokens `red.</obs`, `ervation>`, `<think>` the second is the last of o_P.
 
-    Tokens are decoded one by one. A character made of several tokens then comes out garbled. But the tags are
-    ASCII, where no character is split, so they are always found.
+    Tokens are decoded one by one. A character that is split over several tokens is then decoded wrongly. The
+    tags are plain ASCII, so they are found all the same.
 
     Args:
         completion_ids: (G, T) int64 as sampled; what follows the first end-of-sequence token is padding.
@@ -438,9 +442,10 @@ def segment_masks(completion_ids, tokenizer):
         if "<observation>" not in text:
             split = 0
         elif closed >= 0:
-            split = int(np.searchsorted(ends, closed + len("</observation>"))) + 1  # with its ">"
+            stop = closed + len("</observation>")
+            split = int((ends < stop).sum()) + 1  # those that end before its ">", and the one that has it
         elif think >= 0:
-            split = int(np.searchsorted(ends, think, side="right"))  # without its "<"
+            split = int((ends <= think).sum())  # those that end before its "<"
         else:
             split = length
         perception[g, :split] = True
@@ -520,8 +525,8 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
         prompt: Prompt with embeds (P, D). completion_ids (G, T) int64, completion_mask (G, T) bool.
     """
     language, device = sft.unwrap(model).model.language_model, prompt.embeds.device
-    # Each layer looks its attention up by this name, also when checkpointing runs it again in the backward
-    # pass, so the name stays. Passes without a pack, such as the rollout's, get the library's own by it.
+    # By this name each layer finds `shared_prefix_attention`, also when checkpointing runs the layer again in
+    # the backward pass; so it is never set back. Without a pack that function is the library's own.
     language.config._attn_implementation = "shared_prefix"
     pack = make_pack(len(prompt.input_ids), completion_mask)
     tokens = completion_ids[completion_mask]  # (S - P,), row after row
@@ -540,13 +545,14 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
 
 @dataclass
 class Pack:
-    """The index tables of a packed sequence of S tokens, [prompt, completion 1, …, completion G]: from it to
-    the rows of the group, padded to T tokens each, and back. For a prompt ppp and the completions bb and aaa:
+    """The index tables of a packed sequence of S tokens, [prompt, completion 1, …, completion G]: where each
+    token of the group's rows, padded to T tokens, stands in it, and the reverse. For a prompt ppp and the
+    completions bb and aaa, whose tokens alone are counted:
 
-        rows    bb.     packed    pppbbaaa      each token of a completion sees all of ppp, itself, and what
-                aaa     index        01234      stands before it in its own completion
+        rows    bb.     packed    pppbbaaa
+                aaa     index        01234
 
-    The index counts the completions' tokens alone.
+    Each token of a completion sees all of ppp, itself, and what stands before it in its own completion.
     """
     prompt_length: int  # P
     packed_index: torch.Tensor  # (G, T) int64, of each token of the rows, here 010 and 234; 0 at padding
@@ -564,8 +570,7 @@ def make_pack(prompt_length, completion_mask):
 
 
 def take(x, index):
-    """x[index]: rows of x (N, a, b) by an index (…) to (…, a, b). As an embedding its backward pass is
-    faster."""
+    """x[index] of x (N, a, b) and an index (…), (…, a, b). `F.embedding` has the faster backward pass."""
     return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
 
 
@@ -579,16 +584,17 @@ def shared_prefix_attention(module, query, key, value, attention_mask, pack=None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     prompt, rows = [], []
     for x in (query, key, value):
-        head, tail = x.split([pack.prompt_length, x.shape[2] - pack.prompt_length], dim=2)
-        prompt.append(head)  # (1, heads, P, d)
-        rows.append(take(tail[0].transpose(0, 1), pack.packed_index).transpose(1, 2))  # (G, heads, T, d)
+        of_prompt, others = x.split([pack.prompt_length, x.shape[2] - pack.prompt_length], dim=2)
+        prompt.append(of_prompt)  # (1, heads, P, d)
+        rows.append(take(others[0].transpose(0, 1), pack.packed_index).transpose(1, 2))  # (G, heads, T, d)
     on_prompt, _ = sdpa_attention_forward(module, *prompt, None, **kwargs)  # without a mask it is causal
     (_, prompt_k, prompt_v), (q, k, v) = prompt, rows
     (G, _, T, _), heads_per_key = q.shape, module.num_key_value_groups
     k = torch.cat([prompt_k.expand(G, -1, -1, -1), k], dim=2)  # (G, key-value heads, P + T, d)
     v = torch.cat([prompt_v.expand(G, -1, -1, -1), v], dim=2)
-    # The query heads that share a key-value head become one head with more queries (head 0's T, head 1's T,
-    # …), under the same mask each: no key or value is copied for them.
+    # k and v have fewer heads than q. Instead of copying them, the queries of the heads that share one (head
+    # 0's T, head 1's T, …) are laid end to end, as if they were more tokens, under the same mask each. (The
+    # library's `enable_gqa` has no memory-efficient kernel that takes a mask.)
     q = q.unflatten(1, (-1, heads_per_key)).flatten(2, 3)  # (G, key-value heads, heads_per_key · T, d)
     mask = pack.attention_mask.repeat(heads_per_key, 1)  # (heads_per_key · T, P + T)
     on_rows = F.scaled_dot_product_attention(q, k, v, mask, scale=module.scaling)
@@ -597,7 +603,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, pack=None
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
-AttentionMaskInterface.register("shared_prefix", sdpa_mask)  # for passes without a pack
+AttentionMaskInterface.register("shared_prefix", sdpa_mask)  # which a plain forward pass asks for by name
 
 
 # --- rollout ------------------------------------------------------------------------------------------------
@@ -622,12 +628,12 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
     padding = torch.tensor([width - len(p.input_ids) for p in prompts], device=device)  # on the left
     position = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(G)
     banned = torch.tensor(banned_ids(tokenizer, head.out_features), device=device)
-    # keys and values of all rows, P + T columns each; `part` is a view of a group's rows and some columns
+    # keys and values of all rows, P + T columns each
     cache = GroupCache.empty(prompts[0].embeds, qwen.config.text_config, len(prompts) * G, width + max_tokens)
 
-    def feed(embeds, positions, cache, mask=None):  # (n, tokens, D), (3, n, tokens) -> (n, D) of the last
+    def feed(embeds, positions, part, mask=None):  # (n, tokens, D), (3, n, tokens) -> (n, D) of the last
         # `cache` was called past_key_values before transformers 5.24
-        return qwen.language_model(inputs_embeds=embeds, position_ids=positions, cache=cache,
+        return qwen.language_model(inputs_embeds=embeds, position_ids=positions, cache=part,
                                    attention_mask={"full_attention": mask}).last_hidden_state[:, -1]
 
     with torch.no_grad(), merged(model):
@@ -639,8 +645,8 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
         hidden = torch.cat(hidden).repeat_interleave(G, dim=0)  # (B·G, D)
         attention_mask = None  # (B·G, 1, 1, P + T), where prompts differ in length
         if padding.any():
-            columns = torch.arange(width + max_tokens, device=device)
-            attention_mask = (columns >= padding.repeat_interleave(G)[:, None])[:, None, None]
+            index = torch.arange(width + max_tokens, device=device)
+            attention_mask = (index >= padding.repeat_interleave(G)[:, None])[:, None, None]
         running = torch.ones(len(hidden), dtype=torch.bool, device=device)
         ids, masks, logprobs = [], [], []
         for t in range(max_tokens):
@@ -665,16 +671,16 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
 
 def sample_from(logits, numbers):
     """One token a row (N,): the first whose cumulative probability exceeds the row's number. In float64, as
-    rounding in float32 could select a banned token. If the logits are NaN it is the last id, and
-    `sft.optimiser_step` skips the update."""
+    rounding in float32 could select a banned token. NaN logits give the last id; the loss is NaN then, too,
+    and `sft.optimiser_step` skips the step."""
     cumulative = logits.double().softmax(-1).cumsum(-1)  # (N, V)
     token = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)
 
 
 def uniforms(seed, sample_index, *shape):
-    """Uniform numbers for a prompt's completions, float64 of this shape, by the seed and the prompt's index
-    in the run alone: neither the other prompts of its batch nor the number of ranks matters."""
+    """Uniform numbers for a prompt's completions, float64 of this shape. They depend on the seed and on the
+    prompt's index in the run, but not on the rest of its batch or the number of ranks."""
     return torch.from_numpy(np.random.default_rng([seed, sample_index]).random(shape))
 
 
@@ -688,8 +694,9 @@ def banned_ids(tokenizer, size):
 @dataclass
 class GroupCache:
     """Keys and values of a decode loop, written in place: growing the tensors would copy all of them at every
-    token. A part of it is a selection of rows (a prompt's G, or all) and of columns, which end with what is
-    fed now. As we pass masks and positions, the library calls nothing but `update` on it."""
+    token. `replace(cache, rows=…, columns=…)` is a view: of a prompt's G rows, while it is prefilled, or of
+    all rows, while they decode; its last columns are the tokens that are fed now. As we pass masks and
+    positions, the library calls nothing but `update` on it."""
     layers: list  # for each layer its keys and values, (rows, key-value heads, columns, d) each
     rows: slice
     columns: slice
@@ -707,14 +714,14 @@ class GroupCache:
         stop, seen = self.columns.stop, []
         for room, new in zip(self.layers[layer], (keys, values)):
             room[self.rows, :, stop - new.shape[2]:stop] = new
-            seen.append(room[self.rows, :, self.columns][:len(keys)])
+            seen.append(room[self.rows, :, self.columns][:len(keys)])  # as many rows as came in
         return seen
 
 
 @contextlib.contextmanager
 def merged(model):
     """In float32, that is on a CPU: within the block each adapted layer is one dense matrix, its weight plus
-    the change of the adapter that acts now. One call takes the place of four (dequantise, multiply, LoRA's A
+    the change of the active adapter. One call takes the place of four (dequantise, multiply, LoRA's A
     and B), and on a CPU the number of calls dominates the time of decoding. The stored weights stay as they
     are. Exact up to rounding; 16 bits would lose small changes, so nothing is merged there."""
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)] if model.dtype == torch.float32 else []
@@ -733,12 +740,12 @@ def merged(model):
 # --- the reference, the self judge, the probe ---------------------------------------------------------------
 
 def add_reference(model, args):
-    """π_ref as the frozen adapter `ref`, a second copy of the SFT adapter (of a fresh one for the probe);
-    returns its name, or None without an SFT adapter, where π_ref is the base. It is active only while
-    `ref_logprobs` are computed."""
+    """π_ref: the frozen adapter `ref`, a second copy of the SFT adapter, active only while `ref_logprobs` are
+    computed. Returns its name. Without an SFT adapter π_ref is the base, and None is returned; the probe then
+    adds a fresh `ref`, to take a real one's memory."""
     if args.adapter != "none":
         model.load_adapter(args.adapter, "ref", is_trainable=False)
-    elif args.probe:  # a stand-in for the SFT adapter of a real run
+    elif args.probe:
         model.add_adapter("ref", model.peft_config["policy"])
     else:
         return None
@@ -748,7 +755,7 @@ def add_reference(model, args):
 
 @contextlib.contextmanager
 def use_adapter(model, name):
-    """Within the block the adapter `name` acts (None: none does, i.e. the bare base); afterwards `policy`
+    """Within the block the adapter `name` is active (None: none, i.e. the bare base); afterwards `policy`
     again."""
     if name is None:
         with model.disable_adapter():
@@ -778,7 +785,7 @@ def probe(model, ref_adapter, tokenizer, args):
     """One update in the worst case: long prompts, all completions and judgements at their limit, AdamW's
     moments and the reference in memory; returns the update's metrics."""
     optimizer, unending = sft.setup_training(model, args), copy.deepcopy(tokenizer)
-    unending.eos_token = None  # no token is equal to its id, None: all completions run to their limit
+    unending.eos_token = None  # its id is None, and no token equals that: completions run to their limit
     sft.optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # of zeros: allocates AdamW's moments
     record, prompt = worst_prompt(tokenizer, sft.unwrap(model).config, args)
     encoded = [(dict(record, sample_index=i), replace(prompt))
