@@ -19,6 +19,7 @@ R2. The answer is the first answer block after the think block; without a comple
     all, so that `<answer>B</answer>` alone is B. No answer, or an empty one, scores 0 whatever the gold is.
 R3. Scoring "paper" agrees with the metric of Video-R1 and its successors save where that can be exploited:
     NaN, infinities and empty texts score 0. A regression's error is relative to the gold; 0 for 0 scores 1.
+    Characters that show nothing count nowhere.
 R4. Scoring "lenient" never gives less, and also accepts b, B., (B), B. text, **B**, "the answer is B",
     \\boxed{B}, the option's text or what it is called for B; thousands separators; a trailing unit or
     per-cent sign, of a short list where only one side has one (two units must agree); and any answer that is
@@ -152,7 +153,7 @@ def accuracy_reward(problem_type, completion, solution, scoring="paper", options
 
 def answer_score(problem_type, answer, gold, scoring="paper", options=None):
     """Score in [0, 1] of an answer (str, or None) against a gold answer, both without tags."""
-    lenient = scoring == "lenient"
+    lenient, answer, gold = scoring == "lenient", visible(answer or ""), visible(gold or "")
     if not answer or not gold:
         return 0.0
     if lenient and answer == gold:
@@ -221,8 +222,8 @@ def without_units(answer, gold):
 
 
 OPTION = re.compile(r"\s*\(?([A-N])[).:]\s*(.*)", re.DOTALL | re.IGNORECASE)  # "A. text", "A) ", "(A) "
-ANSWER_IS = re.compile(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice|choose|pick)\s*(?:is|should be)?\s*:?\s*"
-                       r"(?:option\s*)?[(\[\"'`“]?([A-N])\b"
+ANSWER_IS = re.compile(r"\b(?:(?:[Aa]nswer|[Oo]ption|[Cc]hoice|choose|pick)\s*(?:is|should be)?|"
+                       r"[Ii]t(?: is|['’]s))\s*:?\s*(?:option\s*)?[(\[\"'`“]?([A-N])\b"
                        r"(\s+(?!because\b|since\b|as\b|is (?:the )?(?:correct|right|best))[a-z])?")
 NEGATION = re.compile(r"not\b|n['’]t\b|\b(?:wrong|incorrect|false|neither|nor|unlike|except|without|rather|"
                       r"instead)\b", re.IGNORECASE)
@@ -243,7 +244,7 @@ def option_key(answer, options):
         others = [rf"\b{o[1]}[).:]\s*{re.escape(o[2])}" for o in labelled if o[1].upper() != label[1].upper()]
         listed = others and re.search("|".join(others), label[2], re.IGNORECASE)  # the options once more
         return words if listed else label[1].upper()
-    if first := re.match(r"\(?([A-N])\)?[.:]?\n", answer):
+    if first := re.match(r"\(?([A-N])\)?[.:]?(?:\n| [-–—] )", answer):
         return first[1]
     # "Yes, it is" for the option "yes", "Sentence B" for the option "Sentence B: …"
     clause = option_words(re.split("[,.:]", answer)[0])

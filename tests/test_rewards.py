@@ -197,10 +197,21 @@ OPTIONS = ["A. a red car", "B) a blue van", "C. 12", "D. A. Smith"]
     ("B\n\nThe van is blue.", "B", 1), (r"\boxed{\textbf{B}}", "B", 1),
     ("wrong answer: B", "B", 0), ("Neither option B", "B", 0), ("The answer is A rather than option B", "B", 0),
     ("The answer is B because option A, the red car, left.", "A", 0), ("Unlike option A, B is right", "A", 0),
+    ("It is B.", "B", 1), ("It's (B)", "B", 1), ("It is A red one", "A", 0), ("It is not B.", "B", 0),
+    ("B - a blue van", "B", 1), ("B – the van", "B", 1), ("A - B", "B", 0), ("B-side", "B", 0),
     ("A. a red car\nB) a blue van\nC. 12", "A", 0), ("(A) a red car or (B) a blue van", "A", 0),
 ])
 def test_lenient_multiple_choice(answer, gold, expected):
     assert score("multiple choice", answer, gold, "lenient", OPTIONS) == expected
+
+
+@pytest.mark.parametrize("scoring", ["paper", "lenient"])
+def test_a_character_that_shows_nothing_is_no_difference(scoring):
+    """Records lose theirs as they are read (a joiner in Persian, a soft hyphen), and answers as they are scored."""
+    assert score("OCR", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+                 "\u0645\u06cc\u062e\u0648\u0627\u0647\u0645", scoring) == 1
+    assert score("multiple choice", "B\u200b", "B", scoring, OPTIONS) == 1 != score(
+        "multiple choice", "\u200b", "B", scoring, OPTIONS)
 
 
 @pytest.mark.parametrize("options, gold, right, wrong", [
