@@ -37,7 +37,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import gen_cot
@@ -78,8 +77,7 @@ def get_args():
     add("--seed", type=gen_cot.number(0, int), default=0, help="seed of the draw of --limit")
     add("--batch-size", type=gen_cot.positive, default=4, help="questions decoded together")
     add("--output", type=Path, help="folder of results.json and completions (default: runs/<model>/evaluate)")
-    args = gen_cot.parse_args(parser, TINY)
-    args.output = args.output or args.run_dir / "evaluate"
+    args = gen_cot.parse_args(parser, TINY, "evaluate")
     if args.adapters is None:
         stages = [args.run_dir / "sft", args.run_dir / "pagrpo"]
         args.adapters = ["none"] + [str(s) for s in stages if (s / "adapter_config.json").exists()]
@@ -222,15 +220,14 @@ def load_questions(args):
     paths = [args.data] if args.data and not args.bench else paths
     records = []
     for path in paths:
-        some = gen_cot.load_records(path, args.media_root, left_out=("open-ended",))
-        some = [dict(record, file=Path(path).name) for record in some]
-        for record in some:
+        bench = bench_of(Path(path).name)
+        for record in gen_cot.load_records(path, args.media_root, left_out=("open-ended",)):
+            records.append(dict(record, file=bench.file))
             try:
-                bench_of(record["file"]).group(record)
+                bench.group(record)
             except (LookupError, ValueError, TypeError):
                 raise UserError(f"{path}: problem_id {record.get('problem_id')!r} is none of the benchmark's "
                                 "own, which tell its groups: call the file something else.") from None
-        records += some
     missing = [record for record in records if not Path(record["media"]).exists()]
     if len(missing) == len(records) and not args.rescore and args.input == "video":
         raise UserError(f"None of the {len(records)} records has its medium below {args.media_root}: pass "
@@ -355,9 +352,6 @@ def local_rows(model, tokenizer, records, notes, args):
                            sft.encode_prompt(text, *frames, tokenizer, config))
         if not read:
             continue
-        with torch.no_grad():
-            for prompt in prompts:  # one by one: the tower's activations are large
-                sft.embed_prompts(model, [prompt])
         ids, mask, _ = rollout(model, prompts, tokenizer, 1, args.max_completion_tokens)
         for (record, frames), row, keep in zip(read, ids, mask):
             text = tokenizer.decode(row[keep], skip_special_tokens=True)
@@ -445,10 +439,8 @@ def constant_answers(records, scoring):
 def interval(metric, columns, draws=1000):
     """(value, half of the 95 % interval) of a metric, by a bootstrap over media (E3)."""
     media, of_row = np.unique(columns["path"], return_inverse=True)
-    rng, values = np.random.default_rng(0), []
-    for _ in range(draws):
-        counts = rng.multinomial(len(media), np.full(len(media), 1 / len(media)))
-        values.append(metric(columns, counts[of_row]))
+    rng, share = np.random.default_rng(0), np.full(len(media), 1 / len(media))
+    values = [metric(columns, rng.multinomial(len(media), share)[of_row]) for _ in range(draws)]
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return metric(columns, np.ones(len(of_row))), (high - low) / 2
 
@@ -581,7 +573,7 @@ def print_agreement(args):
     if not args.judge or not all(isinstance(r.get("label"), bool) and "observation" in r for r in records):
         raise UserError("Agreement needs --judge, and records with `observation` and `label`, true or false.")
     verdicts = gen_cot.judge_from(args, records)(records, [record["observation"] for record in records])
-    labels = [bool(record["label"]) for record in records]
+    labels = [record["label"] for record in records]
     counts = collections.Counter(zip(labels, verdicts))
     print(f"{'label':<10}{'judge Yes':>12}{'judge No':>12}{'unknown':>12}")
     for label in (True, False):

@@ -59,15 +59,13 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.stream import Disposition
-from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 from pebble import ProcessExpired, ProcessPool
 from PIL import Image
 from tqdm import tqdm
 
-from rewards import (PROBLEM_TYPES, ChatClient, UserError, accuracy_reward, correct_answer, digest,
-                     format_rewards, gold_answer, label_options, load_prompt, make_judge, option_key,
+from rewards import (PROBLEM_TYPES, ChatClient, UserError, accuracy_reward, answer_score, correct_answer,
+                     digest, format_rewards, gold_answer, label_options, load_prompt, make_judge, option_key,
                      parse_trace, question_text, visible, write_atomically, write_text)
 
 MODELS = {"tiny": "data/toy/base", "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
@@ -89,8 +87,7 @@ def get_args():
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=number(0, int), default=0, help="seed of the draw of --limit")
     add("--output", type=Path, help="file for the kept records (default: runs/<model>/gen_cot/cot.jsonl)")
-    args = parse_args(parser, TINY)
-    args.output = args.output or args.run_dir / "gen_cot" / "cot.jsonl"
+    args = parse_args(parser, TINY, "gen_cot/cot.jsonl")
     if args.output.is_dir() or args.output.name == "traces.jsonl":
         raise UserError(f"--output {args.output} is a folder or the raw traces' file: name another file.")
     return args
@@ -358,9 +355,9 @@ def add_judge_args(add, default):
     add("--scoring", default="paper", choices=["paper", "lenient"], help="how answers are compared")
 
 
-def parse_args(parser, tiny):
-    """The command line, with `tiny` for defaults where that is the model; adds base and run_dir. Raises
-    UserError for an unknown model."""
+def parse_args(parser, tiny, output):
+    """The command line, with `tiny` for defaults where that is the model; adds base, run_dir and, by default
+    within it, output. Raises UserError for an unknown model."""
     parser.epilog = "--model tiny sets other defaults: " + ", ".join(f"{k} {v}" for k, v in tiny.items())
     if parser.parse_known_args()[0].model == "tiny":
         parser.set_defaults(**tiny)
@@ -371,6 +368,7 @@ def parse_args(parser, tiny):
         raise UserError(f"Unknown model {args.model!r}: pass one of {', '.join(MODELS)}, a local folder or a "
                         "hub id (org/name).")
     args.base, args.run_dir = MODELS.get(args.model, args.model), Path("runs") / Path(args.model).name
+    args.output = args.output or args.run_dir / output
     script = Path(__file__).parent / "data/toy/prepare.py"
     if args.model == "tiny" and args.data == tiny["data"] and not (script.parent / "test.jsonl").exists():
         print("The toy data is not there yet: preparing it.", flush=True)
@@ -551,8 +549,8 @@ def parse_record(record, where, media_root=None):
         json.dumps(record, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError):
         raise UserError(f"{where}: it holds half a surrogate pair, or is nested too deeply.") from None
-    kinds = {kind.lower(): kind for kind in (*PROBLEM_TYPES, "image", "video")}
-    kinds["frame"] = "video"  # MVBench's word for a folder of frames
+    # "frame" is MVBench's word for a folder of frames
+    kinds = {kind.lower(): kind for kind in (*PROBLEM_TYPES, "image", "video")} | {"frame": "video"}
     kind, data_type = (kinds.get(record[field].strip().lower()) for field in ("problem_type", "data_type"))
     if kind not in PROBLEM_TYPES:
         raise UserError(f"{where}: unknown problem_type {record['problem_type']!r}, "
@@ -654,7 +652,7 @@ def name_lost_golds(records, scoring):
     lost = collections.defaultdict(list)
     for record in records:
         kind, gold = record["problem_type"], gold_answer(record["solution"])
-        score = accuracy_reward(kind, f"<answer>{gold}</answer>", gold, scoring, record["options"])
+        score = answer_score(kind, gold, gold, scoring, record["options"])
         no_option = kind == "multiple choice" and record["options"] and not correct_answer(record)[0]
         if not score or no_option or "answer>" in gold.lower():  # the last: a tag that isn't closed
             lost[kind].append(record)
@@ -748,7 +746,7 @@ def read_frames(path, num_frames=16, max_pixels=128 * FACTOR**2):
         if frames is None:  # the frames have other time stamps than their packets, or none: decode twice
             with open_video(path) as (container, stream):
                 stamps = [(frame.pts, frame.duration, False) for frame in container.decode(stream)]
-                clip = Timeline(continue_clock(stamps, stream), stream)
+                clip = Timeline(list(continue_clock(stamps, stream)), stream)
             frames = pick_frames(path, clip, num_frames, max_pixels)
         seconds, lost = clip.end - clip.starts[0], promised - clip.end
         if lost > 0.05 * (seconds + lost):
@@ -764,8 +762,8 @@ def open_video(path):
     options = dict(format_whitelist=VIDEO_FORMATS, protocol_whitelist="file")
     with av.open(str(path), options=options) as container:
         stream = container.streams.best("video")
-        if stream is None or stream.disposition & Disposition.attached_pic:  # the cover of a sound file
-            raise ValueError("it holds no pictures")
+        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+            raise ValueError("it holds no pictures")  # but at most the cover of a sound file
         stream.codec_context.thread_count = 1  # there are other workers
         yield container, stream
 
@@ -790,15 +788,14 @@ class Timeline:
 def continue_clock(stamps, stream):
     """The (pts, duration, is keyframe) of frames in the order of decoding, where recordings were joined: if
     the clock jumps back by more than a second, what follows begins where the frame before ended."""
-    shift, end, moved = 0, None, []
+    shift, end = 0, None
     for pts, duration, is_keyframe in stamps:
         if None not in (pts, end) and (end - pts - shift) * stream.time_base > 1:
             shift = end - pts
         if pts is not None:
             pts += shift
             end = pts + (duration or 0)
-        moved.append((pts, duration, is_keyframe))
-    return moved
+        yield pts, duration, is_keyframe
 
 
 def promised_end(container, stream):
@@ -826,8 +823,8 @@ def pick_frames(path, clip, num_frames, max_pixels):
                 decoded, at = container.decode(stream), None
             while at is None or at < i:
                 frame = next(decoded, None)
-                if frame is None or at is None and frame.pict_type != PictureType.I:  # it only says keyframe
-                    return None
+                if frame is None or at is None and frame.pict_type != av.video.frame.PictureType.I:
+                    return None  # its packet only says keyframe
                 place = index.get(frame.pts) if clip.keyframes else at + 1
                 if place is None or place > i or at not in (None, place - 1):
                     return None
@@ -864,6 +861,7 @@ def read_image(path, max_pixels=IMAGE_PIXELS[1]):
                 raise ValueError(f"{image.width} x {image.height} pixels are too many: make it smaller")
             if image.mode in ("I", "F"):
                 raise ValueError("what is white in 32 bits is not known: save it with 8 or 16 bits a channel")
+            image.load()  # after which a TIFF, which Pillow turns itself, doesn't ask for it again
             orientation = image.getexif().get(0x0112, 1)
             if orientation in range(2, 9):
                 image = image.transpose(TURNS[orientation - 1])

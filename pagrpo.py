@@ -83,7 +83,7 @@ import shutil
 import sys
 import textwrap
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import chain, count, islice
 
 import numpy as np
 import torch
@@ -164,10 +164,10 @@ def get_args():
 def main(args):
     sft.setup_process(args)
     records = [] if args.probe else gen_cot.select_records(args)
-    started = "from the base, without SFT (Table 2, RL only)"
-    if args.adapter != "none":
-        started = f"from the SFT adapter {args.adapter}"
-        sft.check_adapter(args.adapter, args.lora_rank)
+    folder = None if args.adapter == "none" else args.adapter  # of the SFT adapter
+    started = f"from the SFT adapter {folder}" if folder else "from the base, without SFT (Table 2, RL only)"
+    if folder:
+        sft.check_adapter(folder, args.lora_rank)
     if not args.probe:
         sft.claim_output(args)
     print(f"Starting {started}.")
@@ -178,8 +178,7 @@ def main(args):
         judge = gen_cot.judge_from(args, records, max_refused=10 * args.num_generations,
                                    max_unanswered=math.inf)
     with sft.measured("load", "take a smaller model"):  # the advice if the memory isn't enough
-        model, tokenizer = sft.load_model(args.base, None if args.adapter == "none" else args.adapter,
-                                          not args.no_4bit, args.lora_rank)
+        model, tokenizer = sft.load_model(args.base, folder, not args.no_4bit, args.lora_rank)
         ref_adapter = add_reference(model, args)
     if args.probe:
         return probe(model, ref_adapter, tokenizer, args)
@@ -240,13 +239,10 @@ def train(model, ref_adapter, tokenizer, records, judge, args):
 def endless(records, seed, batch_size, step=0):
     """This rank's share of the records in random order, over and over, each pass in a new order, starting at
     batch `step`; `sample_index` counts those of all ranks."""
-    def passes():
-        rng, index = random.Random(seed), count()
-        while True:
-            for record in rng.sample(records, len(records)):
-                yield dict(record, sample_index=next(index))
-
-    return sft.shard(islice(passes(), step * batch_size, None), batch_size)
+    rng = random.Random(seed)
+    passes = chain.from_iterable(rng.sample(records, len(records)) for _ in count())
+    numbered = (dict(record, sample_index=i) for i, record in enumerate(passes))
+    return sft.shard(islice(numbered, step * batch_size, None), batch_size)
 
 
 def hold_out(records):
@@ -272,7 +268,7 @@ def fixed_accuracies(model, fixed, tokenizer, judge, args):
 class Group:
     """One prompt's completions with all that the update needs of them."""
     record: dict
-    prompt: sft.Prompt  # with embeds (P, D), by `sample_groups`, and M-RoPE positions (3, P)
+    prompt: sft.Prompt  # with embeds (P, D), by `rollout`, and M-RoPE positions (3, P)
     completion_ids: torch.Tensor  # (G, T)
     completion_mask: torch.Tensor  # (G, T)
     sampled_logprobs: torch.Tensor  # (G, T), by the rollout, for logprob_gap alone
@@ -289,11 +285,9 @@ class Group:
 
     def split(self, size):
         """The group in pieces of up to `size` completions: its tensors are cut, its lists stay whole."""
-        pieces = []
         for i in range(0, len(self.completion_ids), size):
             part = {k: v[i:i + size] for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-            pieces.append(replace(self, **part))
-        return pieces
+            yield replace(self, **part)
 
 
 def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
@@ -317,16 +311,13 @@ def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
 
 
 def sample_groups(model, encoded, tokenizer, args, greedy=False):
-    """Embed the prompts, sample G completions of each, for `--prompts-per-rollout` prompts at a time, and
-    find the segment of each token. greedy: one completion of each, for G times as many prompts. encoded:
-    pairs (record, Prompt)."""
+    """Sample G completions of each prompt, for `--prompts-per-rollout` prompts at a time, and find the
+    segment of each token. greedy: one completion of each, for G times as many prompts. encoded: pairs
+    (record, Prompt)."""
     groups, shape = [], (1 if greedy else args.num_generations, args.max_completion_tokens)  # (G, T)
     batch = args.prompts_per_rollout * args.num_generations // shape[0]  # prompts at a time
     for i in range(0, len(encoded), batch):
         records, prompts = zip(*encoded[i:i + batch])
-        with torch.no_grad():
-            for prompt in prompts:  # one by one: the tower's activations are large
-                sft.embed_prompts(model, [prompt])
         numbers = None if greedy else torch.cat([uniforms(args.seed, record["sample_index"], *shape)
                                                  for record in records])
         sampled = rollout(model, prompts, tokenizer, *shape, numbers)  # (B·G, T) each
@@ -344,8 +335,7 @@ def score_groups(groups, tokenizer, judge, args):
     observations in one batch. Returns its verdicts on those that are not empty."""
     records, observations = [], []
     for group in groups:
-        group.texts = [tokenizer.decode(ids[mask], skip_special_tokens=True)
-                       for ids, mask in zip(group.completion_ids, group.completion_mask)]
+        group.texts = tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)  # nor padding
         records += [group.record] * len(group.texts)
         observations += [parse_trace(text).observation for text in group.texts]
     verdicts, replies = ask_judge(judge, records, observations)
@@ -608,6 +598,7 @@ AttentionMaskInterface.register("shared_prefix", sdpa_mask)  # which a plain for
 
 # --- rollout ------------------------------------------------------------------------------------------------
 
+@torch.no_grad()
 def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None):
     """Sample `num_generations` completions for each prompt (P5).
 
@@ -615,7 +606,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
     loop, with our own positions. On a CPU LoRA is merged into the weights meanwhile (`merged`).
 
     Args:
-        prompts: B of Prompt with embeds. max_tokens: the completions' limit.
+        prompts: B of Prompt, which get their embeds where they lack them. max_tokens: the completions' limit.
         numbers: (B·G, max_tokens) float64, uniform in [0, 1), one for each token to be sampled; None: take
             the likeliest token.
 
@@ -623,6 +614,9 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
         completion_ids (B·G, T) int64, padded behind the end-of-sequence token; completion_mask (B·G, T) bool,
         true up to and including it; logprobs (B·G, T) float32 of the sampled tokens.
     """
+    for prompt in prompts:
+        if prompt.embeds is None:  # one by one: the tower's activations are large
+            sft.embed_prompts(model, [prompt])
     qwen, head, device = sft.unwrap(model).model, sft.unwrap(model).lm_head, prompts[0].embeds.device
     width, G = max(len(p.input_ids) for p in prompts), num_generations
     padding = torch.tensor([width - len(p.input_ids) for p in prompts], device=device)  # on the left
@@ -636,7 +630,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
         return qwen.language_model(inputs_embeds=embeds, position_ids=positions, cache=part,
                                    attention_mask={"full_attention": mask}).last_hidden_state[:, -1]
 
-    with torch.no_grad(), merged(model):
+    with merged(model):
         hidden = []
         for b, prompt in enumerate(prompts):
             # a prompt stands at the right of columns [0, width), in all G rows of its group at once
@@ -774,10 +768,9 @@ def self_judge(model, tokenizer, prompts, args, max_tokens=256):
     replies, batch = [], args.num_generations * args.prompts_per_rollout
     for i in range(0, len(prompts), batch):
         encoded = [sft.encode_text(text, tokenizer) for text in prompts[i:i + batch]]
-        with torch.no_grad(), use_adapter(model, None):
-            sft.embed_prompts(model, encoded)
-            ids, mask, _ = rollout(model, encoded, tokenizer, 1, max_tokens)
-        replies += [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(ids, mask)]
+        with use_adapter(model, None):
+            ids, _, _ = rollout(model, encoded, tokenizer, 1, max_tokens)
+        replies += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return replies
 
 
@@ -886,8 +879,8 @@ def rollout_row(group, tokenizer, args):
     completions = []
     for i, (scores, reply) in enumerate(zip(group.scores, group.replies)):
         keep = group.completion_mask[i]
-        tokens = token_pieces(group.completion_ids[i][keep], group.perception_mask[i][keep], tokenizer)
-        completions.append(dict(tokens=tokens, scores=scores, reply=reply))
+        pieces = token_pieces(group.completion_ids[i][keep], group.perception_mask[i][keep], tokenizer)
+        completions.append(dict(tokens=list(pieces), scores=scores, reply=reply))
     return dict(record={k: v for k, v in group.record.items() if k != "media"}, completions=completions,
                 advantages=advantages, algorithm=names[args.without], loss_average=args.loss_average,
                 length_ranges=[args.perception_length, args.reasoning_length])
@@ -896,13 +889,12 @@ def rollout_row(group, tokenizer, args):
 def token_pieces(ids, perception, tokenizer):
     """[text, "P" or "R"] of each sampled token (T,), end-of-sequence included; the texts join to the
     completion. If several tokens form one character, they are one piece, of the first token's segment."""
-    pieces, start = [], 0
+    start = 0
     for stop in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:stop])
         if stop == len(ids) or not text.endswith("\ufffd"):  # which stands for part of a character
-            pieces.append([text, "P" if perception[start] else "R"])
+            yield [text, "P" if perception[start] else "R"]
             start = stop
-    return pieces
 
 
 def show(row):

@@ -78,19 +78,17 @@ Trace = namedtuple("Trace", TAGS)  # the stripped content of each block, None fo
 def parse_trace(text):
     """Trace of `text`: the first observation block; the first think block after it, or of all without an
     observation; the first answer block after that, or of all without a think block (R2)."""
-    observation, end = find_block(text, "observation", 0)
-    think, end = find_block(text, "think", end)
-    answer, _ = find_block(text, "answer", 0 if think is None else end)
+    observation, rest = cut_block(text, "observation")
+    think, rest = cut_block(rest, "think")
+    answer, _ = cut_block(text if think is None else rest, "answer")
     return Trace(observation, think, answer)
 
 
-def find_block(text, tag, start):
-    """(stripped content, end) of the first complete <tag> block from `start` on, or (None, start)."""
-    opening = text.find(f"<{tag}>", start)
-    closing = text.find(f"</{tag}>", opening) if opening >= 0 else -1
-    if closing < 0:
-        return None, start
-    return text[opening + len(tag) + 2:closing].strip(), closing + len(tag) + 3
+def cut_block(text, tag):
+    """(stripped content of the first complete <tag> block, what comes after it), or (None, all the text)."""
+    _, _, opened = text.partition(f"<{tag}>")
+    content, closing, rest = opened.partition(f"</{tag}>")
+    return (content.strip(), rest) if closing else (None, text)
 
 
 def format_rewards(completion):
@@ -100,13 +98,11 @@ def format_rewards(completion):
     head, _, _ = text.removeprefix("<observation>").partition("</observation>")
     perception = once["observation"] and text.startswith("<observation>") and is_plain(head)
 
-    before, _, rest = text.partition("<think>")
-    think, _, rest = rest.partition("</think>")
-    between, _, rest = rest.partition("<answer>")
-    answer, _, after = rest.partition("</answer>")
+    blocks = once["think"] and once["answer"] and re.fullmatch(
+        r"(.*)<think>(.*)</think>\s*<answer>(.*)</answer>", text, re.DOTALL)
+    before, think, answer = blocks.groups() if blocks else ("", "", "")
     left_open = "<observation>" in before and "</observation>" not in before  # perception's fault alone
-    reasoning = (once["think"] and once["answer"] and is_plain(think) and is_plain(answer)
-                 and not between.strip() and not after
+    reasoning = (is_plain(think) and is_plain(answer)
                  and (not before or left_open or before.rstrip().endswith("</observation>")))
     return float(perception), float(reasoning)
 
@@ -156,11 +152,10 @@ def answer_score(problem_type, answer, gold, scoring="paper", options=None):
     lenient, answer, gold = scoring == "lenient", visible(answer or ""), visible(gold or "")
     if not answer or not gold:
         return 0.0
-    if lenient and answer == gold:
+    if answer == gold and (lenient or problem_type == "multiple choice"):
         return 1.0
     if problem_type == "multiple choice":
-        same = answer == gold or lenient and option_key(answer, options) == option_key(gold, options) != ""
-        return float(same)
+        return float(lenient and option_key(answer, options) == option_key(gold, options) != "")
     if problem_type == "OCR":
         return word_accuracy(answer.split(), gold.split())
     if problem_type == "free-form":
@@ -297,9 +292,8 @@ def process_rewards(record, completion, verdict, num_tokens, length_ranges, bonu
     rewards = {}
     for process, accuracy, form, tokens, (low, high) in zip(
             ("perception", "reasoning"), accuracies, format_rewards(completion), num_tokens, length_ranges):
-        length = length_reward(tokens, accuracy, form, low, high, bonus)
-        if math.isnan(accuracy):
-            length = math.nan  # unknown as well: the bonus's mean leaves it out
+        # of an unknown accuracy unknown as well: the bonus's mean leaves it out
+        length = math.nan if math.isnan(accuracy) else length_reward(tokens, accuracy, form, low, high, bonus)
         rewards |= {process: accuracy + form + length, f"{process}_accuracy": accuracy,  # Eq. 5
                     f"{process}_format": form, f"{process}_length": length, f"{process}_tokens": tokens}
     return dict(rewards, reward=rewards["perception"] + rewards["reasoning"])
@@ -363,12 +357,11 @@ class Judge:
 
     def __call__(self, records, observations, replies=None):
         replies = [None] * len(records) if replies is None else replies
-        verdicts, asked, prompts = [False] * len(records), [], []
-        for i, (record, observation) in enumerate(zip(records, observations, strict=True)):
-            if visible(observation or ""):  # else it is False unasked (R5)
-                asked.append(i)
-                prompts.append(judge_prompt(self.prompt, record, observation))
-        for i, reply in zip(asked, self.ask(prompts, lambda reply: read_verdict(reply) is not None)):
+        verdicts, pairs = [False] * len(records), enumerate(zip(records, observations, strict=True))
+        prompts = {i: judge_prompt(self.prompt, record, observation) for i, (record, observation) in pairs
+                   if visible(observation or "")}  # else it is False unasked (R5)
+        answers = self.ask(list(prompts.values()), lambda reply: read_verdict(reply) is not None)
+        for i, reply in zip(prompts, answers):
             replies[i], verdicts[i] = reply, read_verdict(reply or "")
         return verdicts
 
@@ -417,12 +410,10 @@ def fill_prompt(template, **fields):
     """
     fields = {name: TAG_LIKE.sub(r"(\1\2)", visible(text)) for name, text in fields.items()}
     code = digest(fields)[:16]
-
-    def fenced(match):
-        name = match[1].upper()
-        return f"=== BEGIN {name} {code} ===\n{fields[match[1]]}\n=== END {name} {code} ==="
-
-    return re.sub(r"\{(%s)\}" % "|".join(fields), fenced, template)  # in one pass, which never enters a field
+    fenced = {name: f"=== BEGIN {name.upper()} {code} ===\n{text}\n=== END {name.upper()} {code} ==="
+              for name, text in fields.items()}
+    # in one pass, which never enters a field
+    return re.sub(r"\{(%s)\}" % "|".join(fields), lambda match: fenced[match[1]], template)
 
 
 def label_options(options):
@@ -507,8 +498,7 @@ class ChatClient:
         required = {"max_tokens": max_tokens} if self.api == "anthropic" else {}
         self.extra = required | (extra or {})
         self.session = requests.Session()
-        for scheme in ("http://", "https://"):
-            self.session.mount(scheme, HTTPAdapter(pool_maxsize=concurrency))
+        self.session.mount(f"{urlsplit(self.url).scheme}://", HTTPAdapter(pool_maxsize=concurrency))
         self.pool, self.lock, self.stop = ThreadPoolExecutor(concurrency), threading.Lock(), threading.Event()
         self.refused, self.unanswered = 0, 0  # contents in a row
         self.trouble = ""  # the last one, in words
@@ -637,7 +627,7 @@ class ChatClient:
                     data += piece
                     if time.monotonic() > deadline or len(data) > 2**24:
                         return 0, "no end of the reply", None
-        except (requests.RequestException, HTTPError, OSError) as error:
+        except (OSError, HTTPError) as error:  # the library's and its transport's
             if isinstance(error, ValueError):  # such as InvalidURL
                 self.refuse(f"{self.model} can't be reached: its URL or the environment's proxy is no URL.")
             return 0, type(error).__name__, None  # the error itself holds the request, and that the key
@@ -669,11 +659,11 @@ def read_reply(text):
         content = data["choices"][0]["message"]["content"] if "choices" in data else data["content"]
         if not isinstance(content, str):
             content = "".join(block["text"] for block in content if block["type"] == "text")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None, 0, 0
     usage = data.get("usage") if isinstance(data.get("usage"), dict) else {}
-    tokens = [usage.get(f"{a}_tokens", usage.get(f"{b}_tokens")) for a, b in (("input", "prompt"),
-                                                                              ("output", "completion"))]
+    tokens = (usage.get("input_tokens", usage.get("prompt_tokens")),
+              usage.get("output_tokens", usage.get("completion_tokens")))
     return content, *(n if isinstance(n, int) else 0 for n in tokens)
 
 
@@ -689,10 +679,9 @@ def server_words(text):
 def seconds_to_wait(retry_after):
     """The seconds that a Retry-After header (number or date) asks for, at most 300; 0 for anything else."""
     with contextlib.suppress(TypeError, ValueError):
-        return min(max(0.0, float(retry_after)), 300.0)
+        retry_after = calendar.timegm(parsedate_to_datetime(retry_after).utctimetuple()) - time.time()
     with contextlib.suppress(TypeError, ValueError):
-        date = parsedate_to_datetime(retry_after).utctimetuple()
-        return min(max(0.0, calendar.timegm(date) - time.time()), 300.0)
+        return min(max(0.0, float(retry_after)), 300.0)
     return 0.0
 
 

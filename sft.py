@@ -282,10 +282,7 @@ def add_adapter(model, base, adapter=None, lora_rank=64, trainable=True):
             raise UserError(f"The adapter in {adapter} does not fit {base}: {reason}") from None
         check_adapter_fits(model, adapter)
     model.requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if ".policy." in name:
-            parameter.requires_grad_(trainable)
-            parameter.data = parameter.data.float()
+    model.set_requires_grad("policy", trainable)  # its weights are float32, which is peft's default
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # an adapter from elsewhere can bring some; ρ wants the same policy twice
@@ -466,17 +463,15 @@ def embed_prompts(model, prompts):
     """
     qwen = unwrap(model).model
     device = qwen.visual.patch_embed.proj.weight.device
-    pixels = torch.cat([p.pixel_values for p in prompts]).to(device)
+    ids = torch.cat([p.input_ids for p in prompts]).to(device)
+    embeds = qwen.language_model.embed_tokens(ids)  # of all prompts, one behind the other
     grids = torch.cat([p.grid_thw for p in prompts]).to(device)
-    features = qwen.visual(pixels, grid_thw=grids).pooler_output if len(grids) else None  # (visual tokens, D)
-    done = 0
-    for prompt in prompts:
-        ids = prompt.input_ids.to(device)
-        prompt.embeds = qwen.language_model.embed_tokens(ids)
-        if len(prompt.grid_thw):
-            is_visual = (ids == qwen.config.image_token_id) | (ids == qwen.config.video_token_id)
-            prompt.embeds[is_visual] = features[done:done + int(is_visual.sum())].to(prompt.embeds.dtype)
-            done += int(is_visual.sum())
+    if len(grids):
+        pixels = torch.cat([p.pixel_values for p in prompts]).to(device)
+        is_visual = (ids == qwen.config.image_token_id) | (ids == qwen.config.video_token_id)
+        embeds[is_visual] = qwen.visual(pixels, grid_thw=grids).pooler_output.to(embeds.dtype)
+    for prompt, own in zip(prompts, embeds.split([len(p.input_ids) for p in prompts])):
+        prompt.embeds = own
 
 
 def logprobs_from_hidden(model, hidden, targets, chunk=None):
@@ -492,9 +487,9 @@ def logprobs_from_hidden(model, hidden, targets, chunk=None):
     def one_chunk(h, t):
         return -F.cross_entropy(head(h).float(), t, reduction="none")
 
-    parts = list(zip(hidden.split(chunk), targets.split(chunk)))
-    if len(parts) == 1 or not torch.is_grad_enabled():
-        return torch.cat([one_chunk(h, t) for h, t in parts])
+    if len(hidden) <= chunk:
+        return one_chunk(hidden, targets)
+    parts = zip(hidden.split(chunk), targets.split(chunk))
     return torch.cat([checkpoint(one_chunk, h, t, use_reentrant=False) for h, t in parts])
 
 
@@ -550,9 +545,7 @@ def add_training_args(parser, model, stage, lr):
 def parse_training_args(parser, tiny, stage):
     """`parse_args`, by one process after the other, since the first one prepares the toy data."""
     with process().main_process_first():
-        args = parse_args(parser, tiny)
-    args.output = args.output or args.run_dir / stage
-    return args
+        return parse_args(parser, tiny, stage)
 
 
 def setup_process(args):
@@ -773,10 +766,9 @@ def open_log(folder, step, name="metrics.jsonl"):
     """A log for the rows from this step on: what a killed run wrote of them goes, the rest stays."""
     if not is_first():
         return open(os.devnull, "ab")
-    file, kept = open_jsonl(folder / name), 0
+    file = open_jsonl(folder / name)
     file.seek(0)
-    for line in file.readlines():
-        kept += len(line) if json.loads(line)["step"] < step else 0
+    kept = sum(len(line) for line in file.readlines() if json.loads(line)["step"] < step)
     file.truncate(kept)
     return file
 

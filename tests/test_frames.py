@@ -504,6 +504,9 @@ def test_photos_stand_upright(tmp_path, orientation):
         expected = np.asarray(ImageOps.exif_transpose(image))
     frames = read_image(tmp_path / "a.png")
     assert np.array_equal(frames[0], expected)
+    for name in ("a.tiff", "a.webp"):  # of which Pillow turns the first one itself
+        photo.save(tmp_path / name, exif=exif, lossless=True)
+        assert np.array_equal(read_image(tmp_path / name), frames), name
     assert frames.shape[1:3] == ((56, 112) if orientation < 5 else (112, 56))
     # an odd tag beside it, a width that is no whole number, costs nothing
     tags = struct.pack("<HHIf", 0x0100, 11, 1, 0.5) + struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)

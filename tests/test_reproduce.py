@@ -1,4 +1,5 @@
 """data/toy/reproduce.py: the statistics by hand, and the documents from the rows that are kept."""
+import random
 import sys
 
 import numpy as np
@@ -8,7 +9,21 @@ import gen_cot
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "data/toy"))
+import prepare  # noqa: E402
 import reproduce  # noqa: E402
+
+
+def test_the_toys_media_are_the_same_bytes_each_time(tmp_path):
+    """Or two clones would not give the same figures."""
+    rng, junk = random.Random(0), []
+    for scene in [prepare.make_scene(rng) for _ in range(20)]:
+        made = []
+        for _ in range(2):
+            file = tmp_path / ("a.mp4" if scene["kind"] == "clip" else "a.png")
+            prepare.write_medium(scene, file)
+            made.append(file.read_bytes())
+            junk.append(np.random.default_rng(len(junk)).bytes(10**6))  # the heap looks different each time
+        assert made[0] == made[1]
 
 
 def test_sign_flip_by_hand():

@@ -73,6 +73,7 @@ def test_parse_trace(text, expected):
     (GOOD.replace("<think>", "and so <think>"), (1, 0)),
     (GOOD.replace("<answer>", "thus <answer>"), (1, 0)),
     ("<observation>o</observation><answer>B</answer><think>t</think>", (1, 0)),
+    ("<observation>o</answer> <think>t</think><answer>B", (0, 0)),  # closed before it is opened
     (GOOD.replace("so red", "the <answer> tag"), (1, 0)),
     (GOOD.replace("so red", "a </think> tag"), (1, 0)),
     # a tag of the other half, quoted, breaks both
