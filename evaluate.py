@@ -128,6 +128,11 @@ def main(args):
             summary[name][bench] = summarise(rows, bench_of(bench), args)
         print_table(bench, {name: sets[bench] for name, sets in summary.items()})
     gen_cot.print_stats("judge", judge)
+    write_results(summary, records, runs, args)
+
+
+def write_results(summary, records, runs, args):
+    """results.json: the figures with all that they came from, settings, versions, commit and hashes."""
     hashes = dict(prompt=digest(gen_cot.load_template(args)),
                   data=digest([[*key_of(record), record["solution"]] for record in records]),
                   **{adapter: weights_digest(adapter) for adapter in args.adapters})

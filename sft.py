@@ -109,8 +109,8 @@ def train(model, tokenizer, records, args):
           Checkpoints(start, steps, model, optimizer, args) as checkpoints):
         for step in bar:
             size = min(args.batch_size, len(order) - step * args.batch_size)
-            encoded, waited = encode_batch(media, size, template, tokenizer, unwrap(model).config, named)
-            row = {"step": step, "lr": cosine_lr(step, steps, args.lr)} | waited
+            encoded, media_log = encode_batch(media, size, template, tokenizer, unwrap(model).config, named)
+            row = {"step": step, "lr": cosine_lr(step, steps, args.lr)} | media_log
             if row["skipped_media"] < size:
                 with measured("step", "lower --micro-batch, then --lora-rank or --num-frames", row):
                     row |= sft_step(model, tokenizer, optimizer, encoded, row["lr"], args)
