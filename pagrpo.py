@@ -25,9 +25,10 @@ no SFT (`add_reference`). Eq. 7 leaves the average over a segment's tokens open;
 
 Why the loss is about 0: with one gradient step per rollout (μ = 1) ρ is exactly 1. So the mean of ρ A over a
 segment is its A, and over the group these add up to 0. (Not quite, if a completion lacks a segment, or if
-PA-GRPO averages over the completion: its lengths weight A_P and A_R differently.) What is left is β times the
-KL. The mean KLs of the two segments are added, so it is about 2β times the logged `kl`, which is one mean
-over all tokens. But the gradient of the policy term, the mean of A · ∇ log π, is not 0. Watch the rewards.
+PA-GRPO averages over the completion: A_P and A_R are then weighted by the segments' lengths, which differ
+between completions.) What is left is β times the KL. The mean KLs of the two segments are added, so it is
+about 2β times the logged `kl`, which is one mean over all tokens. But the gradient of the policy term, the
+mean of A · ∇ log π, is not 0. Watch the rewards.
 
 Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (columns; at most the limit),
 S tokens of a packed sequence, D hidden, V vocabulary. "Process" means perception or reasoning; a process of
@@ -45,22 +46,23 @@ P3. std is the unbiased estimate plus 1e-4; a group with equal rewards, or with 
     gets exact zeros.
 P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3), in the same mean (P2).
 P5. Completions are sampled at temperature 1. Of the added tokens (visual, chat control, tools) only
-    `<|im_end|>` can be sampled, which ends a turn of the chat format (`<|endoftext|>` is banned, too, as are
-    ids that stand for no token). The sampled ids are kept and trained on as they are; completions cut at the
-    limit count as truncated. The ban changes what is sampled and nothing else: every log-prob, the rollout's
-    too, is normalised over the whole vocabulary, so that policy and reference stay the model's own
-    distributions. So ρ ignores that sampling gave the other tokens the small share of the banned ones.
+    `<|im_end|>` can be sampled, which ends a turn of the chat format. `<|endoftext|>` can't be sampled
+    either, nor can ids that stand for no token. The sampled ids are kept and trained on as they are;
+    completions cut at the limit count as truncated. The ban changes what is sampled and nothing else: every
+    log-prob, the rollout's too, is normalised over the whole vocabulary, so that policy and reference stay
+    the model's own distributions. So ρ ignores that the banned tokens' probability, which is small, went to
+    the others.
 P6. If the judge fails to give a verdict on a completion, R_P is NaN, never 0. The completion is left out of
     the mean and std of every reward that contains R_P, and its advantage for that reward is 0. The advantages
     that its tokens still get:
-        --without                        o_P's tokens  o_R's tokens  why
-        nothing (PA-GRPO), or length          0            A_R       each has its own
-        perception (GRPO)                    A_R           A_R       A_R needs no verdict
-        reasoning, or separation              0             0        the one reward contains R_P
-        assignment (GDPO)                    A_R           A_R       the sum, with A_P = 0
+        value of --without       o_P's tokens  o_R's tokens  why
+        (none: PA-GRPO), length       0            A_R       each has its own
+        perception (GRPO)            A_R           A_R       A_R needs no verdict
+        reasoning, separation         0             0        the one reward contains R_P
+        assignment (GDPO)            A_R           A_R       the sum, with A_P = 0
     The KL term still applies to it. If the judge gives no verdict at all in an update, nothing is learnt from
-    that update (it is still one of the `--updates`), and three such updates in a row stop the run; but not
-    `--without perception`, which needs no verdicts.
+    that update (it is still one of the `--updates`). Three such updates in a row stop the run. Neither holds
+    for `--without perception`, which needs no verdicts.
 P7. The rows of Table 2. In those marked * all tokens of a completion have one advantage, and the loss average
     is the completion's (`get_args`). The judge is asked in any case, for the log. GDPO normalises each reward
     apart, as PA-GRPO does, but assigns their sum to all tokens.
@@ -119,7 +121,7 @@ def get_args():
     add("--prompts-per-update", type=positive, default=7, help="prompts per optimiser step (paper: 7)")
     add("--num-iterations", type=positive, default=1, help="gradient steps per rollout, μ")
     add("--prompts-per-rollout", type=positive,
-        help="decode an update's rollout in parts of so many prompts (default: in one; smaller parts need "
+        help="generate the completions of so many prompts at a time (default: all of an update; fewer need "
              "less memory)")
     add("--completions-per-pass", type=positive,
         help="completions of a group per training pass (default: all; fewer need less memory)")
@@ -173,8 +175,9 @@ def main(args):
     print(f"Starting {started}.")
     judge = None
     if args.judge != "self" and not args.probe:  # tried before the model is loaded
-        # A remote judge may refuse observations because of their content; ten prompts' worth of refusals in a
-        # row end the run. The updates in which it doesn't answer at all are counted by `train` (P6).
+        # A remote judge may refuse some observations because of their content: as many in a row as ten
+        # prompts have completions end the run. Missing replies have no limit here, as `train` counts updates
+        # without any verdict (P6).
         judge = gen_cot.judge_from(args, records, max_refused=10 * args.num_generations,
                                    max_unanswered=math.inf)
     with sft.measured("load", "take a smaller model"):  # the advice if the memory isn't enough
@@ -246,7 +249,7 @@ def endless(records, seed, batch_size, step=0):
 
 
 def hold_out(records):
-    """(FIXED of the records, or a tenth; the others, which are trained on)."""
+    """(FIXED of the records, at most a tenth, which are held out; the others, which are trained on)."""
     fixed = gen_cot.draw(records, min(FIXED, len(records) // 10), seed=0)
     held_out = set(map(id, fixed))
     return fixed, [record for record in records if id(record) not in held_out]
@@ -268,7 +271,7 @@ def fixed_accuracies(model, fixed, tokenizer, judge, args):
 class Group:
     """One prompt's completions with all that the update needs of them."""
     record: dict
-    prompt: sft.Prompt  # with embeds (P, D), by `rollout`, and M-RoPE positions (3, P)
+    prompt: sft.Prompt  # with embeds (P, D), by `rollout`, and positions (3, P): time, row, column (M-RoPE)
     completion_ids: torch.Tensor  # (G, T)
     completion_mask: torch.Tensor  # (G, T)
     sampled_logprobs: torch.Tensor  # (G, T), by the rollout, for logprob_gap alone
@@ -335,7 +338,7 @@ def score_groups(groups, tokenizer, judge, args):
     observations in one batch. Returns its verdicts on those that are not empty."""
     records, observations = [], []
     for group in groups:
-        group.texts = tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)  # nor padding
+        group.texts = tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)  # padding is one
         records += [group.record] * len(group.texts)
         observations += [parse_trace(text).observation for text in group.texts]
     verdicts, replies = ask_judge(judge, records, observations)
@@ -361,8 +364,8 @@ def update_policy(model, ref_adapter, optimizer, groups, lr, args):
     metrics.
 
     π_old is computed by `token_logprobs`, as π is, not taken from the rollout, so that ρ is exactly 1 in the
-    first step: for μ = 1 it is the same tensor without its gradient, for μ > 1 a pass without gradient before
-    that step. `logprob_gap` is how far the rollout's own log-probs are from it.
+    first step. For μ = 1 it is that step's own log-probs, detached; for μ > 1 it is computed before the first
+    step, without gradient. `logprob_gap` is how far the rollout's own log-probs are from it.
 
     `--completions-per-pass` cuts the groups into pieces. A piece's loss is the mean over its completions. It
     is weighted by its share of all completions of the update, on all ranks: each completion counts the same.
@@ -433,9 +436,9 @@ def segment_masks(completion_ids, tokenizer):
             split = 0
         elif closed >= 0:
             stop = closed + len("</observation>")
-            split = int((ends < stop).sum()) + 1  # those that end before its ">", and the one that has it
+            split = int((ends < stop).sum()) + 1  # tokens that end before its ">", and the one that has it
         elif think >= 0:
-            split = int((ends <= think).sum())  # those that end before its "<"
+            split = int((ends <= think).sum())  # tokens that end before its "<"
         else:
             split = length
         perception[g, :split] = True
@@ -515,14 +518,16 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
         prompt: Prompt with embeds (P, D). completion_ids (G, T) int64, completion_mask (G, T) bool.
     """
     language, device = sft.unwrap(model).model.language_model, prompt.embeds.device
-    # By this name each layer finds `shared_prefix_attention`, also when checkpointing runs the layer again in
-    # the backward pass; so it is never set back. Without a pack that function is the library's own.
+    # By this name each layer looks up `shared_prefix_attention`, and does so again when checkpointing runs it
+    # once more in the backward pass, so the name stays set. Without a pack that function is the library's.
     language.config._attn_implementation = "shared_prefix"
     pack = make_pack(len(prompt.input_ids), completion_mask)
     tokens = completion_ids[completion_mask]  # (S - P,), row after row
     offsets = completion_mask.nonzero()[:, 1]  # the index of each within its own completion
     embeds = torch.cat([prompt.embeds, language.embed_tokens(tokens)])  # (S, D)
-    after = (prompt.next_position + offsets).expand(3, -1)  # text has one position on all three axes
+    # text has one position on all three axes, and goes on after the prompt's largest, which is below P, as
+    # many tokens of a clip share theirs
+    after = (prompt.next_position + offsets).expand(3, -1)
     positions = torch.cat([prompt.positions.to(device), after], dim=1)  # (3, S)
     hidden = language(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False,
                       attention_mask={"full_attention": None},  # a dict is taken as it is: no mask is built
@@ -537,12 +542,14 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
 class Pack:
     """The index tables of a packed sequence of S tokens, [prompt, completion 1, …, completion G]: where each
     token of the group's rows, padded to T tokens, stands in it, and the reverse. For a prompt ppp and the
-    completions bb and aaa, whose tokens alone are counted:
+    completions bb and aaa (the index counts the completions' tokens alone):
 
         rows    bb.     packed    pppbbaaa
                 aaa     index        01234
 
-    Each token of a completion sees all of ppp, itself, and what stands before it in its own completion.
+    Each token of a completion sees all of ppp, itself, and what stands before it in its own completion. At
+    padding the index is that of a real token, token 0. This does no harm: padding stands behind its row's own
+    tokens, so the causal mask hides it from them, and `row_index` leaves out what is computed for it.
     """
     prompt_length: int  # P
     packed_index: torch.Tensor  # (G, T) int64, of each token of the rows, here 010 and 234; 0 at padding
@@ -582,9 +589,9 @@ def shared_prefix_attention(module, query, key, value, attention_mask, pack=None
     (G, _, T, _), heads_per_key = q.shape, module.num_key_value_groups
     k = torch.cat([prompt_k.expand(G, -1, -1, -1), k], dim=2)  # (G, key-value heads, P + T, d)
     v = torch.cat([prompt_v.expand(G, -1, -1, -1), v], dim=2)
-    # k and v have fewer heads than q. Instead of copying them, the queries of the heads that share one (head
-    # 0's T, head 1's T, …) are laid end to end, as if they were more tokens, under the same mask each. (The
-    # library's `enable_gqa` has no memory-efficient kernel that takes a mask.)
+    # k and v have fewer heads than q. Rather than copy them, we treat the query heads that share one as extra
+    # tokens (head 0's T tokens, head 1's T tokens, …), all under the same mask. (The library's `enable_gqa`
+    # has no memory-efficient kernel that takes a mask.)
     q = q.unflatten(1, (-1, heads_per_key)).flatten(2, 3)  # (G, key-value heads, heads_per_key · T, d)
     mask = pack.attention_mask.repeat(heads_per_key, 1)  # (heads_per_key · T, P + T)
     on_rows = F.scaled_dot_product_attention(q, k, v, mask, scale=module.scaling)
@@ -593,17 +600,44 @@ def shared_prefix_attention(module, query, key, value, attention_mask, pack=None
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
-AttentionMaskInterface.register("shared_prefix", sdpa_mask)  # which a plain forward pass asks for by name
+AttentionMaskInterface.register("shared_prefix", sdpa_mask)  # for plain forward passes, not ours
 
 
 # --- rollout ------------------------------------------------------------------------------------------------
+
+@dataclass
+class GroupCache:
+    """Keys and values of a decode loop, written in place: growing the tensors would copy all of them at every
+    token. `replace(cache, rows=…, columns=…)` shares the memory and selects a part: a prompt's G rows, while
+    it is prefilled, or all rows, while they decode. The last of its columns take the tokens that are fed now.
+    As we pass masks and positions, the library calls nothing but `update` on it."""
+    layers: list  # for each layer its keys and values, (rows, key-value heads, columns, d) each
+    rows: slice
+    columns: slice
+
+    @classmethod
+    def empty(cls, like, config, rows, length):
+        shape = rows, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads
+        layers = [[like.new_zeros(shape), like.new_zeros(shape)] for _ in range(config.num_hidden_layers)]
+        return cls(layers, slice(None), slice(None))
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        """Called by the library's attention with (n, heads, tokens, d) of the new tokens; returns n rows of
+        all columns so far. A prompt's one row goes into all G rows of the part, and one comes back (n = 1);
+        while decoding all rows go in and come back."""
+        stop, seen = self.columns.stop, []
+        for room, new in zip(self.layers[layer], (keys, values)):
+            room[self.rows, :, stop - new.shape[2]:stop] = new
+            seen.append(room[self.rows, :, self.columns][:len(keys)])  # as many rows as came in
+        return seen
+
 
 @torch.no_grad()
 def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None):
     """Sample `num_generations` completions for each prompt (P5).
 
     Each prompt is prefilled once, into the key-value cache of all its group. Then all groups decode in one
-    loop, with our own positions. On a CPU LoRA is merged into the weights meanwhile (`merged`).
+    loop, with our own positions. On a CPU each layer is one dense matrix meanwhile, LoRA added (`merged`).
 
     Args:
         prompts: B of Prompt, which get their embeds where they lack them. max_tokens: the completions' limit.
@@ -664,9 +698,9 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
 
 
 def sample_from(logits, numbers):
-    """One token a row (N,): the first whose cumulative probability exceeds the row's number. In float64, as
-    rounding in float32 could select a banned token. NaN logits give the last id; the loss is NaN then, too,
-    and `sft.optimiser_step` skips the step."""
+    """One token a row (N,): the first whose cumulative probability exceeds the row's number. In float64: in
+    float32 a number just below 1 could round up to the total, and the last id, a banned one, be taken. NaN
+    logits give the last id; the loss is NaN then, too, and `sft.optimiser_step` skips the step."""
     cumulative = logits.double().softmax(-1).cumsum(-1)  # (N, V)
     token = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)
@@ -683,33 +717,6 @@ def banned_ids(tokenizer, size):
     the released heads have more rows (`size`) than the tokenizer has tokens."""
     added = [i for i in tokenizer.added_tokens_decoder if i != tokenizer.eos_token_id]
     return added + list(range(len(tokenizer), size))
-
-
-@dataclass
-class GroupCache:
-    """Keys and values of a decode loop, written in place: growing the tensors would copy all of them at every
-    token. `replace(cache, rows=…, columns=…)` is a view: of a prompt's G rows, while it is prefilled, or of
-    all rows, while they decode; its last columns are the tokens that are fed now. As we pass masks and
-    positions, the library calls nothing but `update` on it."""
-    layers: list  # for each layer its keys and values, (rows, key-value heads, columns, d) each
-    rows: slice
-    columns: slice
-
-    @classmethod
-    def empty(cls, like, config, rows, length):
-        shape = rows, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads
-        layers = [[like.new_zeros(shape), like.new_zeros(shape)] for _ in range(config.num_hidden_layers)]
-        return cls(layers, slice(None), slice(None))
-
-    def update(self, keys, values, layer, *args, **kwargs):
-        """Called by the library's attention with (n, heads, tokens, d) of the new tokens; returns n rows of
-        all columns so far. A prompt's one row goes into all G rows of the part, and one comes back (n = 1);
-        while decoding all rows go in and come back."""
-        stop, seen = self.columns.stop, []
-        for room, new in zip(self.layers[layer], (keys, values)):
-            room[self.rows, :, stop - new.shape[2]:stop] = new
-            seen.append(room[self.rows, :, self.columns][:len(keys)])  # as many rows as came in
-        return seen
 
 
 @contextlib.contextmanager
@@ -736,7 +743,7 @@ def merged(model):
 def add_reference(model, args):
     """π_ref: the frozen adapter `ref`, a second copy of the SFT adapter, active only while `ref_logprobs` are
     computed. Returns its name. Without an SFT adapter π_ref is the base, and None is returned; the probe then
-    adds a fresh `ref`, to take a real one's memory."""
+    adds a fresh `ref`, so that a real one's memory is counted."""
     if args.adapter != "none":
         model.load_adapter(args.adapter, "ref", is_trainable=False)
     elif args.probe:
@@ -779,7 +786,7 @@ def probe(model, ref_adapter, tokenizer, args):
     moments and the reference in memory; returns the update's metrics."""
     optimizer, unending = sft.setup_training(model, args), copy.deepcopy(tokenizer)
     unending.eos_token = None  # its id is None, and no token equals that: completions run to their limit
-    sft.optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # of zeros: allocates AdamW's moments
+    sft.optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # gradients of 0: allocates AdamW's moments
     record, prompt = worst_prompt(tokenizer, sft.unwrap(model).config, args)
     encoded = [(dict(record, sample_index=i), replace(prompt))
                for i in range(sft.shard_size(args.prompts_per_update))]
@@ -793,7 +800,8 @@ def probe(model, ref_adapter, tokenizer, args):
         if args.judge != "self":  # any other uses no memory here
             return [False for _ in records]
         own = gen_cot.judge_from(args, records, lambda prompts: self_judge(model, unending, prompts, args))
-        return own(records, ["the " * args.max_completion_tokens for _ in records])
+        verdicts = own(records, ["the " * args.max_completion_tokens for _ in records])
+        return [bool(verdict) for verdict in verdicts]  # without any the update would not be taken
 
     _, metrics = update(model, ref_adapter, unending, optimizer, encoded, judge, args.lr, args)
     sft.print_phases(metrics)
@@ -899,7 +907,7 @@ def token_pieces(ids, perception, tokenizer):
 
 def show(row):
     """A group (`rollout_row`) on screen, two paragraphs per completion: perception in cyan and reasoning in
-    yellow, or both plain where that is no terminal."""
+    yellow, or without colours where that is no terminal."""
     cyan, yellow, plain = ("\033[36m", "\033[33m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
     width, record = max(40, shutil.get_terminal_size().columns), row["record"]
     question = f"{record['problem']} {' '.join(record['options'])}  gold {record['solution']}"

@@ -277,6 +277,8 @@ def test_a_judge_that_cannot_be_reached_ends_a_run_before_a_model_is_loaded(clon
 
 def test_a_probe_measures_each_phase_and_leaves_nothing(clone, monkeypatch, capsys):
     before = sorted(clone.rglob("*.json*"))
+    trace = pagrpo.parse_trace("<observation>It is red.</observation> <think>so</think><answer>red</answer>")
+    monkeypatch.setattr(pagrpo, "parse_trace", lambda text: trace)  # the judge is asked, and says nothing
     run_here(clone, monkeypatch, "pagrpo.py --model tiny --probe --judge self --num-frames 2 --max-pixels 1 "
              "--prompts-per-update 2 --num-generations 2 --prompts-per-rollout 1 --max-completion-tokens 16")
     text = capsys.readouterr().out
