@@ -7,15 +7,15 @@
     python evaluate.py --html runs/tiny                    # one page of a run's rollouts and completions
 
 Completions are written as they come, one file for each adapter, each row with its whole record. The same
-command goes on where a killed run was; completions made with other settings are moved aside.
+command goes on where a killed run was; a file that was made with other settings is moved aside.
 
 Our choices:
 E1. Decoding is greedy, which is what the paper's temperature 0.01 with top-p 0.001 comes to.
 E2. The row "constant" gives to every question of a problem type the one answer that scores best on this very
     test set, of the 20 most frequent gold answers and, for numbers, their median: what guessing could earn.
 E3. Intervals are 95 %, by a bootstrap over media: questions about one video are drawn together.
-E4. An output without an answer tag is scored as a whole, here and nowhere else, as the peers do; how many
-    there are stands beside, and how many answers only `--scoring lenient` accepts.
+E4. An output without a complete answer block is scored as a whole, here and nowhere else, as the peers do;
+    how many there are stands beside, and how many answers only `--scoring lenient` accepts.
 E5. Every question counts. One whose medium is missing or unreadable is answered wrongly, and the score
     without such questions stands beside. Open-ended questions, which the paper doesn't score, are left out
     and counted.
@@ -58,7 +58,7 @@ def get_args():
                        "none, runs/<model>/sft, runs/<model>/pagrpo)")
     model.add_argument("--server", help="openai:MODEL@BASE_URL, which decodes in place of base and adapters")
     data.add_argument("--bench", nargs="+", choices=[*BENCHMARKS, "all"],
-                      help="benchmarks (default: all, where there is no --data)")
+                      help="benchmarks, in place of --data (default: all, where there is none)")
     data.add_argument("--bench-root", default="data/Video-R1-eval", help="folder of their question files")
     data.add_argument("--input", choices=["video", "text"], default="video",
                       help="text: the question without its medium (Table 5)")
@@ -104,12 +104,15 @@ def main(args):
     names = row_names(args.adapters)
     files = {}
     for adapter, name in names.items():
-        stem = adapter if name == adapter else Path(adapter.partition("@http")[0]).name  # else two share it
-        files[adapter] = args.output / f"completions-{re.sub('[^A-Za-z0-9.]+', '-', stem).strip('-')}.jsonl"
+        stem = adapter if name == adapter else Path(adapter.partition("@http")[0]).name  # its path if shared
+        stem = re.sub(r"[^\w.]+", "-", stem).strip("-")
+        files[adapter] = args.output / f"completions-{stem}.jsonl"
+    if len(set(files.values())) < len(files):
+        raise UserError("Two adapters would write to one file of completions: rename one's folder.")
     runs = {adapter: run_digest(adapter, args) for adapter in args.adapters}
     if not args.rescore:
         notes = load_notes(records, args)  # before their own folder may be moved aside
-        keep_apart(files, runs, args.output)
+        keep_apart(files, runs, args.output / "results.json")
         gen_cot.check_writable(args.output)
         complete_all(records, notes, files, runs, args)
     results = {"constant": constant_answers(records, args.scoring)}
@@ -125,7 +128,7 @@ def main(args):
     for bench in dict.fromkeys(record["file"] for record in records):
         for name, rows in results.items():
             rows = [row for row in rows if row["file"] == bench]
-            summary[name][bench] = summarise(rows, bench_of(bench), args)
+            summary[name][bench] = summarise(rows, bench_of(bench), args, judge)
         print_table(bench, {name: sets[bench] for name, sets in summary.items()})
     gen_cot.print_stats("judge", judge)
     write_results(summary, records, runs, args)
@@ -271,18 +274,20 @@ def weights_digest(adapter):
 
 def run_digest(adapter, args):
     """What tells completions of these settings from others."""
-    observations = args.observations and Path(args.observations).read_text(encoding="utf-8")
+    observations = args.observations and digest(Path(args.observations).read_bytes().hex())
     return digest([args.base, adapter, weights_digest(adapter), gen_cot.load_template(args), args.num_frames,
                    args.max_pixels, args.max_completion_tokens, args.no_4bit, args.input, observations])[:16]
 
 
-def keep_apart(files, runs, folder):
-    """Moves the folder aside where it holds completions of other settings."""
+def keep_apart(files, runs, results):
+    """Moves completions of other settings aside, and the results with them."""
     for adapter, path in files.items():
         if path.exists():
             gen_cot.open_jsonl(path).close()  # which cuts off a line that a kill tore
         if any(row.get("run") != runs[adapter] for row in read_completions(path)):
-            return gen_cot.move_aside(folder)
+            gen_cot.move_aside(path)
+            if results.exists():
+                gen_cot.move_aside(results)
 
 
 def load_notes(records, args):
@@ -458,7 +463,7 @@ def columns_of(rows, bench):
     return columns
 
 
-def summarise(rows, bench, args):
+def summarise(rows, bench, args, judge):
     """The figures of one file, in per cent: dict of `numbers` {name: (value, ±)}, `groups` {name: value}, and
     counts."""
     if not rows:
@@ -480,7 +485,7 @@ def summarise(rows, bench, args):
     unknown = sum(row["perception"] is None for row in rows)
     summary["no verdict"] = 0 if unknown == len(rows) else unknown  # then nobody was asked
     if args.mismatch:
-        summary["mismatch"] = mismatch(rows, args)
+        summary["mismatch"] = mismatch(rows, judge)
     return summary
 
 
@@ -551,20 +556,19 @@ def settled_by_rule(think, options):
     return letters.pop() if not unclear and letters <= known else None
 
 
-def mismatch(rows, args):
+def mismatch(rows, judge):
     """Table 6: how many think segments settle on the answer's option, another, none, or unknown (E6)."""
     counts = collections.Counter(match=0, mismatch=0, no=0, unknown=0)
     chosen = [row for row in rows if row["problem_type"] == "multiple choice" and row["completion"]]
     traces = [(row, parse_trace(row["completion"])) for row in chosen]
     traces = [(row, trace) for row, trace in traces if trace.think and trace.answer]
     settled = [settled_by_rule(trace.think, row["options"]) for row, trace in traces]
-    if args.judge and args.judge != "rule":
+    if hasattr(judge, "ask"):  # a language model
         unclear = [i for i, letter in enumerate(settled) if letter is None]
         prompts = [fill_prompt(SETTLED_PROMPT, question=question_text(traces[i][0]), think=traces[i][1].think)
                    for i in unclear]
         pattern = re.compile(r"<option>\s*([A-N]|No)\s*</option>")
-        client = ChatClient(args.judge, cache_dir="runs/judge-cache", max_calls=args.judge_max_calls)
-        for i, reply in zip(unclear, client.ask(prompts, pattern.search)):
+        for i, reply in zip(unclear, judge.ask(prompts, pattern.search)):
             settled[i] = reply and pattern.findall(reply)[-1]
     for (row, trace), letter in zip(traces, settled):
         kind = "match" if letter == option_key(trace.answer, row["options"]) else "mismatch"
@@ -619,9 +623,10 @@ RIGHT = 0.6  # least score of a right answer, as in gen_cot.py
 def write_page(folder, args):
     """Writes traces.html: every rollout and completion below the folder, with thumbnails, in one file."""
     rollouts, samples = page_rollouts(folder), []
-    for path in sorted(folder.rglob("completions-*.jsonl")):
-        rows, name = read_completions(path), str(path.relative_to(folder)).removesuffix(".jsonl")
-        judge = gen_cot.judge_from(args, rows) if args.judge else None
+    files = {path: read_completions(path) for path in sorted(folder.rglob("completions-*.jsonl"))}
+    judge = gen_cot.judge_from(args, sum(files.values(), [])) if args.judge else None
+    for path, rows in files.items():
+        name = str(path.relative_to(folder)).removesuffix(".jsonl")
         samples += [page_sample(row, name) for row in score_rows(rows, judge, args.scoring)]
     if not rollouts and not samples:
         raise UserError(f"There is no rollouts.jsonl and no completions-*.jsonl below {folder}.")

@@ -25,7 +25,7 @@ G1. Frames are sampled at 2 per second, T of them, between 4 and `--num-frames`,
     The sampled rate that later sets the positions is T over the duration of the pictures.
 G2. Both sides of a frame are rounded to multiples of 28 (patch 14 × merge 2) within the pixel budget, aspect
     kept.
-G3. The options stand once in the prompt: they are appended unless the question already holds them.
+G3. The options stand once in the prompt: they are appended unless the question holds them as "A. text".
 G4. The teacher gets each sampled frame as a JPEG after its time stamp, then the prompt of all stages. A
     question that it refuses or does not answer is "no trace", one on which the judge gives no verdict is
     "judge unknown", and the next run asks again.
@@ -75,7 +75,8 @@ TINY = dict(data="data/toy/cot.jsonl", media_root="data/toy", traces="data/toy/t
 
 def get_args():
     parser, _, data = make_parser(__doc__, "data/VideoP2R-263k_rl.part*.json.gz", "questions")
-    data.add_argument("--traces", help="raw traces in a teacher's place: JSON Lines of {problem_id, output}")
+    data.add_argument("--traces", help="raw traces, where there is no --teacher: JSON Lines of {problem_id, "
+                                       "output}")
     add = parser.add_argument_group("algorithm").add_argument
     add("--teacher", help="anthropic:MODEL or openai:MODEL@BASE_URL (paper: Qwen2.5-VL-72B-Instruct)")
     add("--teacher-concurrency", type=positive, default=64, help="questions in flight at most")
@@ -111,7 +112,7 @@ def main(args):
     else:
         traces, outputs = load_traces(args.traces), []
         for record in records:
-            number = str(record.get("problem_id"))  # which names a question within one file only
+            number = str(record.get("problem_id"))  # counts only where no other record of all files has it
             by_number = traces.get(number) if ids[number] == 1 else None
             outputs.append(traces.get(question_key(record), by_number))
     reasons, scores = verify(records, outputs, judge, args.threshold, args.scoring)
@@ -171,12 +172,17 @@ def generate(records, teacher, args):
             else:
                 yield key, teacher.pool.submit(ask, key, record, content)
 
+    asked = in_order(jobs(), 8 * args.teacher_concurrency)  # so many are decoded ahead
     with file, tqdm(total=len(todo), desc="questions") as bar:
         try:
-            for key, job in in_order(jobs(), 8 * args.teacher_concurrency):  # so many are decoded ahead
+            for key, job in asked:
                 outputs[key] = job.result()
         except (UserError, OSError, KeyboardInterrupt) as error:
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one would lose what is paid for
+            tqdm.write("Stopping: the replies on their way are waited for, 10 minutes at most.", sys.stderr)
+            asked.close()
             teacher.close()  # ask nothing more; what is on its way is written
+            signal.signal(signal.SIGINT, handler)
             with contextlib.suppress(OSError):  # a full disk says so once more
                 file.close()
             reason = str(error).removesuffix(".") or "Ctrl-C"
@@ -203,7 +209,7 @@ def teacher_content(record, num_frames, max_pixels):
 
 def stamped_jpegs(frames, fps, quality, side=65_500):
     """(time stamp, JPEG) of each frame, made smaller where a side is over `side`, by default the most that a
-    JPEG can have; the stamp of a picture is ""."""
+    JPEG can have. The stamps go evenly from 0 to the clip's end; that of a picture is ""."""
     for i, frame in enumerate(frames):
         stamp = "" if fps is None else f"{i * len(frames) / fps / (len(frames) - 1):.1f} s"
         image, jpeg = Image.fromarray(frame), io.BytesIO()
@@ -285,8 +291,8 @@ def kept_record(record, output, score, scoring):
     output = bare_trace(output).encode("utf-8", "ignore").decode()  # half a surrogate pair is no text
     trace = parse_trace(output)
     kept = {k: v for k, v in record.items() if k != "media"}
-    return dict(kept, answer=record["solution"].replace("<answer>", "").replace("</answer>", ""),
-                output=output, reward=score, observation=f"<observation>{trace.observation}</observation>",
+    return dict(kept, answer=gold_answer(record["solution"]), output=output, reward=score,
+                observation=f"<observation>{trace.observation}</observation>",
                 process=f"<think>{trace.think}</think>", scoring=scoring)
 
 
@@ -340,9 +346,10 @@ def make_parser(description, data, data_help, num_frames=16, max_pixels=128):
     add("--prompt-file", help="a text file with {question} and {answer_form} in place of our prompt")
     add = parser.add_argument_group("vision").add_argument
     add("--num-frames", type=positive, default=num_frames,
-        help="most frames per video (paper: 16 for training, 32 for inference)")
-    add("--max-pixels", type=positive, default=max_pixels, help="most pixels per frame in units of 28x28, "
-        "one visual token per two frames (paper: 128 for training, 256 for inference)")
+        help="most frames per video, at least 2 (paper: 16 for training, 32 for inference)")
+    add("--max-pixels", type=positive, default=max_pixels, help="most pixels per frame of a video, in units "
+        "of 28x28, one visual token per two frames (paper: 128 for training, 256 for inference); a picture "
+        "has 256")
     return parser, model, group
 
 
@@ -358,7 +365,8 @@ def add_judge_args(add, default):
 def parse_args(parser, tiny, output):
     """The command line, with `tiny` for defaults where that is the model; adds base, run_dir and, by default
     within it, output. Raises UserError for an unknown model."""
-    parser.epilog = "--model tiny sets other defaults: " + ", ".join(f"{k} {v}" for k, v in tiny.items())
+    parser.epilog = "--model tiny sets other defaults: " + ", ".join(
+        f"{name.replace('_', '-')} {value}" for name, value in tiny.items())
     if parser.parse_known_args()[0].model == "tiny":
         parser.set_defaults(**tiny)
     args = parser.parse_args()
@@ -372,16 +380,18 @@ def parse_args(parser, tiny, output):
     script = Path(__file__).parent / "data/toy/prepare.py"
     if args.model == "tiny" and args.data == tiny["data"] and not (script.parent / "test.jsonl").exists():
         print("The toy data is not there yet: preparing it.", flush=True)
-        subprocess.run([sys.executable, str(script)], check=True)
+        if subprocess.run([sys.executable, str(script)]).returncode:
+            raise UserError("The toy data could not be prepared: see above.")
     return args
 
 
 def number(low, kind=float):
     """The type of a flag that is a finite number from `low` on."""
-    def parse(text):
+    def parse(text):  # raises ValueError, too
         if not low <= kind(text) < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is no number from {low} on")
         return kind(text)
+    parse.__name__ = kind.__name__  # for argparse's sentence
     return parse
 
 
@@ -458,10 +468,11 @@ MAX_BAD = 0.05  # share of bad records that is left out; more says that somethin
 def load_records(paths, media_root=None, left_out=()):
     """Read records from JSON lists or JSON Lines, plain or gzip.
 
-    A record that can't be used is left out and named with file, index and reason.
+    A record that can't be used is left out; of each reason the first is named, with file and index, and their
+    number.
 
     Args:
-        paths: a path, a glob pattern, or a list of them; the files are read in sorted order and concatenated.
+        paths: a path, a glob pattern, or a list of them; the files of a pattern are read in sorted order.
         media_root: folder of the media; where given, each record gets `media`, its medium's path below it.
         left_out: problem types of records that are counted and left out.
 
@@ -486,7 +497,7 @@ def load_records(paths, media_root=None, left_out=()):
         if not rows:
             raise UserError(f"{file} holds no records: leave it out, or download or make it again.")
         for i, record in enumerate(rows):
-            if isinstance(record, dict) and record.get("problem_type") in left_out:
+            if isinstance(record, dict) and str(record.get("problem_type")).strip().lower() in left_out:
                 others += 1
                 continue
             try:
@@ -497,6 +508,8 @@ def load_records(paths, media_root=None, left_out=()):
     if others:
         print(f"left out: {others} records of type {', '.join(left_out)}.")
     lost = sum(map(len, bad.values()))
+    if not records and not lost:
+        raise UserError(f"{' '.join(files)} holds none but these: there is nothing to do.")
     for examples in bad.values():
         print(f"left out: {examples[0]}" + f" {len(examples)} such records." * (len(examples) > 1))
     if not records or lost > MAX_BAD * (len(records) + lost):
@@ -545,6 +558,9 @@ def parse_record(record, where, media_root=None):
     for field in ("problem", "problem_type", "data_type", "path"):
         if not isinstance(record.get(field), str) or not record[field]:
             raise UserError(f"{where}: the field {field} is missing or not a text.")
+    for field in ("output", "observation", "process"):
+        if not isinstance(record.get(field) or "", str):
+            raise UserError(f"{where}: the field {field} is not a text.")
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError):
@@ -576,6 +592,8 @@ def parse_solution(record, where):
     solution = next((record[f] for f in ("solution", "answer") if record.get(f) not in (None, "")), None)
     if not isinstance(solution, (str, int, float)):
         raise UserError(f"{where}: the field solution is missing or not a text.")
+    if isinstance(solution, float) and solution.is_integer():  # pandas' way to write 3 beside a gap
+        solution = int(solution)
     solution = visible(solution if isinstance(solution, str) else json.dumps(solution))
     letter, _ = correct_answer(dict(record, solution=solution))
     if not record["options"]:  # they may stand in the question
@@ -714,7 +732,8 @@ def sample_indices(starts, end, num_frames=16, fps=2.0, min_frames=4):
 
 
 def fit_size(height, width, max_pixels, min_pixels=IMAGE_PIXELS[0]):
-    """(height, width) as multiples of 28 with min_pixels ≤ area ≤ max_pixels and the aspect kept (G2)."""
+    """(height, width) as multiples of 28 with min_pixels ≤ area ≤ max_pixels and the aspect kept (G2). With
+    max_pixels below 16 · 28² rounding can miss either bound."""
     h, w = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
     if h * w > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
@@ -804,8 +823,8 @@ def promised_end(container, stream):
         return 0
     if stream.duration:
         return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
-    hours, minutes, seconds = stream.metadata.get("DURATION", "0:0:0").split(":")  # Matroska
-    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    told = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))  # Matroska
+    return 3600 * int(told[1]) + 60 * int(told[2]) + float(told[3]) if told else 0
 
 
 def pick_frames(path, clip, num_frames, max_pixels):
@@ -815,7 +834,7 @@ def pick_frames(path, clip, num_frames, max_pixels):
     at, to_rgb = -1, VideoReformatter()  # the index of the frame decoded last, None right after a seek
     with open_video(path) as (container, stream):
         decoded = container.decode(stream)
-        back = 2 if container.format.name in ("mpegts", "mpeg") else 1  # which land a keyframe too late
+        back = 2 if container.format.name in ("mpegts", "mpeg") else 1  # their seeks land a keyframe too late
         for i in sample_indices(clip.starts, clip.end, num_frames):
             before = [k for k in clip.keyframes if k <= i]
             if len(before) >= back and before[-1] > at + SEEK_OVER:
@@ -862,7 +881,9 @@ def read_image(path, max_pixels=IMAGE_PIXELS[1]):
             if image.mode in ("I", "F"):
                 raise ValueError("what is white in 32 bits is not known: save it with 8 or 16 bits a channel")
             image.load()  # after which a TIFF, which Pillow turns itself, doesn't ask for it again
-            orientation = image.getexif().get(0x0112, 1)
+            orientation = 1
+            with contextlib.suppress(Exception):  # broken tags spoil no picture
+                orientation = int(image.getexif().get(0x0112, 1))
             if orientation in range(2, 9):
                 image = image.transpose(TURNS[orientation - 1])
             if image.mode.startswith("I;16"):  # convert("L") alone would clip it to white
@@ -879,7 +900,8 @@ def read_folder(path, num_frames, max_pixels, rate=3.0):
     """As `read_frames`, of a folder of pictures at `rate` per second in the order of their names, in which 10
     comes after 9."""
     names = [entry.name for entry in os.scandir(path) if not entry.name.startswith(".")]  # .DS_Store, ._1.jpg
-    names = [name for name in names if Path(name).suffix.lower() in Image.registered_extensions()]
+    formats = Image.registered_extensions()
+    names = [name for name in names if formats.get(Path(name).suffix.lower()) in IMAGE_FORMATS]
     names.sort(key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(20), name))
     if not names:
         raise MediaError(f"{path} is a folder without pictures.")

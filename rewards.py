@@ -21,11 +21,11 @@ R3. Scoring "paper" agrees with the metric of Video-R1 and its successors save w
     NaN, infinities and empty texts score 0. A regression's error is relative to the gold; 0 for 0 scores 1.
     Characters that show nothing count nowhere.
 R4. Scoring "lenient" never gives less, and also accepts b, B., (B), B. text, **B**, "the answer is B",
-    \\boxed{B}, the option's text or what it is called for B; thousands separators; a trailing unit or
-    per-cent sign, of a short list where only one side has one (two units must agree); and any answer that is
-    the gold.
-R5. A judge that gives no verdict, after its retries if it is remote, says None, "unknown", never False. No
-    observation is False unasked.
+    \\boxed{B}, the option's text or what stands before its colon for B; thousands separators; a trailing
+    unit or per-cent sign (any if both sides have the same, one of UNITS if only one side has one); and any
+    answer that is the gold.
+R5. A judge that gives no verdict, after its retries if it is remote, says None, "unknown", never False. A
+    missing or empty observation is False, and the judge is not asked.
 R6. The observation is written by a policy that is paid for a Yes. So whatever enters a prompt loses its tags
     and invisible characters and is fenced by lines with a hash of all that is fenced. No text can hold its
     own hash, so none can fake the line that ends it. And only the last judgement of the judge's own reply
@@ -117,9 +117,11 @@ BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe00-\ufe0f\uff
 
 
 def visible(text):
-    """`text` without characters that show nothing (Unicode's control and format ones, BLANK), stripped."""
-    text = BLANK.sub("", text)
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c)[0] != "C").strip()
+    """`text` without characters that show nothing, stripped: Unicode's control and format ones, half a
+    surrogate pair, BLANK."""
+    text = BLANK.sub("", re.sub(r"\r\n?|[\x0b\x0c\x85]", "\n", text))  # other line ends
+    hidden = "Cc", "Cf", "Cs"
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in hidden).strip()
 
 
 def length_reward(num_tokens, accuracy, format, low, high, bonus=0.2):
@@ -225,7 +227,11 @@ NEGATION = re.compile(r"not\b|n['’]t\b|\b(?:wrong|incorrect|false|neither|nor|
 
 
 def option_key(answer, options):
-    """What a multiple-choice answer picks: an option's letter, else its own words, else "" (R4)."""
+    """What a multiple-choice answer picks: an option's letter, else its own words, else "" (R4).
+
+    Tried in turn: a bare letter; an option's whole text; "B. …"; "B" before a new line or a dash; what an
+    option is called, before a comma, point or colon; "the answer is B".
+    """
     answer = unwrap_answer(answer)
     words, label = normalise_text(answer), OPTION.fullmatch(answer)
     labelled = list(filter(None, map(OPTION.fullmatch, options or [])))
@@ -283,8 +289,9 @@ def process_rewards(record, completion, verdict, num_tokens, length_ranges, bonu
     """All rewards of one completion (Eq. 3-5), a dict: `reward`, the sum of `perception` and `reasoning`; of
     each of the two its parts, `perception_accuracy`, `_format` and `_length`, and `perception_tokens`.
 
-    verdict: the judge's on the observation, True, False or None (unknown, R5: NaN). num_tokens: the two
-    segments' lengths, perception's first; length_ranges: their (low, high) that earn the bonus.
+    verdict: the judge's on the observation, True, False, a float in [0, 1], or None (unknown, R5: NaN).
+    num_tokens: the two segments' lengths, perception's first; length_ranges: their (low, high) that earn the
+    bonus.
     """
     answer_score = accuracy_reward(record["problem_type"], completion, record["solution"], scoring,
                                    record.get("options"))
@@ -417,9 +424,10 @@ def fill_prompt(template, **fields):
 
 
 def label_options(options):
-    """Options with letters before them, such as "A. red"; where all have one, it becomes a capital."""
+    """Options with letters before them, such as "A. red"; where all have one, it becomes a capital. Initials,
+    as in "J. Smith", are none."""
     labels = [label and label[1] for label in map(OPTION.fullmatch, options)]
-    if all(labels):
+    if all(labels) and "A" in "".join(labels).upper():
         return [option.replace(label, label.upper(), 1) for option, label in zip(options, labels)]
     return [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
 
@@ -457,7 +465,7 @@ def load_prompt(file, default, fields):
 
 # --- a chat client that survives a long run -----------------------------------------------------------------
 
-PATIENCE = 8  # seconds for which a judge's replies on their way are waited for when a run ends
+PATIENCE = 8  # seconds that `ask` waits for replies on their way before it raises, so that a run can be saved
 
 
 class ChatClient:
@@ -480,7 +488,7 @@ class ChatClient:
 
     def __init__(self, spec, concurrency=8, timeout=60.0, retries=6, backoff=0.5, cache_dir=None,
                  max_calls=None, max_refused=30, max_unanswered=30, max_tokens=1024, extra=None):
-        match = re.fullmatch(r"(anthropic|openai):((?!@http).[^@]*)(?:@(https?://.+))?", spec)
+        match = re.fullmatch(r"(anthropic|openai):((?!@http).[^@]*(?:@\d+)?)(?:@(https?://.+))?", spec)
         if not match:
             raise UserError(f"{spec!r} is no anthropic:MODEL or openai:MODEL@http://HOST/v1.")
         self.api, self.model, base = match.groups()
@@ -567,6 +575,8 @@ class ChatClient:
                 if path:
                     write_text(path, json.dumps({"reply": reply}))
                 return reply
+            # what is used up, or refused whatever is asked, ends the run; what is refused for what this
+            # content holds has no reply; all else is tried again
             self.trouble = f"HTTP {status}, {server_words(text)}" if status else text
             used_up = status in (400, 429) and USED_UP.search(self.trouble) and not SOON.search(text)
             filtered = status in (400, 413, 422) or status == 200 and not reply and FILTERED.search(text)
@@ -678,7 +688,7 @@ def server_words(text):
 
 def seconds_to_wait(retry_after):
     """The seconds that a Retry-After header (number or date) asks for, at most 300; 0 for anything else."""
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         retry_after = calendar.timegm(parsedate_to_datetime(retry_after).utctimetuple()) - time.time()
     with contextlib.suppress(TypeError, ValueError):
         return min(max(0.0, float(retry_after)), 300.0)

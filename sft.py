@@ -255,6 +255,7 @@ def load_base(base, four_bit=True):
 def hub_answers():
     """Whether there is a way to the hub, to whose library it takes a minute to find that there is none."""
     with contextlib.suppress(requests.RequestException):
+        # offline by its own setting, the library knows without asking
         return constants.HF_HUB_OFFLINE or bool(requests.head(constants.ENDPOINT, timeout=10).status_code)
     return False
 
@@ -745,7 +746,8 @@ class Checkpoints:
             data = self.kept or checkpoint_bytes(self.step + self.stepped, *self.state)
             save_checkpoint(data, self.folder)
         reason = "Stopped" if kind is KeyboardInterrupt else str(error).removesuffix(".")
-        again = shlex.join(["python", *(a for a in sys.argv if a != "--resume"), "--resume"])
+        program = ["accelerate", "launch"] if process().num_processes > 1 else ["python"]
+        again = shlex.join([*program, *(a for a in sys.argv if a != "--resume"), "--resume"])
         sentence = f"{reason}. {self.folder} holds a checkpoint: go on with `{again}`."
         if issubclass(kind, (KeyboardInterrupt, UserError)):
             raise UserError(sentence) from None

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -412,6 +413,35 @@ def test_the_other_scripts_end_in_a_sentence(toy_records, tmp_path, monkeypatch,
     with pytest.raises(UserError, match="^Stopped.$"):
         run(command.replace("TRACES", str(tmp_path / "traces.jsonl")), output, toy_records)
     assert os.listdir(tmp_path / "out") == ["completions-none.jsonl"] * command.startswith("evaluate")
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A clone of no more than the first command of the quick start needs."""
+    (tmp_path / "data/toy/base").mkdir(parents=True)
+    for name in ("rewards.py", "gen_cot.py", "data/toy/prepare.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells children of their parent's end")
+def test_a_first_command_that_is_stopped_leaves_nobody_at_work(bare):
+    process = subprocess.Popen([sys.executable, "gen_cot.py", "--model", "tiny"], cwd=bare, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    while not list(bare.glob("data/toy/media/*")) and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[0]  # the pipe ends when the last worker that holds it does
+    assert process.returncode == 1 and "Stopped." in said and "Traceback" not in said
+
+
+def test_a_disk_that_is_full_from_the_start_is_no_traceback(bare):
+    full = (resource.RLIMIT_FSIZE, (1500, 1500))
+    done = subprocess.run([sys.executable, "gen_cot.py", "--model", "tiny"], cwd=bare, capture_output=True,
+                          text=True, preexec_fn=lambda: resource.setrlimit(*full))
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "can't be written: File too large." in done.stderr
+    assert done.stderr.splitlines()[-1] == "The toy data could not be prepared: see above."
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells children of their parent's end")

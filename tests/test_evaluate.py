@@ -1,6 +1,7 @@
 """Every number of the tables against sheets of answers scored by hand; then the runs themselves."""
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -271,7 +272,7 @@ def test_perception_is_told_where_a_judge_is_named_or_there_is_evidence(folder, 
 def test_what_has_no_verdict_stands_below_its_row(capsys):
     rows = [answered(question(i=i), TRACE.format("A")) for i in range(4)]
     rows = evaluate.score_rows(rows, lambda records, observations: [True, None, None, False], "paper")
-    summary = evaluate.summarise(rows, evaluate.bench_of("q.json"), SimpleNamespace(mismatch=False))
+    summary = evaluate.summarise(rows, evaluate.bench_of("q.json"), SimpleNamespace(mismatch=False), None)
     assert summary["perception"] == 50 and summary["no verdict"] == 2
     evaluate.print_table("q.json", {"mine": summary})
     assert "2 observations got no verdict" in capsys.readouterr().out
@@ -367,6 +368,38 @@ def test_mismatch_asks_the_judge_about_the_rest_and_keeps_no_and_unknown_apart(f
     assert counts == dict(match=4, mismatch=2, no=1, unknown=1)
 
 
+def test_one_limit_of_calls_holds_for_all_that_the_judge_is_asked(folder, server):
+    """One question of trial, eight observations, and then the think segments that the rule can't read."""
+    server.behave = lambda prompt, attempt: "<judgement>Yes</judgement> <option>B</option>"
+    with pytest.raises(UserError, match="has had its 9 calls"):
+        rescore(*think_rows(), "--mismatch", "--judge", server.spec(), "--judge-max-calls", 9)
+    assert len(server.seen) == 9
+
+
+def test_two_adapters_never_share_a_file_of_completions(folder, capsys):
+    gen_cot.write_jsonl("q.json", [question()])
+    flags = ["--data", "q.json", "--rescore", "--output", "out", "--adapters"]
+    run(*flags, "runs/\u57fa\u7ebf", "runs/\u5b9e\u9a8c", "runs/a_1", "runs/a-1")
+    with pytest.raises(UserError, match="Two adapters would write to one file"):
+        run(*flags, "runs/a+1", "runs/a 1")
+
+
+def test_only_the_completions_of_other_settings_are_moved_aside(folder):
+    rows = [answered(question(), TRACE.format("A")) | dict(run=run) for run in "12"]
+    files = {name: folder / f"out/completions-{name}.jsonl" for name in ("none", "sft")}
+    for path, row in zip(files.values(), rows):
+        gen_cot.write_jsonl(path, [row])
+    evaluate.keep_apart(files, {"none": "1", "sft": "3"}, folder / "out/results.json")
+    assert sorted(os.listdir("out")) == ["completions-none.jsonl", "completions-sft.jsonl.1"]
+
+
+def test_observations_may_be_packed(folder):
+    import gzip
+    row = answered(question(), TRACE.format("A"))
+    Path("notes.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
+    rescore([question()], [TRACE.format("A")], "--observations", "notes.jsonl.gz")
+
+
 def test_a_judges_agreement_with_labels_is_counted(folder, server, capsys):
     verdicts = ["Yes"] * 4 + ["No"] * 2 + [None]
     labels = [True, True, True, False, False, True, True]
@@ -437,9 +470,11 @@ def test_a_run_over_real_media_is_decoded_once_and_scored_again_without_a_model(
     assert lenient >= paper + 100 / 13 - 0.01
     Path("out/completions-none.jsonl").write_bytes(before)
     capsys.readouterr()
+    kept, results = Path("out/completions-none.jsonl.1"), Path("out/results.json").read_bytes()
     with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
         run(*LOCAL, "--num-frames", 4)
-    assert "out.1" in capsys.readouterr().out and Path("out.1/completions-none.jsonl").read_bytes() == before
+    assert f"which is now in {kept}." in capsys.readouterr().out and kept.read_bytes() == before
+    assert Path("out/results.json.1").read_bytes() == results
 
 
 def teach(server, verdict="Yes"):

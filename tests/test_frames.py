@@ -276,7 +276,7 @@ def test_a_folders_pictures_come_in_the_order_of_their_numbers(tmp_path):
     """Also of another size than the first one's, and beside what file managers leave there."""
     for i in range(1, 13):
         Image.new("RGB", (56, 56) if i != 5 else (112, 56), (20 * i, 0, 0)).save(tmp_path / f"frame_{i}.png")
-    for name in (".DS_Store", "._frame_1.png", "Thumbs.db", "notes.txt"):
+    for name in (".DS_Store", "._frame_1.png", "Thumbs.db", "notes.txt", "notes.pdf", "clip.mpg"):
         (tmp_path / name).write_bytes(b"?")
     (tmp_path / "more").mkdir()
     frames, fps = gen_cot.read_folder(tmp_path, 16, 4 * 28**2)
@@ -508,6 +508,12 @@ def test_photos_stand_upright(tmp_path, orientation):
         photo.save(tmp_path / name, exif=exif, lossless=True)
         assert np.array_equal(read_image(tmp_path / name), frames), name
     assert frames.shape[1:3] == ((56, 112) if orientation < 5 else (112, 56))
+    # a rational orientation turns it as well; broken tags turn nothing, and spoil nothing
+    tags = struct.pack("<HHIII", 0x0112, 5, 1, 26, 0) + struct.pack("<II", orientation, 1)
+    photo.save(tmp_path / "c.png", exif=b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 1) + tags)
+    assert np.array_equal(read_image(tmp_path / "c.png"), frames)
+    photo.save(tmp_path / "d.png", exif=b"no tags")
+    assert np.array_equal(read_image(tmp_path / "d.png")[0], np.asarray(photo))
     # an odd tag beside it, a width that is no whole number, costs nothing
     tags = struct.pack("<HHIf", 0x0100, 11, 1, 0.5) + struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)
     photo.save(tmp_path / "b.png", exif=b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + tags + bytes(4))

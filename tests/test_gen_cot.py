@@ -77,7 +77,8 @@ def test_all_file_forms_load_alike(tmp_path):
     ("('A) 1', 'B) 2')", ["A) 1", "B) 2"]),
     ([1, 2.5, True], ["A. 1", "B. 2.5", "C. True"]),
     ("['red', 'blue']", ["A. red", "B. blue"]),
-    (["A. c", "B) x: y"], ["A. c", "B) x: y"]),
+    (["A. c", "B) x: y"], ["A. c", "B) x: y"]), (["B. y", "a. x"], ["B. y", "A. x"]),
+    (["J. Smith", "B. Doe"], ["A. J. Smith", "B. B. Doe"]),  # initials
 ])
 def test_options_come_in_many_forms(tmp_path, options, expected):
     row = {k: str(v) for k, v in RECORD.items()} | {"options": options}  # all strings, as in the RL file
@@ -105,6 +106,19 @@ def test_what_pandas_writes_for_nothing_is_nothing(tmp_path):
     file.write_text(f"[{row.replace('null', 'NaN').replace(json.dumps('left'), 'NaN')}]")
     record, = load_records(file)
     assert (record["options"], record["solution"]) == ([], "<answer>STOP</answer>")
+
+
+def test_a_whole_number_is_one_however_json_has_it(tmp_path):
+    """pandas writes the integers of a column with a gap as 3.0."""
+    rows = [changed(problem_type="numerical", options=None, solution=gold) for gold in (3.0, 3, 3.5, "3.0")]
+    golds = [record["solution"] for record in load_records(dump(tmp_path / "a.json", rows))]
+    assert golds == [f"<answer>{gold}</answer>" for gold in ("3", "3", "3.5", "3.0")]
+
+
+def test_a_file_of_questions_that_are_not_scored_says_so(tmp_path):
+    rows = [changed(problem_type=kind) for kind in ("open-ended", "Open-Ended")]
+    said = error_of(gen_cot.load_records, dump(tmp_path / "a.json", rows), None, ("open-ended",))
+    assert said.endswith("a.json holds none but these: there is nothing to do.")
 
 
 def test_a_file_whose_name_is_a_pattern_is_found(tmp_path):
@@ -151,6 +165,7 @@ def test_evaluation_paths_with_and_without_their_first_folder(tmp_path, path, fo
     (changed(options="['A. a red car' 'B. a blue car']"), "options"),  # as numpy prints them
     (changed(options="[" * 99999), "options"), (changed(options="['a\0b']"), "options"),
     (changed(options=[str(i) for i in range(15)]), "15 options"),
+    (changed(output=["a trace"]), "the field output is not a text"), (changed(observation=5), "observation"),
     *[(changed(evidence=evidence), "evidence") for evidence in (5, True, {"a": "b"}, ["a", 1], [["a"]])],
     (changed(problem="half \ud83d"), "surrogate"), (changed(extra={"deep": NESTED}), "nested"),
     ("What falls?", "an object"),

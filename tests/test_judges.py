@@ -252,8 +252,8 @@ def test_a_refusal_does_not_wait_for_other_retries(server):
 
 
 @pytest.mark.parametrize("retry_after, low, high", [
-    ("7", 7, 7), ("date", 20, 31), ("date without zone", 20, 31), ("1e9", 300, 300), (None, 0.005, 0.015), ("soon", 0.005, 0.015),
-    ("nan", 0.005, 0.015), ("-5", 0.005, 0.015)])
+    ("7", 7, 7), ("date", 20, 31), ("date without zone", 20, 31), ("1e9", 300, 300), (None, 0.005, 0.015),
+    ("soon", 0.005, 0.015), ("Fri, 31 Dec 9999 23:59:59 -0100", 0.005, 0.015), ("nan", 0.005, 0.015), ("-5", 0.005, 0.015)])
 def test_retry_after_is_honoured(server, retry_after, low, high):
     def behave(prompt, attempt):
         value = retry_after
@@ -547,6 +547,11 @@ def test_the_self_judge_asks_the_bound_model_once():
     assert [len(prompts) for prompts in batches] == [4] and {type(prompt) for prompt in batches[0]} == {str}
     with pytest.raises(UserError, match="'self' needs a loaded model"):
         make_judge("self")
+
+
+def test_a_models_name_may_hold_its_version():
+    client = ChatClient("openai:vertex_ai/claude-sonnet-4@20250514@http://h/v1")
+    assert (client.model, client.url) == ("vertex_ai/claude-sonnet-4@20250514", "http://h/v1/chat/completions")
 
 
 @pytest.mark.parametrize("text", ["", "claude", "anthropic", "anthropic:", "openai:", "ollama:m",

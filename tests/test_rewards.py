@@ -211,6 +211,8 @@ def test_a_character_that_shows_nothing_is_no_difference(scoring):
     """Records lose theirs as they are read (a joiner in Persian, a soft hyphen), and answers as they are scored."""
     assert score("OCR", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
                  "\u0645\u06cc\u062e\u0648\u0627\u0647\u0645", scoring) == 1
+    assert score("OCR", "NO\rENTRY\x85HERE", "NO ENTRY HERE", scoring) == 1  # line ends show
+    assert score("OCR", "\U0001fae8", "\U0001fae8", scoring) == 1  # as does what Python doesn't know yet
     assert score("multiple choice", "B\u200b", "B", scoring, OPTIONS) == 1 != score(
         "multiple choice", "\u200b", "B", scoring, OPTIONS)
 

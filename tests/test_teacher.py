@@ -253,9 +253,12 @@ def test_ctrl_c_ends_in_one_sentence_and_what_is_on_its_way_is_kept(world, serve
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     while len(script.answered) < 20 and process.poll() is None:
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the decoders too
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the decoders too
+        time.sleep(0.02)  # the second one loses nothing either
     _, error = process.communicate(timeout=60)
     said = sentence(SimpleNamespace(returncode=process.returncode, stderr=error))
+    assert "replies on their way are waited for" in error
     assert said.startswith("Stopped: Ctrl-C. ") and "run the same command to go on" in said
     assert len(rows_of(tmp_path / "cot.jsonl")) == len(script.answered) < 200
 

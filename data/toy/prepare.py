@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the stages live two folders up
 
-from gen_cot import PROMPT, build_prompt, sample_indices, write_jsonl  # noqa: E402
+from gen_cot import PROMPT, build_prompt, init_worker, run_script, sample_indices, write_jsonl  # noqa: E402
 from rewards import OBSERVATION_OPENING, THINK_OPENING, accuracy_reward  # noqa: E402
 
 SIZE, FPS = 56, 8  # pixels a side; frames per second of the clips
@@ -323,7 +323,7 @@ def prepare(seed, processes=2):
                     traces.append(dict(problem_id=record["problem_id"], output=teach(question, flaw, rng),
                                        flaw=flaw))
                 splits[split].append({field: record[field] for field in FIELDS})
-    with ProcessPoolExecutor(processes) as pool:
+    with ProcessPoolExecutor(processes, initializer=init_worker) as pool:
         list(pool.map(write_medium, *zip(*scenes), chunksize=50))
     write_jsonl(HERE / "traces.jsonl", traces)
     for split, records in splits.items():  # the test split last
@@ -372,7 +372,7 @@ RESPONSE = {"defaults": {"role": "assistant"}, "start_anchor": "<|im_start|>assi
 # then it is there after 350 steps, and looking up is learnt on top of it; mixed half and half with captions
 # it was not there after 500, and letters were looked up no better than by chance ever after. Copying onwards
 # from a match and counting equal words it learns; finding the word *before* a match, or stopping at one, it
-# did not in 500 steps. So an option is looked up by turning the list round first ("red A, blue B, so blue B").
+# did not in 500 steps. So an option is looked up by turning the list round first: "red A, blue B, so blue B".
 COURSES = [
     (350, 0, dict(copy=1)),
     (500, 0, dict(drill=0.7, written=0.3)),
@@ -386,7 +386,7 @@ def practice(rng, shares, words=()):
     """One pre-training sample: (scene or None, prompt text, completion text).
 
     copy: repeat random words, which teaches to look back. drill: every look-up that the questions need, many
-    in one sample. written: a scene in words; repeat it in the template and reason. caption: list what is seen.
+    in one sample. written: a scene in words; repeat it in the template, reason. caption: list what is seen.
     seen: observe and reason in the template, asked for in three words. brief and trace: the stages' own
     prompt, answered at once or in the template; never for OCR and free-form questions, and in the template
     whenever the light flashes.
@@ -630,4 +630,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(get_args())
+    run_script(main, get_args)
