@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 # Before anything imports torch, and for the scripts that the tests start: float32 on a CPU, offline.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore Ctrl-C
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads only wait for each other on matrices this small
 
 ROOT = Path(__file__).resolve().parents[1]
