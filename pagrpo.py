@@ -302,8 +302,8 @@ def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
     with sft.measured("judge", "lower --prompts-per-rollout or name another --judge", metrics):
         # gather_object joins the lists of all ranks; on one GPU it gives back its argument
         verdicts = gather_object(score_groups(groups, tokenizer, judge, args))
-    unanswered = bool(verdicts) and all(verdict is None for verdict in verdicts)
-    if not unanswered or args.without == "perception":
+    silent = bool(verdicts) and all(verdict is None for verdict in verdicts)
+    if not silent or args.without == "perception":
         with sft.measured("update", "lower --completions-per-pass, then --lora-rank from sft.py on", metrics):
             metrics |= update_policy(model, ref_adapter, optimizer, groups, lr, args)
     metrics["peak_gib"] = max(value for key, value in metrics.items() if key.startswith("gib/"))
@@ -512,7 +512,7 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
     depends only on its position and on what it attends to, and both are as in a sequence of its own. Each
     completion attends to the prompt and to itself, and its positions start where the prompt's end. The only
     difference is rounding: on the toy base these log-probs are within 1e-4 of the rollout's own in float32, 4
-    bits or not, and within 0.2, on average 0.005, in bf16.
+    bits or not, and within 0.2, on average under 0.005, in bf16.
 
     Args:
         prompt: Prompt with embeds (P, D). completion_ids (G, T) int64, completion_mask (G, T) bool.
@@ -590,8 +590,8 @@ def shared_prefix_attention(module, query, key, value, attention_mask, pack=None
     k = torch.cat([prompt_k.expand(G, -1, -1, -1), k], dim=2)  # (G, key-value heads, P + T, d)
     v = torch.cat([prompt_v.expand(G, -1, -1, -1), v], dim=2)
     # k and v have fewer heads than q. Rather than copy them, we treat the query heads that share one as extra
-    # tokens (head 0's T tokens, head 1's T tokens, …), all under the same mask. (The library's `enable_gqa`
-    # has no memory-efficient kernel that takes a mask.)
+    # tokens (head 0's T tokens, head 1's T tokens, …), all under the same mask. (torch's `enable_gqa` is for
+    # its Flash and math kernels: the one takes no mask, the other much memory.)
     q = q.unflatten(1, (-1, heads_per_key)).flatten(2, 3)  # (G, key-value heads, heads_per_key · T, d)
     mask = pack.attention_mask.repeat(heads_per_key, 1)  # (heads_per_key · T, P + T)
     on_rows = F.scaled_dot_product_attention(q, k, v, mask, scale=module.scaling)
