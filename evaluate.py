@@ -14,11 +14,10 @@ E1. Decoding is greedy, which is what the paper's temperature 0.01 with top-p 0.
 E2. The row "constant" gives to every question of a problem type the one answer that scores best on this very
     test set, of the 20 most frequent gold answers and, for numbers, their median: what guessing could earn.
 E3. Intervals are 95 %, by a bootstrap over media: questions about one video are drawn together.
-E4. An output without a complete answer block is scored as a whole, here and nowhere else, as the peers do;
-    how many there are stands beside, and how many answers only `--scoring lenient` accepts.
-E5. Every question counts. One whose medium is missing or unreadable is answered wrongly, and the score
-    without such questions stands beside. Open-ended questions, which the paper doesn't score, are left out
-    and counted.
+E4. An output without a complete answer block is scored as a whole, here and nowhere else, as the peers do.
+    The table has their share.
+E5. Every question counts. One whose medium is missing or unreadable is answered wrongly, and the table has
+    their number. Open-ended questions, which the paper doesn't score, are left out.
 E6. Think and answer mismatch (Table 6) where the option that the think segment settles on is not the answer.
     A conclusion with one letter in it is read by rule; the rest by `--judge`, or is unknown without one.
 """
@@ -29,12 +28,13 @@ import math
 import os
 import re
 import statistics
-import sys
 import subprocess
+import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -43,93 +43,74 @@ import gen_cot
 import sft
 from pagrpo import rollout
 from rewards import (NEGATION, ChatClient, UserError, answer_score, digest, fill_prompt, format_rewards,
-                     gold_answer, option_key, parse_trace, question_text, rule_judge, to_number,
-                     without_units)
+                     gold_answer, json_line, open_append, option_key, parse_trace, question_text, read_jsonl,
+                     rule_judge, to_number, without_units, write_text)
 
 TINY = dict(data="data/toy/test.jsonl", media_root="data/toy", max_pixels=4, max_completion_tokens=112,
             batch_size=50)
 
 
+@dataclass
+class Args(sft.ModelFlags):
+    num_frames: int = 32  # most frames per video (paper: 32 for inference)
+    max_pixels: int = 256  # most pixels per frame of a video, in units of 28x28 (paper: 256 for inference)
+    adapters: tuple[str, ...] = ()  # folders; none: the base (default: none, runs/<model>/sft and pagrpo)
+    server: str | None = None  # openai:MODEL@BASE_URL, which decodes in place of base and adapters
+    bench: tuple[str, ...] = ()  # vsi, videommmu, mmvu, vcr, mvbench, tempcompass, videomme, all
+    bench_root: str = "data/Video-R1-eval"  # folder of their question files
+    input: Literal["video", "text"] = "video"  # text: the question without its medium (Table 5)
+    observations: str | None = None  # completions whose observations go into the prompt (Table 5)
+    max_completion_tokens: int = 1024  # completions are cut here
+    batch_size: int = 4  # questions decoded together
+    rescore: bool = False  # score the completions that are there, and decode none
+    mismatch: bool = False  # compare think and answer (Table 6)
+    judge_agreement: str | None = None  # only: records with `observation` and `label` for --judge (Table 4)
+    compare: tuple[str, str] | None = None  # only compare two files of completions by question
+    html: Path | None = None  # only write FOLDER/traces.html, a page of the rollouts and completions below it
+
+
 def get_args():
-    parser, model, data = gen_cot.make_parser(
-        __doc__, None, "questions scored by problem type", num_frames=32, max_pixels=256)
-    model.add_argument("--no-4bit", action="store_true", help="keep the base in 16 bits (big cards)")
-    model.add_argument("--adapters", nargs="+", help="adapter folders to compare; none: the base (default: "
-                       "none, runs/<model>/sft, runs/<model>/pagrpo)")
-    model.add_argument("--server", help="openai:MODEL@BASE_URL, which decodes in place of base and adapters")
-    data.add_argument("--bench", nargs="+", choices=[*BENCHMARKS, "all"],
-                      help="benchmarks, in place of --data (default: all, where there is none)")
-    data.add_argument("--bench-root", default="data/Video-R1-eval", help="folder of their question files")
-    data.add_argument("--input", choices=["video", "text"], default="video",
-                      help="text: the question without its medium (Table 5)")
-    data.add_argument("--observations", help="completions whose observations go into the prompt (Table 5)")
-    add = parser.add_argument_group("algorithm").add_argument
-    gen_cot.add_judge_args(add, default=None)
-    add("--max-completion-tokens", type=gen_cot.positive, default=1024, help="completions are cut here")
-    add("--mismatch", action="store_true", help="compare think and answer (Table 6)")
-    add("--judge-agreement", metavar="LABELS", help="only compare --judge with human labels (Table 4): JSON "
-        "Lines of records with `observation` and `label`, true or false")
-    add("--compare", nargs=2, metavar=("A", "B"), help="only compare two files of completions by question")
-    add("--html", type=Path, metavar="FOLDER",
-        help="only write FOLDER/traces.html, a page of the rollouts and completions below the folder")
-    add = parser.add_argument_group("run").add_argument
-    add("--rescore", action="store_true", help="score the completions that are there, and decode none")
-    add("--seed", type=gen_cot.number(0, int), default=0, help="seed of the draw of --limit")
-    add("--batch-size", type=gen_cot.positive, default=4, help="questions decoded together")
-    add("--output", type=Path, help="folder of results.json and completions (default: runs/<model>/evaluate)")
-    args = gen_cot.parse_args(parser, TINY, "evaluate")
-    if args.adapters is None:
-        stages = [args.run_dir / "sft", args.run_dir / "pagrpo"]
-        args.adapters = ["none"] + [str(s) for s in stages if (s / "adapter_config.json").exists()]
-    if args.server:
-        args.adapters = [args.server]
+    args = gen_cot.parse_args(Args, TINY, "evaluate", __doc__)
+    stages = [str(args.run_dir / stage) for stage in ("sft", "pagrpo")]
+    stages = [stage for stage in stages if Path(stage, "adapter_config.json").exists()]
+    args.adapters = [args.server] if args.server else list(args.adapters) or ["none", *stages]
     return args
 
 
 def main(args):
-    for path in [*(args.compare or []), args.observations]:
-        if path and not Path(path).exists():
-            raise UserError(f"There are no completions {path}.")
+    judge = gen_cot.judge_from(args) if args.judge else None
     if args.compare:
         return print_comparison(*args.compare, args.scoring)
     if args.judge_agreement:
-        return print_agreement(args)
+        return print_agreement(args.judge_agreement, judge)
     if args.html:
-        return write_page(args.html, args)
-    records = load_questions(args)
-    judge = gen_cot.judge_from(args, records) if args.judge else None
-    for adapter in args.adapters if not (args.server or args.rescore) else []:
-        if adapter != "none":
-            sft.check_adapter(adapter)
-    names = row_names(args.adapters)
-    files = {}
-    for adapter, name in names.items():
-        stem = adapter if name == adapter else Path(adapter.partition("@http")[0]).name  # its path if shared
-        stem = re.sub(r"[^\w.]+", "-", stem).strip("-")
-        files[adapter] = args.output / f"completions-{stem}.jsonl"
-    if len(set(files.values())) < len(files):
-        raise UserError("Two adapters would write to one file of completions: rename one's folder.")
+        return write_page(args.html, judge, args)
+
+    # answer the questions, as far as they aren't answered yet
+    records, names = load_questions(args), row_names(args.adapters)
+    files = {adapter: args.output / f"completions-{stem}.jsonl" for adapter, (stem, _) in names.items()}
     runs = {adapter: run_digest(adapter, args) for adapter in args.adapters}
     if not args.rescore:
-        notes = load_notes(records, args)  # before their own folder may be moved aside
-        keep_apart(files, runs, args.output / "results.json")
-        gen_cot.check_writable(args.output)
-        complete_all(records, notes, files, runs, args)
+        complete_all(records, files, runs, args)
+
+    # score the answers
     results = {"constant": constant_answers(records, args.scoring)}
-    for adapter, name in names.items():
+    for adapter, (_, name) in names.items():
         done = {key_of(row): row for row in read_completions(files[adapter])}
         rows = [done[key_of(record)] | record for record in records if key_of(record) in done]
-        if any(row.get("run") != runs[adapter] for row in rows):
+        if any(row["run"] != runs[adapter] for row in rows):
             print(f"{name}: these completions are of another model, prompt or setting than this command's.")
         if len(rows) < len(records):
             print(f"{name}: {len(records) - len(rows)} questions have no completion yet and count nowhere.")
         results[name] = score_rows(rows, judge, args.scoring)
+
+    # a table for each file
     summary = {name: {} for name in results}
-    for bench in dict.fromkeys(record["file"] for record in records):
+    for file in dict.fromkeys(record["file"] for record in records):
         for name, rows in results.items():
-            rows = [row for row in rows if row["file"] == bench]
-            summary[name][bench] = summarise(rows, bench_of(bench), args, judge)
-        print_table(bench, {name: sets[bench] for name, sets in summary.items()})
+            if rows := [row for row in rows if row["file"] == file]:
+                summary[name][file] = summarise(rows, bench_of(file), args, judge)
+        print_table(file, {name: sets[file] for name, sets in summary.items() if file in sets})
     gen_cot.print_stats("judge", judge)
     write_results(summary, records, runs, args)
 
@@ -144,11 +125,9 @@ def write_results(summary, records, runs, args):
                     versions={name: version(name) for name in ("torch", "transformers", "peft", "av")})
     rows = json.loads(json.dumps(summary), parse_constant=lambda nan: None)  # a group without questions: null
     text = json.dumps(dict(rows=rows, settings=settings), indent=1, default=str)
-    gen_cot.write_text(args.output / "results.json", text)
-    print(f"\nresults.json and every completion in {args.output}")
-    folder = args.run_dir if args.output.is_relative_to(args.run_dir) else args.output
-    root = "" if args.media_root == TINY["media_root"] else f" --media-root {args.media_root}"
-    print(f"To read them: python evaluate.py --html {folder}{root}, then open {folder / 'traces.html'}")
+    write_text(args.output / "results.json", text)
+    print(f"\nresults.json and every completion in {args.output}\n"
+          f"To read them: python evaluate.py --html {args.output.parent}, then open traces.html there")
 
 
 # --- the benchmarks -----------------------------------------------------------------------------------------
@@ -222,46 +201,33 @@ def bench_of(file):
 
 
 def load_questions(args):
-    """The records of --data or of the benchmarks, each with `file`; open-ended ones are counted, no more."""
-    names = BENCHMARKS if "all" in (args.bench or ["all"]) else args.bench
+    """The records of --data or of the benchmarks, each with `file`; open-ended ones are left out."""
+    names = BENCHMARKS if "all" in args.bench or not (args.bench or args.data) else args.bench
     paths = [Path(args.bench_root, BENCHMARKS[name].file) for name in names]
-    paths = [args.data] if args.data and not args.bench else paths
     records = []
-    for path in paths:
-        bench = bench_of(Path(path).name)
+    for path in paths if args.bench or not args.data else [args.data]:
         for record in gen_cot.load_records(path, args.media_root, left_out=("open-ended",)):
-            records.append(dict(record, file=bench.file))
-            try:
-                bench.group(record)
-            except (LookupError, ValueError, TypeError):
-                raise UserError(f"{path}: problem_id {record.get('problem_id')!r} is none of the benchmark's "
-                                "own, which tell its groups: call the file something else.") from None
-    missing = [record for record in records if not Path(record["media"]).exists()]
-    if len(missing) == len(records) and not args.rescore and args.input == "video":
+            records.append(dict(record, file=Path(path).name))
+            bench_of(Path(path).name).group(records[-1])  # an error here, not after hours of decoding
+    missing = sum(not os.path.exists(record["media"]) for record in records)
+    if missing == len(records) and not args.rescore and args.input == "video":
         raise UserError(f"None of the {len(records)} records has its medium below {args.media_root}: pass "
                         "--media-root, or see the README on what to download and where to.")
-    print(f"{len(records)} questions, of which {len(missing)} have no medium below {args.media_root}.")
-    records = gen_cot.draw(records, args.limit, args.seed)
-    gen_cot.name_lost_golds(records, args.scoring)
-    return records
+    print(f"{len(records)} questions, of which {missing} have no medium below {args.media_root}.")
+    return gen_cot.draw(records, args.limit, args.seed)
 
 
 # --- completions --------------------------------------------------------------------------------------------
 
 def key_of(row):
+    """What names a question: its file, its id, and what it asks."""
     return row["file"], str(row.get("problem_id")), gen_cot.question_key(row)
-
-
-def whole_rows(path):
-    """The rows of a JSON Lines file but for a line that a kill tore; none where it is not there yet."""
-    rows = gen_cot.read_json(path) if Path(path).exists() else []
-    return [row for row in rows if isinstance(row, dict)]
 
 
 def read_completions(path):
     """The rows of a completions file. Raises UserError where it is none."""
-    rows = whole_rows(path)
-    if not all({"file", "completion"} <= row.keys() for row in rows):
+    rows = read_jsonl(path)
+    if not all({"file", "completion", "run"} <= row.keys() for row in rows):
         raise UserError(f"{path} holds no completions of evaluate.py.")
     return rows
 
@@ -269,124 +235,109 @@ def read_completions(path):
 def weights_digest(adapter):
     """The hash of an adapter's weights; "" for the base and a server."""
     weights = Path(adapter, "adapter_model.safetensors")
-    return digest(weights.read_bytes().hex()) if weights.exists() else ""
+    return digest(weights.read_bytes()) if weights.exists() else ""
 
 
 def run_digest(adapter, args):
     """What tells completions of these settings from others."""
-    observations = args.observations and digest(Path(args.observations).read_bytes().hex())
+    observations = args.observations and digest(Path(args.observations).read_bytes())
     return digest([args.base, adapter, weights_digest(adapter), gen_cot.load_template(args), args.num_frames,
-                   args.max_pixels, args.max_completion_tokens, args.no_4bit, args.input, observations])[:16]
+                   args.max_pixels, args.max_completion_tokens, args.no_4bit, args.input, observations])
 
 
-def keep_apart(files, runs, results):
-    """Moves completions of other settings aside, and the results with them."""
-    for adapter, path in files.items():
-        if path.exists():
-            gen_cot.open_jsonl(path).close()  # which cuts off a line that a kill tore
-        if any(row.get("run") != runs[adapter] for row in read_completions(path)):
-            gen_cot.move_aside(path)
-            if results.exists():
-                gen_cot.move_aside(results)
-
-
-def load_notes(records, args):
-    """{key of a question: its observation} of --observations. UserError where it has none of these."""
-    if not args.observations:
-        return {}
-    notes = {key_of(row): parse_trace(row["completion"] or "").observation
-             for row in read_completions(args.observations)}
-    found = sum(bool(notes.get(key_of(record))) for record in records)
-    print(f"{found} of {len(records)} questions have an observation in {args.observations}.")
-    if not found:
-        raise UserError(f"{args.observations} holds no observation for any of these questions.")
-    return notes
-
-
-def complete_all(records, notes, files, runs, args):
+def complete_all(records, files, runs, args):
     """Write what is missing of each adapter's completions, as they come; the base is loaded once."""
-    base = None
+    observations, base = load_observations(records, args), None
     for adapter, path in files.items():
+        if any(row["run"] != runs[adapter] for row in read_completions(path)):  # of other settings
+            gen_cot.move_aside(path)
         done = {key_of(row) for row in read_completions(path) if row["completion"] is not None}
         todo = [record for record in records if key_of(record) not in done]
         if not todo:
             continue
         if args.server:
-            extra = {"temperature": 0, "max_tokens": args.max_completion_tokens}
-            client = ChatClient(args.server, timeout=600, extra=extra)
-            rows = server_rows(client, todo, notes, args)
+            rows = server_rows(todo, observations, args)
         else:
-            base = base or sft.load_base(args.base, not args.no_4bit)
-            model = sft.add_adapter(base[0], args.base, None if adapter == "none" else adapter,
-                                    trainable=False)
-            rows = local_rows(model, base[1], todo, notes, args)
-        with (sft.measured(path.stem, "lower --batch-size, then --num-frames"),
-              gen_cot.open_jsonl(path) as file, tqdm(total=len(todo), desc=path.stem) as bar):
-            for record, row in rows:
+            if not base:
+                sft.setup_process(args)
+                base = sft.load_base(args.base, not args.no_4bit)
+            model = sft.add_adapter(base[0], None if adapter == "none" else adapter, trainable=False)
+            rows = local_rows(model, base[1], todo, observations, args)
+        with open_append(path) as file:
+            for record, row in tqdm(rows, path.stem, len(todo)):
                 row = {k: v for k, v in record.items() if k != "media"} | row | dict(run=runs[adapter])
-                file.write(gen_cot.json_line(row))
-                file.flush()
-                bar.update()
+                file.write(json_line(row))
         if not args.server:
             model.unload()  # the base without it
 
 
-def prompt_text(record, notes, args):
-    """The one prompt of all stages, after the observations that --observations has for this question."""
-    if note := notes.get(key_of(record)):
-        question = f"{record['problem']}\n\nWhat was observed in the {record['data_type']}: {note}"
+def load_observations(records, args):
+    """{key of a question: its observation} of --observations. UserError where it has none of these."""
+    if not args.observations:
+        return {}
+    observations = {key_of(row): parse_trace(row["completion"] or "").observation
+                    for row in read_completions(args.observations)}
+    found = sum(bool(observations.get(key_of(record))) for record in records)
+    if not found:
+        raise UserError(f"{args.observations} holds no observation for any of these questions.")
+    print(f"{found} of {len(records)} questions have an observation in {args.observations}.")
+    return observations
+
+
+def prompt_text(record, observations, args):
+    """The one prompt of all stages, after the observation that --observations has for this question."""
+    if observation := observations.get(key_of(record)):
+        question = f"{record['problem']}\n\nWhat was observed in the {record['data_type']}: {observation}"
         record = dict(record, problem=question)
     return gen_cot.build_prompt(record, gen_cot.load_template(args))
 
 
-def with_media(records, args, read):
-    """(record, what `read` gives) for each; None in place of media with --input text, MediaError for those
-    that are missing or unreadable."""
+def with_media(records, args):
+    """(record, media) for each; None in place of media with --input text, MediaError for those that are
+    missing or unreadable."""
     if args.input == "text":
         return ((record, None) for record in records)
-    return gen_cot.read_ahead(records, args, read)
+    return gen_cot.read_ahead(records, args)
 
 
-def local_rows(model, tokenizer, records, notes, args):
+def local_rows(model, tokenizer, records, observations, args):
     """(record, row) of each record, decoded greedily in batches (E1)."""
-    config, media = sft.unwrap(model).config, with_media(records, args, gen_cot.read_media)
+    config, media = sft.unwrap(model).config, with_media(records, args)
     while batch := list(islice(media, args.batch_size)):
-        read = [pair for pair in batch if not isinstance(pair[1], gen_cot.MediaError)]
-        for record, error in (pair for pair in batch if isinstance(pair[1], gen_cot.MediaError)):
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
-            yield record, dict(completion=None, unread=str(error))
-        prompts = []
-        for record, frames in read:
-            text = prompt_text(record, notes, args)
+        prompts, read = [], []
+        for record, frames in batch:
+            if isinstance(frames, gen_cot.MediaError):
+                tqdm.write(f"skipped: {frames}", file=sys.stderr)
+                yield record, dict(completion=None, unread=str(frames))
+                continue
+            text = prompt_text(record, observations, args)
             prompts.append(sft.encode_text(text, tokenizer) if frames is None else
                            sft.encode_prompt(text, *frames, tokenizer, config))
+            read.append((record, frames and frames[1]))
         if not read:
             continue
         ids, mask, _ = rollout(model, prompts, tokenizer, 1, args.max_completion_tokens)
-        for (record, frames), row, keep in zip(read, ids, mask):
+        for (record, fps), row, keep in zip(read, ids, mask):
             text = tokenizer.decode(row[keep], skip_special_tokens=True)
-            yield record, dict(completion=text, tokens=int(keep.sum()), fps=frames and frames[1],
+            yield record, dict(completion=text, tokens=int(keep.sum()), fps=fps,
                                truncated=tokenizer.eos_token_id not in row[keep].tolist())
 
 
-def server_rows(client, records, notes, args):
+def server_rows(records, observations, args):
     """(record, row) of each record, answered by a server, to which stamped frames go as to a teacher."""
-    replies = []
+    client = ChatClient(args.server, timeout=600,
+                        extra={"temperature": 0, "max_tokens": args.max_completion_tokens})
 
-    def ask(record, content):
-        if isinstance(content, gen_cot.MediaError):
-            return dict(completion=None, unread=str(content))
-        prompt = dict(type="text", text=prompt_text(record, notes, args))
-        reply = client.reply([*(content or []), prompt])
-        replies.append(reply)
-        return dict(completion=reply)
+    def ask(record, media):
+        if isinstance(media, gen_cot.MediaError):
+            return dict(completion=None, unread=str(media))
+        parts = gen_cot.media_parts(*media) if media else []
+        return dict(completion=client.reply([*parts, prompt_text(record, observations, args)]))
 
-    jobs = ((record, client.pool.submit(ask, record, content))
-            for record, content in with_media(records, args, gen_cot.teacher_content))
+    jobs = ((record, client.pool.submit(ask, record, media)) for record, media in with_media(records, args))
     try:
         for record, job in gen_cot.in_order(jobs, 32):
             yield record, job.result()
-        client.report(replies)
     finally:  # Ctrl-C: ask nothing more
         client.close()
 
@@ -404,19 +355,17 @@ def relative_accuracy(answer, gold, strict=False):
 
 
 def score_row(row, scoring):
-    """A row with its scores: `score`, `strict` (VSI in the paper's way), `lenient`, `no_tag`, `template`."""
+    """A row with its scores: `score`, `strict` (VSI in the paper's way), `no_tag`, `template`."""
     text, kind, gold = row["completion"] or "", row["problem_type"], gold_answer(row["solution"])
     answer = parse_trace(text).answer
     no_tag = answer is None
     answer = text.strip() if no_tag else answer  # E4
     score = strict = answer_score(kind, answer, gold, scoring, row["options"])
-    lenient = answer_score(kind, answer, gold, "lenient", row["options"])
     if kind == "regression" and bench_of(row["file"]).mra:
         bare = without_units(answer, gold)
         answer, gold = bare if scoring == "lenient" and "" not in bare else (answer, gold)
         score, strict = relative_accuracy(answer, gold), relative_accuracy(answer, gold, strict=True)
-        lenient = max(score, relative_accuracy(*bare))
-    return dict(row, score=score, strict=strict, lenient=lenient, template=min(format_rewards(text)),
+    return dict(row, score=score, strict=strict, template=min(format_rewards(text)),
                 no_tag=no_tag and row["completion"] is not None, perception=None)
 
 
@@ -432,9 +381,10 @@ def score_rows(rows, judge, scoring):
 
 def constant_answers(records, scoring):
     """The rows of the best constant answer of each file and problem type (E2)."""
-    rows = []
-    for file, kind in sorted({(record["file"], record["problem_type"]) for record in records}):
-        asked = [r for r in records if (r["file"], r["problem_type"]) == (file, kind)]
+    rows, sets = [], collections.defaultdict(list)
+    for record in records:
+        sets[record["file"], record["problem_type"]].append(record)
+    for (_, kind), asked in sorted(sets.items()):
         golds = [gold_answer(record["solution"]) for record in asked]
         guesses = [gold for gold, _ in collections.Counter(golds).most_common(20)]
         numbers = [number for number in map(to_number, golds) if number is not None]
@@ -464,24 +414,18 @@ def columns_of(rows, bench):
 
 
 def summarise(rows, bench, args, judge):
-    """The figures of one file, in per cent: dict of `numbers` {name: (value, ±)}, `groups` {name: value}, and
-    counts."""
-    if not rows:
-        return None
+    """The figures of one file, in per cent: dict of `numbers` {name: (value, ±)}, `groups` {name: value},
+    shares of rows, and counts."""
     columns = columns_of(rows, bench)
-    unread = np.array([row["completion"] is None for row in rows])
-    summary = dict(questions=len(rows), unread=int(unread.sum()), numbers={}, groups={})
+    unread = sum(row["completion"] is None for row in rows)
+    summary = dict(questions=len(rows), unread=unread, numbers={}, groups={})
     for name, metric in bench.numbers.items():
         summary["numbers"][name] = tuple(round(100 * x, 2) for x in interval(metric, columns))
-    if unread.any():
-        first = next(iter(bench.numbers.values()))
-        summary["without unread"] = round(100 * first(columns, (~unread).astype(float)), 2)
     for group in np.unique(columns["group"]):
         summary["groups"][str(group)] = round(100 * columns["score"][columns["group"] == group].mean(), 2)
     for name in ("perception", "template", "no_tag", "truncated"):
         values = [row[name] for row in rows if row.get(name) is not None]  # a server doesn't say what it cut
         summary[name] = round(100 * float(np.mean(values)), 2) if values else None
-    summary["lenient only"] = round(100 * float(np.mean([row["lenient"] > row["score"] for row in rows])), 2)
     unknown = sum(row["perception"] is None for row in rows)
     summary["no verdict"] = 0 if unknown == len(rows) else unknown  # then nobody was asked
     if args.mismatch:
@@ -491,43 +435,41 @@ def summarise(rows, bench, args, judge):
 
 def print_table(file, summaries):
     """One file's figures, a line for each model, the paper's below them, then the groups."""
-    bench, summaries = bench_of(file), {name: s for name, s in summaries.items() if s}
-    first = next(iter(summaries.values()))
-    print(f"\n{file}: {first['questions']} questions; in %, ± 95 % interval; perception: observations found "
-          "sufficient")
+    bench, rates = bench_of(file), ("perception", "template", "no_tag", "truncated")
     width = max(18, *(len(name) + 2 for name in summaries))
-    columns = ("perception", "template", "no_tag", "lenient only", "truncated")
-    print(f"{'':<{width}}" + "".join(f"{name:>22}" for name in bench.numbers)
-          + "".join(f"{name.replace('_', ' '):>14}" for name in columns))
+    questions = next(iter(summaries.values()))["questions"]
+    print(f"\n{file}: {questions} questions; in %, ± 95 % interval; perception: sufficient observations")
+    print(" " * width + "".join(f"{name:>22}" for name in bench.numbers)
+          + "".join(f"{name.replace('_', ' '):>14}" for name in rates))
     for name, s in summaries.items():
         numbers = "".join(f"{value:>15.1f} ± {spread:<4.1f}" for value, spread in s["numbers"].values())
-        rest = "".join(f"{'-' if s[column] is None else format(s[column], '.1f'):>14}" for column in columns)
-        print(f"{name:<{width}}{numbers}{rest}")
+        print(f"{name:<{width}}{numbers}"
+              + "".join(f"{'-' if s[rate] is None else format(s[rate], '.1f'):>14}" for rate in rates))
         if s["unread"]:
-            print(f"  {s['unread']} media are missing or unreadable, or got no reply, and count as wrong; "
-                  f"without them {s['without unread']:.1f}")
+            print(f"  {s['unread']} media are missing or unreadable, or got no reply, and count as wrong")
         if s["no verdict"]:
             print(f"  {s['no verdict']} observations got no verdict and count in no perception")
         if "mismatch" in s:
-            counts = ", ".join(f"{count} {kind}" for kind, count in s["mismatch"].items())
-            print(f"  think and answer: {counts}")
+            print("  think and answer: " + ", ".join(f"{n} {kind}" for kind, n in s["mismatch"].items()))
     for name, value in zip(("Qwen2.5-VL-7B", "VideoP2R 7B", "VideoP2R 3B"), bench.paper):
         print(f"{'paper: ' + name:<{width}}{value:>15.1f}")
-    groups = sorted({group for s in summaries.values() for group in s["groups"]})
     print(f"{'':<30}" + "".join(f"{name:>{len(name) + 3}}" for name in summaries))
-    for group in groups:
+    for group in sorted({group for s in summaries.values() for group in s["groups"]}):
         print(f"  {group:<28}" + "".join(f"{s['groups'].get(group, math.nan):>{len(name) + 3}.1f}"
                                          for name, s in summaries.items()))
 
 
 def row_names(adapters):
-    """{adapter: its name in the table}; those whose folders share a name go by their paths."""
+    """{adapter: (the end of its file's name, its name in the table)}; those whose folders share a name go by
+    their paths."""
     known = {"none": "base", "sft": "SFT", "pagrpo": "SFT + PA-GRPO"}
-    names = [Path(adapter.partition("@http")[0]).name for adapter in adapters]  # of a server, its model
-    names = [known.get(name, name) for name in names]
-    return {adapter: name if names.count(name) == 1 else str(adapter)
-            for adapter, name in zip(adapters, names)}
+    ends = [Path(adapter.partition("@http")[0]).name for adapter in adapters]  # of a server, its model
+    ends = [end if ends.count(end) == 1 else adapter for end, adapter in zip(ends, adapters)]
+    return {adapter: (re.sub(r"[^\w.]+", "-", end).strip("-"), known.get(end, end))
+            for adapter, end in zip(adapters, ends)}
 
+
+# === skip on a first reading ================================================================================
 
 # --- analyses -----------------------------------------------------------------------------------------------
 
@@ -576,12 +518,10 @@ def mismatch(rows, judge):
     return dict(counts)
 
 
-def print_agreement(args):
-    """Table 4: the judge's verdicts beside human labels."""
-    records = gen_cot.load_records(args.judge_agreement)
-    if not args.judge or not all(isinstance(r.get("label"), bool) and "observation" in r for r in records):
-        raise UserError("Agreement needs --judge, and records with `observation` and `label`, true or false.")
-    verdicts = gen_cot.judge_from(args, records)(records, [record["observation"] for record in records])
+def print_agreement(file, judge):
+    """Table 4: the judge's verdicts next to human labels."""
+    records = gen_cot.load_records(file)
+    verdicts = judge(records, [record["observation"] for record in records])
     labels = [record["label"] for record in records]
     counts = collections.Counter(zip(labels, verdicts))
     print(f"{'label':<10}{'judge Yes':>12}{'judge No':>12}{'unknown':>12}")
@@ -620,31 +560,29 @@ def print_comparison(a, b, scoring):
 RIGHT = 0.6  # least score of a right answer, as in gen_cot.py
 
 
-def write_page(folder, args):
+def write_page(folder, judge, args):
     """Writes traces.html: every rollout and completion below the folder, with thumbnails, in one file."""
     rollouts, samples = page_rollouts(folder), []
-    files = {path: read_completions(path) for path in sorted(folder.rglob("completions-*.jsonl"))}
-    judge = gen_cot.judge_from(args, sum(files.values(), [])) if args.judge else None
-    for path, rows in files.items():
+    for path in sorted(folder.rglob("completions-*.jsonl")):
         name = str(path.relative_to(folder)).removesuffix(".jsonl")
-        samples += [page_sample(row, name) for row in score_rows(rows, judge, args.scoring)]
+        rows = score_rows(read_completions(path), judge, args.scoring)
+        samples += [page_sample(row, name) for row in rows]
     if not rollouts and not samples:
         raise UserError(f"There is no rollouts.jsonl and no completions-*.jsonl below {folder}.")
     records = {record["path"]: record for record in [row["record"] for row in rollouts] + samples}
     data = dict(rollouts=rollouts, samples=samples, media=page_media(records.values(), args))
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # in ASCII, and without any tag
     template = (Path(__file__).parent / "data/trace_page.html").read_text(encoding="utf-8")
-    path = folder / "traces.html"
-    gen_cot.write_text(path, template.replace("DATA", text))
-    print(f"{len(rollouts)} groups of training and {len(samples)} evaluated completions: open {path} "
-          f"({path.stat().st_size / 1e6:.1f} MB) in a browser.")
+    write_text(folder / "traces.html", template.replace("DATA", text))
+    print(f"{len(rollouts)} groups of training and {len(samples)} evaluated completions: open "
+          f"{folder / 'traces.html'} in a browser.")
 
 
 def page_rollouts(folder):
     """The rows of every rollouts.jsonl with their `run`, the gold answer, and (mean, std) of each reward."""
     rows = []
     for path in sorted(folder.rglob("rollouts.jsonl")):
-        for row in whole_rows(path):
+        for row in read_jsonl(path):
             row["run"], row["moments"] = str(path.parent.relative_to(folder)), {}
             row["record"]["gold"] = gold_answer(row["record"]["solution"])
             for key in ("perception", "reasoning", "reward"):
@@ -675,7 +613,7 @@ def page_media(records, args):
     todo, media = [], {}
     for record in records:
         roots = args.media_root, TINY["media_root"]  # the toy's media are found without a flag
-        files = [gen_cot.media_path(root, record["path"], "the page") for root in roots]
+        files = [gen_cot.media_path(root, record["path"]) for root in roots]
         todo.append(dict(record, media=next(filter(os.path.exists, files), files[0])))
     for record, pictures in tqdm(gen_cot.read_ahead(todo, args, thumbnails), "media", len(todo)):
         media[record["path"]] = str(pictures) if isinstance(pictures, gen_cot.MediaError) else pictures

@@ -77,7 +77,6 @@ P7. The rows of Table 2. In those marked * all tokens of a completion have one a
                                               --process-agnostic`
 """
 import contextlib
-import copy
 import functools
 import math
 import random
@@ -86,11 +85,13 @@ import sys
 import textwrap
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
+from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -100,99 +101,81 @@ import gen_cot
 import sft  # before peft, whose import it keeps quiet
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
-from gen_cot import positive
-from rewards import UserError, ask_judge, parse_trace, process_rewards, visible
+from rewards import UserError, parse_trace, process_rewards, strip_invisible
 
 TINY = dict(data="data/toy/rl.jsonl", media_root="data/toy", max_pixels=4, judge="rule", updates=50,
             prompts_per_update=8, max_completion_tokens=112, perception_length=(16, 64),
             reasoning_length=(16, 64), lr=8e-4, lora_rank=32, checkpointing=False, show_every=10)
 FIXED = 48  # prompts held out for the `fixed/…` curves, at most a tenth; the same unless --limit draws others
+ONE_ADVANTAGE = ("perception", "reasoning", "separation", "assignment")  # --without: the rows of P7 marked *
+
+
+@dataclass
+class Args(sft.TrainingFlags):
+    data: str = "data/VideoP2R-263k_rl.part*.json.gz"  # questions: JSON or JSON Lines, .gz, globs allowed
+    adapter: str | None = None  # the SFT adapter to start from (default: runs/<model>/sft); none: the base
+    judge: str = "self"  # rule, anthropic:MODEL, openai:MODEL@URL, self: the frozen base (paper: Claude 3.7)
+    algorithm: Literal["pa-grpo", "grpo"] = "pa-grpo"  # grpo is --without perception
+    without: Literal["perception", "reasoning", "length", "separation", "assignment"] | None = None  # P7
+    num_generations: int = 8  # completions per prompt, G (paper: 8)
+    prompts_per_update: int = 7  # prompts per optimiser step (paper: 7)
+    num_iterations: int = 1  # gradient steps per rollout, μ
+    updates: int = 1000  # rollouts, each with μ optimiser steps (paper: 1000)
+    prompts_per_rollout: int | None = None  # generate for so many prompts at a time (default: all; memory)
+    completions_per_pass: int | None = None  # of a group, per training pass (default: all; memory)
+    max_completion_tokens: int = 768  # cut completions here (Video-R1: 768)
+    clip_eps: float = 0.2  # ε of Eq. 7
+    beta: float = 0.04  # β of Eq. 7 (Video-R1: 0.04); 0 skips the reference pass
+    loss_average: Literal["segment", "completion"] | None = None  # P2 (default: see P7)
+    perception_length: tuple[int, int] = (128, 320)  # tokens of o_P (P1) that earn the length bonus (paper)
+    reasoning_length: tuple[int, int] = (320, 512)  # tokens of o_R (P1) that earn the length bonus (paper)
+    lr: float = 1e-5  # peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)
+    show_every: int = 25  # every N updates: a group on screen, accuracies on FIXED held-out prompts
+    probe: bool = False  # run one update in the worst case, print its seconds and peak memory, train nothing
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_generations < 2:
+            raise ValueError("--num-generations 1 leaves nothing to compare a completion with")
+        for low, high in (self.perception_length, self.reasoning_length):
+            if not 0 <= low <= high:
+                raise ValueError(f"no length is from {low} to {high}: pass the lower end first")
+        if self.algorithm == "grpo" and self.without not in (None, "perception"):
+            raise ValueError(f"--algorithm grpo is --without perception: leave out --without {self.without}")
 
 
 def get_args():
-    parser, model, _ = gen_cot.make_parser(__doc__, "data/VideoP2R-263k_rl.part*.json.gz", "questions")
-    model.add_argument("--adapter", help="folder of the SFT adapter to start from; none: the base (RL only). "
-                                         "Default: runs/<model>/sft if it exists, else none")
-    add = parser.add_argument_group("algorithm").add_argument
-    add("--algorithm", default="pa-grpo", choices=["pa-grpo", "grpo"], help="grpo is --without perception")
-    add("--without", choices=["perception", "reasoning", "length", "separation", "assignment"],
-        help="remove one part of the method (Table 2, P7)")
-    add("--num-generations", type=positive, default=8, help="completions per prompt, G (paper: 8)")
-    add("--prompts-per-update", type=positive, default=7, help="prompts per optimiser step (paper: 7)")
-    add("--num-iterations", type=positive, default=1, help="gradient steps per rollout, μ")
-    add("--prompts-per-rollout", type=positive,
-        help="generate the completions of so many prompts at a time (default: all of an update; fewer need "
-             "less memory)")
-    add("--completions-per-pass", type=positive,
-        help="completions of a group per training pass (default: all; fewer need less memory)")
-    add("--max-completion-tokens", type=positive, default=768, help="cut completions here (Video-R1: 768)")
-    add("--clip-eps", type=gen_cot.number(1e-12), default=0.2, help="ε of Eq. 7")
-    add("--beta", type=gen_cot.number(0), default=0.04,
-        help="β of Eq. 7 (Video-R1: 0.04); 0 skips the reference pass")
-    add("--loss-average", choices=["segment", "completion"],
-        help="P2 (default: segment; completion where all tokens have one advantage)")
-    add("--perception-length", type=int, nargs=2, default=(128, 320), metavar=("LOW", "HIGH"),
-        help="tokens of o_P (P1) that earn the length bonus (paper: 128 320)")
-    add("--reasoning-length", type=int, nargs=2, default=(320, 512), metavar=("LOW", "HIGH"),
-        help="tokens of o_R (P1) that earn the length bonus (paper: 320 512)")
-    gen_cot.add_judge_args(add, default="self")  # --judge, its prompt and limit, and --scoring
-    optimisation, run = sft.add_training_args(parser, model, "pagrpo", lr=1e-5)
-    optimisation.add_argument("--updates", type=positive, default=1000,
-                              help="rollouts, each with μ optimiser steps (paper: 1000)")
-    run.add_argument("--show-every", type=positive, default=25,
-                     help=f"every N updates: a group on screen, accuracies on {FIXED} held-out prompts")
-    run.add_argument("--probe", action="store_true",
-                     help="run one update in the worst case of these settings, print its seconds and peak "
-                          "memory, and train nothing")
-    args = sft.parse_training_args(parser, TINY, "pagrpo")
+    args = gen_cot.parse_args(Args, TINY, "pagrpo", __doc__)
     if args.algorithm == "grpo":
-        if args.without not in (None, "perception"):
-            raise UserError(f"--algorithm grpo is --without perception: leave out --without {args.without}.")
         args.without = "perception"
-    one_advantage = args.without in ("perception", "reasoning", "separation", "assignment")
-    args.loss_average = args.loss_average or ("completion" if one_advantage else "segment")
-    if args.num_generations < 2:
-        raise UserError("--num-generations 1 leaves nothing to compare a completion with: pass 2 or more.")
-    for low, high in (args.perception_length, args.reasoning_length):
-        if not 0 <= low <= high:
-            raise UserError(f"No length is from {low} to {high}: pass the lower end first.")
+    args.loss_average = args.loss_average or ("completion" if args.without in ONE_ADVANTAGE else "segment")
     args.prompts_per_rollout = args.prompts_per_rollout or args.prompts_per_update
-    if args.adapter is None and (args.run_dir / "sft" / "adapter_config.json").exists():
+    if args.adapter is None and (args.run_dir / "sft/adapter_config.json").exists():
         args.adapter = str(args.run_dir / "sft")
     args.adapter = args.adapter or "none"
     return args
 
 
 def main(args):
+    # For your own perception reward replace this statement by `judge = f`, with any f(records, observations)
+    # -> list of True, False or None (P6), or of floats in [0, 1], which are then the accuracy in Eq. 3 (one
+    # above 0 can earn the length bonus). A record is as `gen_cot.load_records` gives it, with `media`, the
+    # path of its file; an observation is a str, or None where the block isn't complete.
+    judge = gen_cot.judge_from(args, generate=lambda prompts: self_judge(model, tokenizer, prompts, args))
     sft.setup_process(args)
-    records = [] if args.probe else gen_cot.select_records(args)
+    if sft.is_finished(args):
+        return None
+    with sft.process().main_process_first():  # which may prepare the toy data
+        records = [] if args.probe else gen_cot.select_records(args)
     folder = None if args.adapter == "none" else args.adapter  # of the SFT adapter
-    started = f"from the SFT adapter {folder}" if folder else "from the base, without SFT (Table 2, RL only)"
     if folder:
         sft.check_adapter(folder, args.lora_rank)
-    if not args.probe:
-        sft.claim_output(args)
-    print(f"Starting {started}.")
-    judge = None
-    if args.judge != "self" and not args.probe:  # tried before the model is loaded
-        # A remote judge may refuse some observations because of their content: as many in a row as ten
-        # prompts have completions end the run. Missing replies have no limit here, as `train` counts updates
-        # without any verdict (P6).
-        judge = gen_cot.judge_from(args, records, max_refused=10 * args.num_generations,
-                                   max_unanswered=math.inf)
-    with sft.measured("load", "take a smaller model"):  # the advice if the memory isn't enough
-        model, tokenizer = sft.load_model(args.base, folder, not args.no_4bit, args.lora_rank)
-        ref_adapter = add_reference(model, args)
+    print(f"Starting from {f'the SFT adapter {folder}' if folder else 'the base, without SFT (RL only)'}.")
+    model, tokenizer = sft.load_model(args.base, folder, not args.no_4bit, args.lora_rank)
+    ref_adapter = add_reference(model, args)
     if args.probe:
         return probe(model, ref_adapter, tokenizer, args)
-    # For your own perception reward replace the next statement by `judge = f`, with any f(records,
-    # observations) -> list of True, False or None (P6), or of floats in [0, 1], which are then the accuracy
-    # in Eq. 3 (one above 0 can earn the length bonus). A record is as `gen_cot.load_records` gives it, with
-    # `media`, the path of its file; an observation is a str, or None where the block isn't complete.
-    judge = judge or gen_cot.judge_from(  # `self`, which asks by `generate`
-        args, records, generate=lambda prompts: self_judge(model, tokenizer, prompts, args))
     train(model, ref_adapter, tokenizer, records, judge, args)
-    print(f"This run started {started}.")
 
 
 def train(model, ref_adapter, tokenizer, records, judge, args):
@@ -200,43 +183,36 @@ def train(model, ref_adapter, tokenizer, records, judge, args):
     groups every `--show-every` updates), curves.png and the adapter."""
     template, config = gen_cot.load_template(args), sft.unwrap(model).config
     optimizer = sft.setup_training(model, args)
-    start = sft.load_checkpoint(model, optimizer, args)
-    named = set()  # files already reported as unreadable
+    start, unanswered = sft.load_checkpoint(model, optimizer, args), 0  # updates in a row
+    # prompts that are only looked at; the others, over and over
     fixed, records = hold_out(records)
     fixed, _ = sft.encode_batch(gen_cot.read_ahead(sft.shard(fixed, FIXED), args), len(fixed), template,
-                                tokenizer, config, named)
+                                tokenizer, config)
     media = gen_cot.read_ahead(endless(records, args.seed, args.prompts_per_update, start), args)
-    unanswered = 0  # updates in a row
-    with (sft.open_log(args.output, start) as log,
-          sft.open_log(args.output, start, "rollouts.jsonl") as rollouts,
-          sft.progress("PA-GRPO", start, args.updates) as bar,
-          sft.Checkpoints(start, args.updates, model, optimizer, args) as checkpoints):
-        for step in bar:
-            encoded, media_log = sft.encode_batch(media, args.prompts_per_update, template, tokenizer, config,
-                                                  named)  # decoded while the last update ran
-            row = {"step": step, "lr": sft.cosine_lr(step, args.updates, args.lr), "scoring": args.scoring,
-                   **media_log}  # sec/media, and skipped_media of all ranks
-            look, groups = step % args.show_every == 0, []
-            if look:
+    with (sft.open_log(args.output / "metrics.jsonl", start) as log,
+          sft.open_log(args.output / "rollouts.jsonl", start) as rollouts):
+        for step in sft.resumable("PA-GRPO", start, args.updates, model, optimizer, args):
+            # take a few questions, whose media were decoded while the last update ran
+            encoded, media_log = sft.encode_batch(media, args.prompts_per_update, template, tokenizer, config)
+            row = {"step": step, "lr": sft.cosine_lr(step, args.updates, args.lr), "scoring": args.scoring}
+            row |= media_log  # sec/media, and skipped_media of all ranks
+            # look at the policy so far
+            if step % args.show_every == 0:
                 row |= fixed_accuracies(model, fixed, tokenizer, judge, args)
+            # sample, score, learn
             if row["skipped_media"] < args.prompts_per_update:
                 groups, metrics = update(model, ref_adapter, tokenizer, optimizer, encoded, judge, row["lr"],
                                          args)
                 row |= metrics
                 unanswered = 0 if "loss" in row else unanswered + 1  # without a loss nothing was learnt
                 if unanswered == 3:
-                    raise UserError("The judge was asked in three updates in a row and gave no verdict")
-                bar.set_postfix({"reward": row["reward"], "P": row["rewards/perception_accuracy"],
-                                 "R": row["rewards/reasoning_accuracy"], "kl": row.get("kl")})
-            if look:
-                keep_groups(groups[:2], step, rollouts, tokenizer, args)
+                    raise UserError("The judge was asked in three updates in a row and gave no verdict.")
+                if step % args.show_every == 0:
+                    keep_groups(groups[:2], step, rollouts, tokenizer, args)
+                del groups  # frees their embeddings before the next batch makes its own
             sft.log_row(log, row)
-            checkpoints.updated(step + 1)
-            del groups, encoded  # frees their embeddings before the next batch makes its own
-    lost = sft.finish(model, CURVES, args.updates * args.prompts_per_update, args.output)
+    sft.finish(model, CURVES, args.output)
     gen_cot.print_stats("judge", judge)
-    print(f"{args.updates} updates, {lost} media skipped; "
-          f"adapter, metrics.jsonl, rollouts.jsonl, curves.png in {args.output}")
 
 
 def endless(records, seed, batch_size, step=0):
@@ -297,14 +273,13 @@ def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
     """Sample, score, learn: one update on pairs (record, Prompt). Returns (groups, metrics). If verdicts are
     needed, and the judge was asked and gave none (P6), nothing is learnt, and metrics hold no `loss`."""
     metrics = {}
-    with sft.measured("rollout", "pass --prompts-per-rollout 1, then fewer --num-generations", metrics):
+    with sft.measured("rollout", metrics):
         groups = sample_groups(model, encoded, tokenizer, args)
-    with sft.measured("judge", "lower --prompts-per-rollout or name another --judge", metrics):
+    with sft.measured("judge", metrics):
         # gather_object joins the lists of all ranks; on one GPU it gives back its argument
         verdicts = gather_object(score_groups(groups, tokenizer, judge, args))
-    silent = bool(verdicts) and all(verdict is None for verdict in verdicts)
-    if not silent or args.without == "perception":
-        with sft.measured("update", "lower --completions-per-pass, then --lora-rank from sft.py on", metrics):
+    if args.without == "perception" or not verdicts or any(verdict is not None for verdict in verdicts):
+        with sft.measured("update", metrics):
             metrics |= update_policy(model, ref_adapter, optimizer, groups, lr, args)
     metrics["peak_gib"] = max(value for key, value in metrics.items() if key.startswith("gib/"))
     flat = [not (g.perception_mask * g.perception_advantages[:, None]
@@ -321,9 +296,9 @@ def sample_groups(model, encoded, tokenizer, args, greedy=False):
     batch = args.prompts_per_rollout * args.num_generations // shape[0]  # prompts at a time
     for i in range(0, len(encoded), batch):
         records, prompts = zip(*encoded[i:i + batch])
-        numbers = None if greedy else torch.cat([uniforms(args.seed, record["sample_index"], *shape)
-                                                 for record in records])
-        sampled = rollout(model, prompts, tokenizer, *shape, numbers)  # (B·G, T) each
+        uniforms = None if greedy else torch.cat([draw_uniforms(args.seed, record["sample_index"], *shape)
+                                                  for record in records])
+        sampled = rollout(model, prompts, tokenizer, *shape, uniforms)  # (B·G, T) each
         for record, prompt, ids, mask, logprobs in zip(
                 records, prompts, *(t.split(shape[0]) for t in sampled)):
             longest = int(mask.sum(1).max())  # of this group
@@ -336,13 +311,16 @@ def sample_groups(model, encoded, tokenizer, args, greedy=False):
 def score_groups(groups, tokenizer, judge, args):
     """Fill in texts, scores (Eq. 3-5, `process_rewards`) and advantages (Eq. 6); the judge sees all
     observations in one batch. Returns its verdicts on those that are not empty."""
+    # ask the judge about all observations at once
     records, observations = [], []
     for group in groups:
         group.texts = tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)  # padding is one
         records += [group.record] * len(group.texts)
         observations += [parse_trace(text).observation for text in group.texts]
-    verdicts, replies = ask_judge(judge, records, observations)
-    of_completions = zip(verdicts, replies)
+    verdicts = judge(records, observations)
+    of_completions = zip(verdicts, getattr(judge, "replies", [None] * len(verdicts)))  # a function has none
+
+    # reward the two processes of each completion, and compare them within its group
     bonus = 0.0 if args.without == "length" else 0.2
     ranges = args.perception_length, args.reasoning_length
     for group in groups:
@@ -356,7 +334,7 @@ def score_groups(groups, tokenizer, judge, args):
         rewards = [torch.tensor([s[k] for s in group.scores]) for k in ("perception", "reasoning")]
         group.perception_advantages, group.reasoning_advantages = (
             a.to(group.completion_ids.device) for a in process_advantages(*rewards, args.without))
-    return [verdict for verdict, observation in zip(verdicts, observations) if visible(observation or "")]
+    return [v for v, observation in zip(verdicts, observations) if strip_invisible(observation or "")]
 
 
 def update_policy(model, ref_adapter, optimizer, groups, lr, args):
@@ -370,6 +348,7 @@ def update_policy(model, ref_adapter, optimizer, groups, lr, args):
     `--completions-per-pass` cuts the groups into pieces. A piece's loss is the mean over its completions. It
     is weighted by its share of all completions of the update, on all ranks: each completion counts the same.
     """
+    # cut the groups into pieces, one for each pass
     size = args.completions_per_pass or args.num_generations
     pieces = [piece for group in groups for piece in group.split(size)]
     sizes = [(len(piece.completion_ids), int(piece.completion_mask.sum())) for piece in pieces]
@@ -378,6 +357,7 @@ def update_policy(model, ref_adapter, optimizer, groups, lr, args):
     def logprobs_of(piece):
         return token_logprobs(model, piece.prompt, piece.completion_ids, piece.completion_mask)
 
+    # log-probs of π_ref and, for μ > 1, of π_old
     with torch.no_grad():
         for piece in pieces:
             if args.beta:
@@ -385,6 +365,7 @@ def update_policy(model, ref_adapter, optimizer, groups, lr, args):
                     piece.ref_logprobs = logprobs_of(piece)
             if args.num_iterations > 1:
                 piece.old_logprobs = logprobs_of(piece)
+    # μ steps on the loss of all pieces
     model.train()  # turns checkpointing on; there is no dropout
     for _ in range(args.num_iterations):
         totals = dict.fromkeys(("loss", "kl", "clip_frac", "logprob_gap"), 0.0)
@@ -508,95 +489,55 @@ def pa_grpo_loss(logprobs, old_logprobs, ref_logprobs, perception_mask, reasonin
 def token_logprobs(model, prompt, completion_ids, completion_mask):
     """Log-probs of a group's completions under the model, float32 (G, T), 0 at padding, in one pass.
 
-    The pass runs over a packed sequence, which holds the prompt once. That is exact: a token's hidden state
-    depends only on its position and on what it attends to, and both are as in a sequence of its own. Each
-    completion attends to the prompt and to itself, and its positions start where the prompt's end. The only
-    difference is rounding: on the toy base these log-probs are within 1e-4 of the rollout's own in float32, 4
-    bits or not, and within 0.2, on average under 0.005, in bf16.
+    The pass runs over a packed sequence of S tokens, which holds the prompt once: [prompt, completion 1, …,
+    completion G]. That is exact. A token's hidden state depends only on its position and on what it attends
+    to, and both are as in a sequence of its own: each completion attends to the prompt and to itself, and its
+    positions start where the prompt's end. The only difference is rounding. On the toy base these log-probs
+    are within 1e-4 of the rollout's own in float32, 4 bits or not, and within 0.2, on average under 0.005, in
+    bf16.
 
     Args:
         prompt: Prompt with embeds (P, D). completion_ids (G, T) int64, completion_mask (G, T) bool.
     """
-    language, device = sft.unwrap(model).model.language_model, prompt.embeds.device
+    language, device, P = sft.unwrap(model).model.language_model, prompt.embeds.device, len(prompt.input_ids)
     # By this name each layer looks up `shared_prefix_attention`, and does so again when checkpointing runs it
-    # once more in the backward pass, so the name stays set. Without a pack that function is the library's.
+    # once more in the backward pass, so the name stays set. Without `lengths` that function is the library's.
     language.config._attn_implementation = "shared_prefix"
-    pack = make_pack(len(prompt.input_ids), completion_mask)
-    tokens = completion_ids[completion_mask]  # (S - P,), row after row
-    offsets = completion_mask.nonzero()[:, 1]  # the index of each within its own completion
+    tokens = completion_ids[completion_mask]  # (S - P,), completion after completion
     embeds = torch.cat([prompt.embeds, language.embed_tokens(tokens)])  # (S, D)
-    # text has one position on all three axes, and goes on after the prompt's largest, which is below P, as
-    # many tokens of a clip share theirs
+
+    # A completion's tokens count on from the prompt's largest position, the same on all three axes. (It is
+    # below P, as many tokens of a clip share theirs.)
+    offsets = completion_mask.nonzero()[:, 1]  # (S - P,) of each token within its own completion: 0, 1, …
     after = (prompt.next_position + offsets).expand(3, -1)
     positions = torch.cat([prompt.positions.to(device), after], dim=1)  # (3, S)
     hidden = language(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False,
                       attention_mask={"full_attention": None},  # a dict is taken as it is: no mask is built
-                      pack=pack).last_hidden_state[0]  # (S, D); the layers hand `pack` to the attention
-    indices = pack.prompt_length + torch.arange(len(tokens), device=device)  # in the pack
-    before = torch.where(offsets == 0, pack.prompt_length - 1, indices - 1)  # the one that predicts each
+                      lengths=[P, *completion_mask.sum(1).tolist()]).last_hidden_state[0]  # (S, D)
+
+    # a token is predicted from the state of the one before it: of a completion's first, the prompt's last
+    before = torch.where(offsets == 0, P - 1, P - 1 + torch.arange(len(tokens), device=device))
     logprobs = sft.logprobs_from_hidden(model, hidden[before], tokens)
     return torch.zeros(completion_ids.shape, device=device).masked_scatter(completion_mask, logprobs)
 
 
-@dataclass
-class Pack:
-    """The index tables of a packed sequence of S tokens, [prompt, completion 1, …, completion G]: where each
-    token of the group's rows, padded to T tokens, stands in it, and the reverse. For a prompt ppp and the
-    completions bb and aaa (the index counts the completions' tokens alone):
-
-        rows    bb.     packed    pppbbaaa
-                aaa     index        01234
-
-    Each token of a completion sees all of ppp, itself, and what stands before it in its own completion. At
-    padding the index is that of a real token, token 0. This does no harm: padding stands behind its row's own
-    tokens, so the causal mask hides it from them, and `row_index` leaves out what is computed for it.
-    """
-    prompt_length: int  # P
-    packed_index: torch.Tensor  # (G, T) int64, of each token of the rows, here 010 and 234; 0 at padding
-    row_index: torch.Tensor  # (S - P,) int64, where in the flattened rows each of them stands, here 01345
-    attention_mask: torch.Tensor  # (T, P + T) bool, what a row's tokens see: the prompt, then causal
-
-
-def make_pack(prompt_length, completion_mask):
-    """The Pack of a prompt of this length and of completions with this mask (G, T)."""
-    row_index, T = completion_mask.flatten().nonzero()[:, 0], completion_mask.shape[1]
-    packed_index = torch.zeros_like(completion_mask, dtype=torch.long)
-    packed_index[completion_mask] = torch.arange(len(row_index), device=completion_mask.device)
-    everything = torch.ones(T, prompt_length + T, dtype=torch.bool, device=completion_mask.device)
-    return Pack(prompt_length, packed_index, row_index, everything.tril(prompt_length))
-
-
-def take(x, index):
-    """x[index] of x (N, a, b) and an index (…), (…, a, b). `F.embedding` has the faster backward pass."""
-    return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
-
-
-def shared_prefix_attention(module, query, key, value, attention_mask, pack=None, **kwargs):
-    """Attention over a packed sequence in two calls, neither of which computes anything between completions:
-    the prompt on itself, and each completion on the prompt and itself. Without a pack, the library's own.
+def shared_prefix_attention(module, query, key, value, attention_mask, lengths=None, **kwargs):
+    """Attention over a packed sequence of segments of these `lengths`: the prompt on itself, and each
+    completion on the prompt and itself. Without `lengths` (they come through the library's layers from
+    `token_logprobs`), the library's own attention.
 
     query (1, heads, S, d), key and value (1, key-value heads, S, d); returns (1, S, heads, d) and None.
     """
-    if pack is None:
+    if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    prompt, rows = [], []
-    for x in (query, key, value):
-        of_prompt, others = x.split([pack.prompt_length, x.shape[2] - pack.prompt_length], dim=2)
-        prompt.append(of_prompt)  # (1, heads, P, d)
-        rows.append(take(others[0].transpose(0, 1), pack.packed_index).transpose(1, 2))  # (G, heads, T, d)
-    on_prompt, _ = sdpa_attention_forward(module, *prompt, None, **kwargs)  # without a mask it is causal
-    (_, prompt_k, prompt_v), (q, k, v) = prompt, rows
-    (G, _, T, _), heads_per_key = q.shape, module.num_key_value_groups
-    k = torch.cat([prompt_k.expand(G, -1, -1, -1), k], dim=2)  # (G, key-value heads, P + T, d)
-    v = torch.cat([prompt_v.expand(G, -1, -1, -1), v], dim=2)
-    # k and v have fewer heads than q. Rather than copy them, we treat the query heads that share one as extra
-    # tokens (head 0's T tokens, head 1's T tokens, …), all under the same mask. (torch's `enable_gqa` is for
-    # its Flash and math kernels: the one takes no mask, the other much memory.)
-    q = q.unflatten(1, (-1, heads_per_key)).flatten(2, 3)  # (G, key-value heads, heads_per_key · T, d)
-    mask = pack.attention_mask.repeat(heads_per_key, 1)  # (heads_per_key · T, P + T)
-    on_rows = F.scaled_dot_product_attention(q, k, v, mask, scale=module.scaling)
-    on_rows = on_rows.unflatten(2, (heads_per_key, T)).flatten(1, 2).transpose(1, 2)  # (G, T, heads, d)
-    return torch.cat([on_prompt, take(on_rows.flatten(0, 1), pack.row_index)[None]], dim=1), None
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))  # the prompt's are first
+    outputs = []
+    for i, (q, k, v) in enumerate(zip(queries, keys, values)):
+        if i > 0:
+            k, v = torch.cat([keys[0], k], dim=2), torch.cat([values[0], v], dim=2)
+        causal = causal_lower_right(q.shape[2], k.shape[2])  # its last query sees all keys
+        outputs.append(F.scaled_dot_product_attention(q, k, v, causal, scale=module.scaling, enable_gqa=True))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
@@ -606,7 +547,7 @@ AttentionMaskInterface.register("shared_prefix", sdpa_mask)  # for plain forward
 # --- rollout ------------------------------------------------------------------------------------------------
 
 @dataclass
-class GroupCache:
+class RolloutCache:
     """Keys and values of a decode loop, written in place: growing the tensors would copy all of them at every
     token. `replace(cache, rows=…, columns=…)` shares the memory and selects a part: a prompt's G rows, while
     it is prefilled, or all rows, while they decode. The last of its columns take the tokens that are fed now.
@@ -633,7 +574,7 @@ class GroupCache:
 
 
 @torch.no_grad()
-def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None):
+def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=None):
     """Sample `num_generations` completions for each prompt (P5).
 
     Each prompt is prefilled once, into the key-value cache of all its group. Then all groups decode in one
@@ -641,13 +582,14 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
 
     Args:
         prompts: B of Prompt, which get their embeds where they lack them. max_tokens: the completions' limit.
-        numbers: (B·G, max_tokens) float64, uniform in [0, 1), one for each token to be sampled; None: take
+        uniforms: (B·G, max_tokens) float64, uniform in [0, 1), one for each token to be sampled; None: take
             the likeliest token.
 
     Returns:
         completion_ids (B·G, T) int64, padded behind the end-of-sequence token; completion_mask (B·G, T) bool,
         true up to and including it; logprobs (B·G, T) float32 of the sampled tokens.
     """
+    # prompts of unequal length, aligned at their ends; their completions decode in step
     for prompt in prompts:
         if prompt.embeds is None:  # one by one: the tower's activations are large
             sft.embed_prompts(model, [prompt])
@@ -657,7 +599,8 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
     position = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(G)
     banned = torch.tensor(banned_ids(tokenizer, head.out_features), device=device)
     # keys and values of all rows, P + T columns each
-    cache = GroupCache.empty(prompts[0].embeds, qwen.config.text_config, len(prompts) * G, width + max_tokens)
+    shape = len(prompts) * G, width + max_tokens
+    cache = RolloutCache.empty(prompts[0].embeds, qwen.config.text_config, *shape)
 
     def feed(embeds, positions, part, mask=None):  # (n, tokens, D), (3, n, tokens) -> (n, D) of the last
         # `cache` was called past_key_values before transformers 5.24
@@ -665,6 +608,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
                                    attention_mask={"full_attention": mask}).last_hidden_state[:, -1]
 
     with merged(model):
+        # prefill each prompt once, for all rows of its group
         hidden = []
         for b, prompt in enumerate(prompts):
             # a prompt stands at the right of columns [0, width), in all G rows of its group at once
@@ -675,12 +619,15 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
         if padding.any():
             index = torch.arange(width + max_tokens, device=device)
             attention_mask = (index >= padding.repeat_interleave(G)[:, None])[:, None, None]
+        # sample a token of every row, then feed it, until all rows have ended
         running = torch.ones(len(hidden), dtype=torch.bool, device=device)
         ids, masks, logprobs = [], [], []
         for t in range(max_tokens):
             logits = head(hidden).float()  # (B·G, V)
             allowed = logits.index_fill(-1, banned, -torch.inf)
-            token = allowed.argmax(-1) if numbers is None else sample_from(allowed, numbers[:, t].to(device))
+            token = allowed.argmax(-1)
+            if uniforms is not None:
+                token = sample_from(allowed, uniforms[:, t].to(device))
             token = torch.where(running, token, tokenizer.pad_token_id)
             # normalised over the whole vocabulary, the banned tokens too (P5)
             logprobs.append(-F.cross_entropy(logits, token, reduction="none") * running)
@@ -697,16 +644,16 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, numbers=None
     return torch.stack(ids, 1), torch.stack(masks, 1), torch.stack(logprobs, 1)
 
 
-def sample_from(logits, numbers):
-    """One token a row (N,): the first whose cumulative probability exceeds the row's number. In float64: in
-    float32 a number just below 1 could round up to the total, and the last id, a banned one, be taken. NaN
-    logits give the last id; the loss is NaN then, too, and `sft.optimiser_step` skips the step."""
+def sample_from(logits, uniforms):
+    """One token a row (N,): the first whose cumulative probability exceeds the row's uniform number. In
+    float64: in float32 a number just below 1 could round up to the total, and the last id, a banned one, be
+    taken. NaN logits give the last id; the loss is NaN then, too, and `sft.optimiser_step` skips the step."""
     cumulative = logits.double().softmax(-1).cumsum(-1)  # (N, V)
-    token = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    token = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)
 
 
-def uniforms(seed, sample_index, *shape):
+def draw_uniforms(seed, sample_index, *shape):
     """Uniform numbers for a prompt's completions, float64 of this shape. They depend on the seed and on the
     prompt's index in the run, but not on the rest of its batch or the number of ranks."""
     return torch.from_numpy(np.random.default_rng([seed, sample_index]).random(shape))
@@ -757,16 +704,12 @@ def add_reference(model, args):
 @contextlib.contextmanager
 def use_adapter(model, name):
     """Within the block the adapter `name` is active (None: none, i.e. the bare base); afterwards `policy`
-    again."""
-    if name is None:
-        with model.disable_adapter():
-            yield
-    else:
-        model.set_adapter(name, inference_mode=True)
-        try:
-            yield
-        finally:
-            model.set_adapter("policy")
+    again. No try: where a pass fails, the run ends."""
+    with model.disable_adapter() if name is None else contextlib.nullcontext():
+        if name:
+            model.set_adapter(name, inference_mode=True)
+        yield
+    model.set_adapter("policy")
 
 
 def self_judge(model, tokenizer, prompts, args, max_tokens=256):
@@ -784,10 +727,10 @@ def self_judge(model, tokenizer, prompts, args, max_tokens=256):
 def probe(model, ref_adapter, tokenizer, args):
     """One update in the worst case: long prompts, all completions and judgements at their limit, AdamW's
     moments and the reference in memory; returns the update's metrics."""
-    optimizer, unending = sft.setup_training(model, args), copy.deepcopy(tokenizer)
-    unending.eos_token = None  # its id is None, and no token equals that: completions run to their limit
+    optimizer = sft.setup_training(model, args)
     sft.optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # gradients of 0: allocates AdamW's moments
     record, prompt = worst_prompt(tokenizer, sft.unwrap(model).config, args)
+    tokenizer.eos_token = None  # its id is None, and no token equals that: completions run to their limit
     encoded = [(dict(record, sample_index=i), replace(prompt))
                for i in range(sft.shard_size(args.prompts_per_update))]
     if len(encoded) > 1:  # prompts of unequal lengths are decoded under a mask: make one a token shorter
@@ -797,32 +740,24 @@ def probe(model, ref_adapter, tokenizer, args):
           f"{args.max_completion_tokens} each")
 
     def judge(records, observations):
-        if args.judge != "self":  # any other uses no memory here
-            return [False for _ in records]
-        own = gen_cot.judge_from(args, records, lambda prompts: self_judge(model, unending, prompts, args))
-        verdicts = own(records, ["the " * args.max_completion_tokens for _ in records])
-        return [bool(verdict) for verdict in verdicts]  # without any the update would not be taken
+        if args.judge == "self":  # any other uses no memory here
+            own = gen_cot.judge_from(args, lambda prompts: self_judge(model, tokenizer, prompts, args))
+            own(records, ["the " * args.max_completion_tokens] * len(records))
+        return [False] * len(records)  # without a verdict the update would not be taken
 
-    _, metrics = update(model, ref_adapter, unending, optimizer, encoded, judge, args.lr, args)
+    _, metrics = update(model, ref_adapter, tokenizer, optimizer, encoded, judge, args.lr, args)
     sft.print_phases(metrics)
-    seconds = sum(metrics[f"sec/{phase}"] for phase in ("rollout", "judge", "update"))
-    print(f"{args.updates} such updates take {args.updates * seconds / 3600:.1f} h.")
     return metrics
 
 
 def worst_prompt(tokenizer, config, args, words=300):
-    """(record, Prompt) of as many visual tokens as these settings allow a clip or a picture, and a long
-    question."""
-    factor, image_tokens = gen_cot.FACTOR, gen_cot.IMAGE_PIXELS[1] // gen_cot.FACTOR**2
-    blocks, frames, fps = args.max_pixels, args.num_frames, 2.0
-    if blocks * (frames // sft.TEMPORAL) < image_tokens:  # a picture has more visual tokens than a clip
-        blocks, frames, fps = image_tokens, 1, None
-    rows = math.gcd(blocks, 8)
-    shape = frames, rows * factor, blocks // rows * factor, 3
+    """(record, Prompt) of a clip with as many visual tokens as these settings allow, and a long question."""
+    rows, factor = math.gcd(args.max_pixels, 8), gen_cot.FACTOR
+    shape = args.num_frames, rows * factor, args.max_pixels // rows * factor, 3
     pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    record = dict(problem="the " * words, problem_type="free-form", solution="<answer>the</answer>")
+    record = dict(problem="the " * words, problem_type="free-form", solution="the", options=[])
     text = gen_cot.build_prompt(record, gen_cot.load_template(args))
-    return record, sft.encode_prompt(text, pixels, fps, tokenizer, config)
+    return record, sft.encode_prompt(text, pixels, 2.0, tokenizer, config)
 
 
 # --- what is logged and shown -------------------------------------------------------------------------------
@@ -906,21 +841,18 @@ def token_pieces(ids, perception, tokenizer):
 
 
 def show(row):
-    """A group (`rollout_row`) on screen, two paragraphs per completion: perception in cyan and reasoning in
-    yellow, or without colours where that is no terminal."""
+    """A group (`rollout_row`) on screen, two paragraphs per completion: perception in cyan, reasoning in
+    yellow."""
     cyan, yellow, plain = ("\033[36m", "\033[33m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
-    width, record = max(40, shutil.get_terminal_size().columns), row["record"]
-    question = f"{record['problem']} {' '.join(record['options'])}  gold {record['solution']}"
-    lines = ["", *textwrap.wrap(question, width), f"reward, advantage: {cyan}perception{plain}, "
-                                                  f"{yellow}reasoning{plain}"]
+    tqdm.write(f"\n{row['record']['problem']} {' '.join(row['record']['options'])}  gold "
+               f"{row['record']['solution']}\nreward, advantage: perception, reasoning")
     for i, completion in enumerate(row["completions"]):
         for k, process, colour in ((0, "perception", cyan), (1, "reasoning", yellow)):
             text = "".join(piece for piece, segment in completion["tokens"] if segment == process[0].upper())
-            reward, advantage = completion["scores"][process], row["advantages"][row["algorithm"]][k][i]
-            head = f"{'' if k else i + 1:>2}{reward:6.2f}, {advantage:+5.2f}  "
-            lines.append(colour + textwrap.fill(visible(text) or "-", width, initial_indent=head,
-                                                subsequent_indent=" " * len(head)) + plain)
-    tqdm.write("\n".join(lines))
+            advantage = row["advantages"][row["algorithm"]][k][i]
+            head = f"{'' if k else i + 1:>2}{completion['scores'][process]:6.2f}, {advantage:+5.2f}  "
+            tqdm.write(colour + textwrap.fill(strip_invisible(text) or "-", 80, initial_indent=head,
+                                              subsequent_indent=" " * len(head)) + plain)
 
 
 if __name__ == "__main__":

@@ -33,11 +33,9 @@ R6. The observation is written by a policy that is paid for a Yes. So whatever e
     persuasion that a weak judge falls for.
 """
 import base64
-import calendar
 import contextlib
 import functools
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -47,15 +45,12 @@ import sys
 import threading
 import time
 import unicodedata
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import requests
-from requests.adapters import HTTPAdapter
-from urllib3.exceptions import HTTPError
 
 TAGS = ("observation", "think", "answer")
 OBSERVATION_OPENING = "Based on the question, I need to notice"
@@ -67,7 +62,7 @@ class UserError(SystemExit):
     """A user's mistake in one sentence: uncaught, the script ends with it on stderr and exit code 1."""
 
     def __init__(self, sentence):
-        super().__init__(visible(sentence))  # whatever file names and servers put into it
+        super().__init__(strip_invisible(sentence))  # whatever file names and servers put into it
 
 
 # --- the template -------------------------------------------------------------------------------------------
@@ -109,19 +104,22 @@ def format_rewards(completion):
 
 def is_plain(content):
     """Whether something is to be seen in a block's content, and none of the template's tags."""
-    return bool(visible(content)) and not any(f"<{tag}>" in content or f"</{tag}>" in content for tag in TAGS)
+    tagged = any(f"<{tag}>" in content or f"</{tag}>" in content for tag in TAGS)
+    return not tagged and strip_invisible(content) != ""
 
 
 BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe00-\ufe0f\uffa0"
                    "\u180b-\u180f\ufffc\U000e0100-\U000e01ef]")  # fillers, joiners, variation selectors
 
 
-def visible(text):
+def strip_invisible(text):
     """`text` without characters that show nothing, stripped: Unicode's control and format ones, half a
     surrogate pair, BLANK."""
     text = BLANK.sub("", re.sub(r"\r\n?|[\x0b\x0c\x85]", "\n", text))  # other line ends
     hidden = "Cc", "Cf", "Cs"
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in hidden).strip()
+    if not text.isprintable():
+        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in hidden)
+    return text.strip()
 
 
 def length_reward(num_tokens, accuracy, format, low, high, bonus=0.2):
@@ -151,7 +149,7 @@ def accuracy_reward(problem_type, completion, solution, scoring="paper", options
 
 def answer_score(problem_type, answer, gold, scoring="paper", options=None):
     """Score in [0, 1] of an answer (str, or None) against a gold answer, both without tags."""
-    lenient, answer, gold = scoring == "lenient", visible(answer or ""), visible(gold or "")
+    lenient, answer, gold = scoring == "lenient", strip_invisible(answer or ""), strip_invisible(gold or "")
     if not answer or not gold:
         return 0.0
     if answer == gold and (lenient or problem_type == "multiple choice"):
@@ -165,12 +163,6 @@ def answer_score(problem_type, answer, gold, scoring="paper", options=None):
         return sum(score.fmeasure for score in scores.values()) / len(scores)
     score = number_score(problem_type, answer, gold)
     return max(score, number_score(problem_type, *without_units(answer, gold))) if lenient else score
-
-
-def unwrap_answer(answer):
-    """An answer without bold face and the box of LaTeX (R4)."""
-    boxed = re.findall(r"\\boxed\{(?:\\\w+\{)?(.*?)\}", answer)
-    return (boxed[-1] if boxed else answer).replace("*", "").strip()
 
 
 def gold_answer(solution):
@@ -200,73 +192,6 @@ def number_score(problem_type, answer, gold):
     return 1 - min(1.0, abs(a - b) / abs(b)) if b else float(a == b)
 
 
-NUMBER_UNIT = re.compile(r"([-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d+)?)"  # 1,200.5
-                         r"\s*((?:[%°]|[^\W\d_])\D{0,19})?")  # % or cm
-UNITS = set("% ° °c °f mm cm m km inch inches foot feet meter meters metre metres s sec second seconds min "
-            "minute minutes h hour hours mg g kg degree degrees percent dollar dollars usd euro euros year "
-            "years day days point points".split())
-
-
-def without_units(answer, gold):
-    """Both without thousands separators and trailing unit; two empty texts if the units differ, or if only
-    one of them has a unit and it is none of UNITS, as in "3 million" (R4)."""
-    a, b = (NUMBER_UNIT.fullmatch(unwrap_answer(text).replace("\u2212", "-")) for text in (answer, gold))
-    units = [(match[2] or "").strip(" .") for match in (a, b) if match]
-    units = {unit if len(unit) == 1 else unit.lower() for unit in units}  # M is no m
-    if not a or not b or len(units) > 1 and not ("" in units and units <= UNITS | {""}):
-        return "", ""
-    return tuple(re.sub("[, ]", "", match[1]).removesuffix(".") for match in (a, b))
-
-
-OPTION = re.compile(r"\s*\(?([A-N])[).:]\s*(.*)", re.DOTALL | re.IGNORECASE)  # "A. text", "A) ", "(A) "
-ANSWER_IS = re.compile(r"\b(?:(?:[Aa]nswer|[Oo]ption|[Cc]hoice|choose|pick)\s*(?:is|should be)?|"
-                       r"[Ii]t(?: is|['’]s))\s*:?\s*(?:option\s*)?[(\[\"'`“]?([A-N])\b"
-                       r"(\s+(?!because\b|since\b|as\b|is (?:the )?(?:correct|right|best))[a-z])?")
-NEGATION = re.compile(r"not\b|n['’]t\b|\b(?:wrong|incorrect|false|neither|nor|unlike|except|without|rather|"
-                      r"instead)\b", re.IGNORECASE)
-
-
-def option_key(answer, options):
-    """What a multiple-choice answer picks: an option's letter, else its own words, else "" (R4).
-
-    Tried in turn: a bare letter; an option's whole text; "B. …"; "B" before a new line or a dash; what an
-    option is called, before a comma, point or colon; "the answer is B".
-    """
-    answer = unwrap_answer(answer)
-    words, label = normalise_text(answer), OPTION.fullmatch(answer)
-    labelled = list(filter(None, map(OPTION.fullmatch, options or [])))
-    if re.fullmatch("[a-n]", words) and (not labelled or words.upper() in {o[1].upper() for o in labelled}):
-        return words.upper()
-    for form in (str.lower, option_words):  # as written first: a sign can be all that differs
-        letters = [o[1].upper() for o in labelled if form(o[2].strip()) == form(answer) != ""]
-        if letters:
-            return letters[0] if len(letters) == 1 else words
-    if label:
-        others = [rf"\b{o[1]}[).:]\s*{re.escape(o[2])}" for o in labelled if o[1].upper() != label[1].upper()]
-        listed = others and re.search("|".join(others), label[2], re.IGNORECASE)  # the options once more
-        return words if listed else label[1].upper()
-    if first := re.match(r"\(?([A-N])\)?[.:]?(?:\n| [-–—] )", answer):
-        return first[1]
-    # "Yes, it is" for the option "yes", "Sentence B" for the option "Sentence B: …"
-    clause = option_words(re.split("[,.:]", answer)[0])
-    letters = [o[1].upper() for o in labelled if option_words(o[2].partition(":")[0]) == clause != ""]
-    positive = [part for part in re.split("[,.;]", answer) if not NEGATION.search(part)]
-    found = ANSWER_IS.findall(". ".join(positive))
-    said = set(letters or [letter for letter, _ in found])
-    unclear = not letters and any(more for _, more in found)  # "answer A person gave": an article
-    return said.pop() if len(said) == 1 and not unclear else words
-
-
-def option_words(text):
-    """`normalise_text`, but a sign before a digit counts."""
-    return normalise_text(re.sub(r"[-−+<>=/](?=\d)", lambda sign: f" sign{ord(sign[0])} ", text))
-
-
-def normalise_text(text):
-    """`text` in lower case with one space for every run of anything but letters and digits, none outside."""
-    return re.sub(r"[\W_]+", " ", text.lower()).strip()
-
-
 def word_accuracy(hypothesis, reference):
     """1 − word error rate, at least 0, of two lists of words: edits per word of the reference."""
     row = list(range(len(hypothesis) + 1))  # edits from no reference word to each beginning of the hypothesis
@@ -293,17 +218,27 @@ def process_rewards(record, completion, verdict, num_tokens, length_ranges, bonu
     num_tokens: the two segments' lengths, perception's first; length_ranges: their (low, high) that earn the
     bonus.
     """
-    answer_score = accuracy_reward(record["problem_type"], completion, record["solution"], scoring,
-                                   record.get("options"))
-    accuracies = math.nan if verdict is None else float(verdict), answer_score  # Eq. 3, Eq. 4
-    rewards = {}
-    for process, accuracy, form, tokens, (low, high) in zip(
-            ("perception", "reasoning"), accuracies, format_rewards(completion), num_tokens, length_ranges):
-        # of an unknown accuracy unknown as well: the bonus's mean leaves it out
-        length = math.nan if math.isnan(accuracy) else length_reward(tokens, accuracy, form, low, high, bonus)
-        rewards |= {process: accuracy + form + length, f"{process}_accuracy": accuracy,  # Eq. 5
-                    f"{process}_format": form, f"{process}_length": length, f"{process}_tokens": tokens}
-    return dict(rewards, reward=rewards["perception"] + rewards["reasoning"])
+    perception_tokens, reasoning_tokens = num_tokens
+    perception_range, reasoning_range = length_ranges
+
+    perception_accuracy = math.nan if verdict is None else float(verdict)  # Eq. 3
+    reasoning_accuracy = accuracy_reward(record["problem_type"], completion, record["solution"], scoring,
+                                         record.get("options"))  # Eq. 4
+    perception_format, reasoning_format = format_rewards(completion)
+    perception_length = length_reward(perception_tokens, perception_accuracy, perception_format,
+                                      *perception_range, bonus)
+    reasoning_length = length_reward(reasoning_tokens, reasoning_accuracy, reasoning_format,
+                                     *reasoning_range, bonus)
+    if math.isnan(perception_accuracy):
+        perception_length = math.nan  # unknown as well, so that the mean of the bonuses leaves it out
+
+    perception = perception_accuracy + perception_format + perception_length  # Eq. 5
+    reasoning = reasoning_accuracy + reasoning_format + reasoning_length
+    return dict(reward=perception + reasoning, perception=perception, reasoning=reasoning,
+                perception_accuracy=perception_accuracy, reasoning_accuracy=reasoning_accuracy,
+                perception_format=perception_format, reasoning_format=reasoning_format,
+                perception_length=perception_length, reasoning_length=reasoning_length,
+                perception_tokens=perception_tokens, reasoning_tokens=reasoning_tokens)
 
 
 # --- judges -------------------------------------------------------------------------------------------------
@@ -330,8 +265,7 @@ Explain in two or three sentences. Then end your reply with a single judgement, 
 
 def make_judge(spec, prompt_file=None, generate=None, **client_options):
     """The judge that `spec` names: judge(records, observations) -> list of True, False or None, one per pair.
-    Any function of this form is a judge; one with a third parameter, a list `replies` of a None per pair,
-    puts its words there (`ask_judge`).
+    Any function of this form is a judge.
 
         rule                   every item of record["evidence"], else every word of the correct answer, stands
                                in the observation as whole words: exact, free, offline, but no language model
@@ -346,39 +280,31 @@ def make_judge(spec, prompt_file=None, generate=None, **client_options):
     prompt = load_prompt(prompt_file, SUFFICIENCY_PROMPT, ("question", "answer", "observation"))
     if spec == "rule":
         return rule_judge
-    if spec == "self":
-        if generate is None:
-            raise UserError("The judge 'self' needs a loaded model, which pagrpo.py alone has: name another.")
-        return Judge(lambda prompts, accept: generate(prompts), prompt)
-    if spec.startswith(("anthropic:", "openai:")):
+    if spec == "self" and generate:
+        return Judge(lambda prompts, lacks: generate(prompts), prompt)
+    if str(spec).startswith(("anthropic:", "openai:")):
         client = ChatClient(spec, **client_options)
         return Judge(client.ask, prompt, client.stats)
-    raise UserError(f"Unknown judge {spec!r}: use rule, anthropic:MODEL, openai:MODEL@BASE_URL or self.")
+    raise UserError(f"Unknown judge {spec!r}: pass rule, anthropic:MODEL, openai:MODEL@BASE_URL or, to "
+                    "pagrpo.py alone, self.")
 
 
 class Judge:
-    """A language model as judge: `ask(prompts, accept)` gives a reply to each prompt, or None for it."""
+    """A language model as judge: `ask(prompts, lacks)` gives a reply to each prompt, or None for it. After a
+    call, `replies` holds its words on each pair, None where it wasn't asked or said nothing."""
 
     def __init__(self, ask, prompt, stats=None):
-        self.ask, self.prompt, self.stats = ask, prompt, stats or {}
+        self.ask, self.prompt, self.stats, self.replies = ask, prompt, stats or {}, []
 
-    def __call__(self, records, observations, replies=None):
-        replies = [None] * len(records) if replies is None else replies
-        verdicts, pairs = [False] * len(records), enumerate(zip(records, observations, strict=True))
-        prompts = {i: judge_prompt(self.prompt, record, observation) for i, (record, observation) in pairs
-                   if visible(observation or "")}  # else it is False unasked (R5)
-        answers = self.ask(list(prompts.values()), lambda reply: read_verdict(reply) is not None)
-        for i, reply in zip(prompts, answers):
-            replies[i], verdicts[i] = reply, read_verdict(reply or "")
+    def __call__(self, records, observations):
+        self.replies, verdicts, prompts = [None] * len(records), [False] * len(records), {}
+        for i, (record, observation) in enumerate(zip(records, observations, strict=True)):
+            if strip_invisible(observation or ""):  # else it is False unasked (R5)
+                prompts[i] = judge_prompt(self.prompt, record, observation)
+        lacks = lambda reply: "no <judgement>" if read_verdict(reply) is None else ""
+        for i, reply in zip(prompts, self.ask(list(prompts.values()), lacks)):
+            self.replies[i], verdicts[i] = reply, read_verdict(reply or "")
         return verdicts
-
-
-def ask_judge(judge, records, observations):
-    """(verdicts, replies) of a judge: its words on each pair, None where it wasn't asked or has none."""
-    if "replies" not in inspect.signature(judge).parameters:
-        return judge(records, observations), [None] * len(records)
-    replies = [None] * len(records)
-    return judge(records, observations, replies=replies), replies
 
 
 def judge_prompt(template, record, observation):
@@ -415,7 +341,7 @@ def fill_prompt(template, **fields):
 
     Equal fields give equal prompts, so that replies can be cached.
     """
-    fields = {name: TAG_LIKE.sub(r"(\1\2)", visible(text)) for name, text in fields.items()}
+    fields = {name: TAG_LIKE.sub(r"(\1\2)", strip_invisible(text)) for name, text in fields.items()}
     code = digest(fields)[:16]
     fenced = {name: f"=== BEGIN {name.upper()} {code} ===\n{text}\n=== END {name.upper()} {code} ==="
               for name, text in fields.items()}
@@ -451,269 +377,293 @@ def correct_answer(record):
 
 def load_prompt(file, default, fields):
     """The text of a prompt file, or `default` without one. UserError where a {field} is missing in it."""
-    if file is None:
-        return default
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The prompt file {file} can't be read ({error}).") from None
-    missing = [f"{{{field}}}" for field in fields if f"{{{field}}}" not in text]
+    text = Path(file).read_text(encoding="utf-8-sig") if file else default
+    missing = [field for field in fields if f"{{{field}}}" not in text]
     if missing:
-        raise UserError(f"The prompt file {file} lacks {', '.join(missing)}.")
+        raise UserError(f"The prompt file {file} lacks {', '.join(missing)} in braces.")
     return text
 
 
-# --- a chat client that survives a long run -----------------------------------------------------------------
+# === skip on a first reading ================================================================================
 
-PATIENCE = 8  # seconds that `ask` waits for replies on their way before it raises, so that a run can be saved
+# --- scoring "lenient" (R4) ---------------------------------------------------------------------------------
+
+def unwrap_answer(answer):
+    """An answer without bold face and the box of LaTeX (R4)."""
+    boxed = re.findall(r"\\boxed\{(?:\\\w+\{)?(.*?)\}", answer)
+    return (boxed[-1] if boxed else answer).replace("*", "").strip()
+
+
+NUMBER_UNIT = re.compile(r"([-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d+)?)"  # 1,200.5
+                         r"\s*((?:[%°]|[^\W\d_])\D{0,19})?")  # % or cm
+UNITS = set("% ° °c °f mm cm m km inch inches foot feet meter meters metre metres s sec second seconds min "
+            "minute minutes h hour hours mg g kg degree degrees percent dollar dollars usd euro euros year "
+            "years day days point points".split())
+
+
+def without_units(answer, gold):
+    """Both without thousands separators and trailing unit; two empty texts if the units differ, or if only
+    one of them has a unit and it is none of UNITS, as in "3 million" (R4)."""
+    a, b = (NUMBER_UNIT.fullmatch(unwrap_answer(text).replace("\u2212", "-")) for text in (answer, gold))
+    units = [(match[2] or "").strip(" .") for match in (a, b) if match]
+    units = {unit if len(unit) == 1 else unit.lower() for unit in units}  # M is no m
+    if not a or not b or len(units) > 1 and not ("" in units and units <= UNITS | {""}):
+        return "", ""
+    return tuple(re.sub("[, ]", "", match[1]).removesuffix(".") for match in (a, b))
+
+
+OPTION = re.compile(r"\s*\(?([A-N])[).:]\s*(.*)", re.DOTALL | re.IGNORECASE)  # "A. text", "A) ", "(A) "
+NEGATION = re.compile(r"not\b|n['’]t\b|\b(?:wrong|incorrect|false|neither|nor|unlike|except|without|rather|"
+                      r"instead)\b", re.IGNORECASE)
+
+
+def option_key(answer, options):
+    """What a multiple-choice answer picks: an option's letter, else its own words, else "" (R4).
+
+    Tried in turn: a bare letter; an option's whole text; "B. …"; "the answer is B" at the end.
+    """
+    answer = unwrap_answer(answer)
+    words, label = normalise_text(answer), OPTION.fullmatch(answer)
+    labelled = [option for option in map(OPTION.fullmatch, options or []) if option]
+    if re.fullmatch("[a-n]", words) and (not labelled or words.upper() in {o[1].upper() for o in labelled}):
+        return words.upper()
+    for form in (str.lower, option_words):  # as written first: a sign can be all that differs
+        letters = [o[1].upper() for o in labelled if form(o[2].strip()) == form(answer) != ""]
+        if letters:
+            return letters[0] if len(letters) == 1 else words
+    said = re.search(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice|[Ii]t)\W*(?:is|'s)?\W+([A-N])\W*\Z", answer)
+    if said and len(re.findall(r"\b[A-N]\b", answer)) == 1 and not NEGATION.search(answer):
+        return said[1]
+    listed = label and re.search(r"\b[A-N][).:]\s", label[2])  # the options once more
+    return label[1].upper() if label and not listed else words
+
+
+def option_words(text):
+    """`normalise_text`, but a sign before a digit counts."""
+    return normalise_text(re.sub(r"[-−+<>=/](?=\d)", lambda sign: f" sign{ord(sign[0])} ", text))
+
+
+def normalise_text(text):
+    """`text` in lower case with one space for every run of anything but letters and digits, none outside."""
+    return re.sub(r"[\W_]+", " ", text.lower()).strip()
+
+
+# --- remote models ------------------------------------------------------------------------------------------
+
+APIS = {"anthropic": ("https://api.anthropic.com", "/v1/messages"),
+        "openai": ("https://api.openai.com/v1", "/chat/completions")}
+RETRIES = 6  # after a broken connection, 408, 409, 429, 5xx, or a reply that lacks what is wanted
+MAX_UNANSWERED = 30  # questions in a row without an answer end a run
 
 
 class ChatClient:
-    """A remote model over the Messages API (anthropic:MODEL) or chat-completions (openai:MODEL).
+    """A remote model over the Messages API (anthropic:MODEL) or chat-completions (openai:MODEL@BASE_URL).
 
-    Raises UserError for a bad spec or a missing key, and, with the server's words, where it refuses. The key
-    is added as a request leaves and cut from what comes back.
+    Raises UserError for a bad spec or a missing key, where the server refuses every request (401, 403, 404),
+    and after MAX_UNANSWERED.
 
     Args:
-        spec: API and model, with @BASE_URL (or *_BASE_URL set in the environment) where it is elsewhere.
+        cache: JSON Lines file of replies, {key, output, …}. What it holds is not asked for again.
         concurrency: requests in flight at most. timeout: seconds of a request, to the end of its reply.
-        retries: after a time-out, a lost connection, 408, 409, 429, 5xx or a reply that isn't accepted.
-        max_refused: contents in a row that may be refused (400, 413, 422, a filter); such a one has no reply.
-        max_unanswered: contents in a row that may be without a reply, for whatever reason.
-        backoff: seconds before the first retry; doubles, with jitter; Retry-After can lengthen it.
-        cache_dir: folder of accepted replies, one file each, keyed by URL and all that is sent.
-        max_calls: requests that may be sent. max_tokens: of a reply, which the Messages API wants to know.
+        max_calls: questions that may be sent, however often each is tried.
+        max_tokens: of a reply, which the Messages API wants to know.
         extra: more fields of the body, such as {"temperature": 0} where the server takes it.
+        backoff: seconds before the first retry. They double, with jitter. Retry-After can lengthen them.
     """
 
-    def __init__(self, spec, concurrency=8, timeout=60.0, retries=6, backoff=0.5, cache_dir=None,
-                 max_calls=None, max_refused=30, max_unanswered=30, max_tokens=1024, extra=None):
-        match = re.fullmatch(r"(anthropic|openai):((?!@http).[^@]*(?:@\d+)?)(?:@(https?://.+))?", spec)
+    def __init__(self, spec, cache=None, concurrency=8, timeout=60.0, max_calls=None, max_tokens=1024,
+                 extra=None, backoff=0.5):
+        # no password in the URL, which is written into files
+        match = re.fullmatch(r"(anthropic|openai):((?!@http).[^@]*(?:@\d+)?)(?:@(https?://[^@?#]+))?", spec)
         if not match:
-            raise UserError(f"{spec!r} is no anthropic:MODEL or openai:MODEL@http://HOST/v1.")
+            raise UserError("A remote model is written anthropic:MODEL or openai:MODEL@http://HOST/v1.")
         self.api, self.model, base = match.groups()
-        self.variable = f"{self.api.upper()}_API_KEY"
-        self.key = os.environ.get(self.variable, "").strip()
-        base = base or os.environ.get(f"{self.api.upper()}_BASE_URL")
-        if not base and not self.key:
-            raise UserError(f"{spec} needs a key: set {self.variable} in the environment.")
-        if not (self.key.isascii() and self.key.isprintable()):
-            raise UserError(f"The key in {self.variable} holds characters that no key has: set it again.")
-        self.url = self.find_url(base or f"https://api.{self.api}.com")
-        self.timeout, self.retries, self.backoff = timeout, retries, backoff
-        self.cache_dir, self.max_calls = cache_dir, max_calls
-        self.max_refused, self.max_unanswered = max_refused, max_unanswered
-        required = {"max_tokens": max_tokens} if self.api == "anthropic" else {}
-        self.extra = required | (extra or {})
+        key = os.environ.get(f"{self.api.upper()}_API_KEY", "").strip()
+        if not (key or base) or not (key.isascii() and key.isprintable()):
+            raise UserError(f"{self.model} needs a key: set {self.api.upper()}_API_KEY in the environment.")
+        self.url = (base or APIS[self.api][0]).rstrip("/") + APIS[self.api][1]
+        self.body, headers = {"model": self.model}, {"Authorization": f"Bearer {key}"}
+        if self.api == "anthropic":
+            self.body["max_tokens"] = max_tokens
+            headers = {"x-api-key": key, "anthropic-version": "2023-06-01"}
+        self.body |= extra or {}
         self.session = requests.Session()
-        self.session.mount(f"{urlsplit(self.url).scheme}://", HTTPAdapter(pool_maxsize=concurrency))
+        self.session.headers.update(headers if key else {})
+        self.session.auth = lambda request: request  # or a netrc file would replace the key
+        self.timeout, self.max_calls, self.backoff = timeout, max_calls, backoff
         self.pool, self.lock, self.stop = ThreadPoolExecutor(concurrency), threading.Lock(), threading.Event()
-        self.refused, self.unanswered = 0, 0  # contents in a row
-        self.trouble = ""  # the last one, in words
-        self.stats = dict(calls=0, cache_hits=0, retries=0, unknown=0, tokens_in=0, tokens_out=0)
+        self.stats, self.unanswered = Counter(), 0  # questions in a row
+        self.replies = {row["key"]: row["output"] for row in read_jsonl(cache)} if cache else {}
+        self.file = open_append(cache) if cache else None
 
-    def find_url(self, base):
-        base = base.strip().removesuffix("/chat/completions").rstrip("/")
-        if not re.fullmatch(r"https?://(\[[\da-fA-F:.]+\](:\d+)?|[^][@/?#\s]+)(/[^?#\s]*)?", base):
-            raise UserError(f"The URL of {self.model} is not of the form http://HOST:PORT/v1. A password or "
-                            f"key does not belong there: set {self.variable} in the environment.")
-        if self.api == "anthropic" or not urlsplit(base).path:
-            base = base.removesuffix("/v1") + "/v1"  # their clients leave it out, those of the others don't
-        return base + ("/messages" if self.api == "anthropic" else "/chat/completions")
+    def ask(self, contents, lacks=lambda reply: ""):
+        """The reply (str) to each of `contents`, in order, or None for it; equal ones are asked once.
 
-    def ask(self, contents, accept=bool):
-        """The reply (str) to each of `contents`, in order; None where none came that `accept` is true of.
-
-        A content is a text or a list of {"type": "text", "text": str} and {"type": "image", "jpeg": bytes};
-        equal ones are asked once. Raises UserError once the requests in flight are through.
+        A content is a text or a list of texts and JPEGs (bytes). `lacks(reply)` says what a reply lacks, ""
+        where it is as wanted.
         """
-        keys = [digest(self.request_body(content)) for content in contents]
-        jobs = {}
+        keys, jobs = [self.key_of(content) for content in contents], {}
         for key, content in zip(keys, contents):
-            jobs[key] = jobs.get(key) or self.pool.submit(self.reply, content, accept)
+            jobs[key] = jobs.get(key) or self.pool.submit(self.reply, content, lacks, key)
         try:
-            replies = [jobs[key].result() for key in keys]
-        except BaseException:  # a refusal, the call limit, Ctrl-C: begin nothing new, keep what is under way
-            self.close(PATIENCE)
+            return [jobs[key].result() for key in keys]
+        except BaseException:  # a refusal, the call limit, Ctrl-C
+            self.close()
             raise
-        self.report(replies)
-        return replies
 
-    def report(self, replies):
-        """Says how many of the replies are missing, and why the last one is."""
-        if None in replies:
-            print(f"{self.model} at {urlsplit(self.url).netloc}: {replies.count(None)} of {len(replies)} "
-                  f"replies missing after all retries; the last trouble was {self.trouble}", file=sys.stderr)
+    def key_of(self, content):
+        """What names a request. Another server is another model, whatever it is called."""
+        return digest([self.url, self.body, content])
 
-    def close(self, patience=None):
-        """Begin nothing new, and wait for the requests in flight, so many seconds at most."""
+    def close(self):
+        """Ask nothing more, and wake whoever waits. A reply on its way is still written."""
         self.stop.set()
-        waiting = threading.Thread(target=self.pool.shutdown, kwargs=dict(cancel_futures=True), daemon=True)
-        waiting.start()
-        waiting.join(patience)
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def reply(self, content, accept=bool):
-        """An accepted reply to one content, cached or from the server; None after the last retry. Raises
-        UserError."""
-        body = self.request_body(content)
-        key = digest([self.url, body])  # another server is another judge, whatever its model is called
-        path = self.cache_dir and Path(self.cache_dir, key[:2], f"{key}.json")
-        cached = read_cache(path)
-        if cached and accept(cached):
-            self.count(cache_hits=1)
-            return cached
-        pause = 0.0
-        for attempt in range(self.retries + 1):
-            if self.stop.wait(pause):
-                return None
-            self.count(calls=1, retries=attempt > 0)
-            status, text, retry_after = self.post(body)
-            reply, tokens_in, tokens_out = read_reply(text) if status == 200 else (None, 0, 0)
-            self.count(tokens_in=tokens_in, tokens_out=tokens_out)
-            if reply and accept(reply):
-                self.refused = self.unanswered = 0
-                if path:
-                    write_text(path, json.dumps({"reply": reply}))
-                return reply
-            # what is used up, or refused whatever is asked, ends the run; what is refused for what this
-            # content holds has no reply; all else is tried again
-            self.trouble = f"HTTP {status}, {server_words(text)}" if status else text
-            used_up = status in (400, 429) and USED_UP.search(self.trouble) and not SOON.search(text)
-            filtered = status in (400, 413, 422) or status == 200 and not reply and FILTERED.search(text)
-            if used_up or filtered or 300 <= status < 500 and status not in (408, 409, 424, 425, 429):
-                self.refused += 1
-                if used_up or not filtered or self.refused >= self.max_refused:  # not this content alone
-                    self.refuse(f"{self.model} refuses, {self.trouble} (check the model's name, the base URL "
-                                f"and the key in {self.variable}).")
-                break
-            jitter = random.uniform(0.5, 1.5)
-            pause = max(jitter * self.backoff * min(2**attempt, 60), seconds_to_wait(retry_after))
-        self.count(unknown=1)
-        self.unanswered += 1
-        if self.unanswered >= self.max_unanswered:
-            self.refuse(f"{self.model} left {self.unanswered} questions in a row without a reply; the last "
-                        f"trouble was {self.trouble}.")
-        return None
-
-    def refuse(self, sentence):
-        self.stop.set()  # here and now, before the thread that waits for this reply wakes up
-        raise UserError(sentence)
-
-    def count(self, **increments):
-        """Adds to the stats. UserError instead of a call too many."""
+    def reply(self, content, lacks=lambda reply: "", key=None, **about):
+        """The reply to one content, cached or from the server, or None. `about` goes into its cached row."""
+        key = key or self.key_of(content)
+        if key in self.replies:
+            self.stats["cached"] += 1
+            return self.replies[key]
         with self.lock:
-            if "calls" in increments and self.stats["calls"] == self.max_calls:
-                self.refuse(f"{self.model} has had its {self.max_calls} calls: raise the limit.")
-            for name, increment in increments.items():
-                self.stats[name] += increment
+            if self.stats["calls"] == self.max_calls:
+                raise self.refusal(f"has had its {self.max_calls} calls: raise the limit")
+            self.stats["calls"] += 1
+        reply, trouble = self.try_for_reply(content, lacks)
+        with self.lock:
+            if reply:
+                self.replies[key], self.unanswered = reply, 0
+                if self.file:
+                    self.file.write(json_line(dict(about, key=key, output=reply)))
+            elif trouble:
+                print(f"{self.model} gave no answer: {trouble}", file=sys.stderr)
+                self.stats["unanswered"] += 1
+                self.unanswered += 1
+                if self.unanswered == MAX_UNANSWERED:
+                    raise self.refusal(f"left {MAX_UNANSWERED} questions in a row unanswered: {trouble}")
+        return reply
 
-    def request_body(self, content):
-        """The body of a request in the API's own form."""
+    def refusal(self, what):
+        """The UserError that ends the run. Nobody waits any longer, or asks anything more."""
+        self.stop.set()
+        return UserError(f"{self.model} {what}.")
+
+    def try_for_reply(self, content, lacks):
+        """(reply, ""), or (None, the last trouble in words), which is "" once the client is closed."""
+        pause, trouble = 0.0, ""
+        for attempt in range(1 + RETRIES):
+            if self.stop.wait(pause):
+                return None, ""
+            pause = random.uniform(0.5, 1.5) * self.backoff * 2**attempt
+            try:
+                status, text, retry_after = self.post(content)
+            except OSError as error:  # all errors of requests are
+                trouble = f"{type(error).__name__}: {error}"
+                continue
+            words = " ".join(text.split())[:300]
+            if status == 200:
+                reply, cut_off = self.read_reply(text)
+                trouble = lacks(reply) if reply else "no text"
+                if not trouble:
+                    return reply, ""
+                if cut_off:
+                    return None, "the reply was cut off at its token limit"
+                trouble += f" in the reply: {words}"
+            elif status in (401, 403, 404) or status < 400:
+                raise self.refusal(f"refuses, HTTP {status}, {words} (check model, URL and key)")
+            else:
+                trouble, pause = f"HTTP {status}, {words}", max(pause, seconds_to_wait(retry_after))
+                if status < 500 and status not in (408, 409, 429):  # it refuses this content
+                    break
+        return None, trouble
+
+    def post(self, content):
+        """(status, text, Retry-After) of one request. Raises OSError for a broken or late reply."""
         if not isinstance(content, str):
-            content = [part if part["type"] == "text" else self.image_part(part["jpeg"]) for part in content]
-        return {"model": self.model, "messages": [{"role": "user", "content": content}], **self.extra}
+            content = [self.content_part(part) for part in content]
+        body = self.body | {"messages": [{"role": "user", "content": content}]}
+        deadline, data = time.monotonic() + self.timeout, b""
+        # the library's own limit is one for each piece; a redirect could carry the key elsewhere
+        with self.session.post(self.url, json=body, timeout=self.timeout, stream=True,
+                               allow_redirects=False) as response:
+            for piece in response.iter_content(256):
+                data += piece
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"no end of the reply after {self.timeout:g} s")
+        return response.status_code, data.decode("utf-8", "replace"), response.headers.get("Retry-After")
 
-    def image_part(self, jpeg):
-        data = base64.b64encode(jpeg).decode()
+    def content_part(self, part):
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
+        data = base64.b64encode(part).decode()
         if self.api == "anthropic":
             return {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": data}}
         return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
 
-    def authorise(self, request):
-        """Adds the key to a request as it leaves; being its `auth`, it keeps a netrc file from doing so."""
-        if self.api == "anthropic":
-            request.headers.update({"anthropic-version": "2023-06-01", "x-api-key": self.key})
-        elif self.key:
-            request.headers["Authorization"] = f"Bearer {self.key}"
-        return request
-
-    def post(self, body):
-        """(status, text, Retry-After) of one request; (0, what happened, None) if it ends without a reply."""
-        deadline, data = time.monotonic() + self.timeout, b""
-        try:  # in pieces, as the library's limit is one per piece; a redirect would carry the key off
-            with self.session.post(self.url, json=body, auth=self.authorise, stream=True,
-                                   timeout=self.timeout, allow_redirects=False) as response:
-                while piece := response.raw.read1(2**16, decode_content=True):
-                    data += piece
-                    if time.monotonic() > deadline or len(data) > 2**24:
-                        return 0, "no end of the reply", None
-        except (OSError, HTTPError) as error:  # the library's and its transport's
-            if isinstance(error, ValueError):  # such as InvalidURL
-                self.refuse(f"{self.model} can't be reached: its URL or the environment's proxy is no URL.")
-            return 0, type(error).__name__, None  # the error itself holds the request, and that the key
-        text = data.decode("utf-8-sig", "replace")
-        with contextlib.suppress(ValueError, RecursionError):  # in JSON the key might be spelt with escapes
-            text = json.dumps(json.loads(text), ensure_ascii=False)
-        if len(self.key) >= 8:  # a local server's stand-in, such as EMPTY, is no secret
-            text = text.replace(self.key, "[key]")
-        return response.status_code, text, response.headers.get("Retry-After")
-
-
-# What servers say when the account is used up; when it comes back by itself; when one content is the trouble.
-USED_UP = re.compile(r"quota|credit balance|billing|api.?key", re.IGNORECASE)
-SOON = re.compile(r"per.?(?:min|sec)|(?:retry|again) (?:in|after) [\d.]+ ?[hms]|retryDelay", re.IGNORECASE)
-FILTERED = re.compile(r'"content_filter"|"refusal": ?"|: ?"refusal"')
-
-
-def read_cache(path):
-    """The reply cached at `path`, or None: no cache, no such file, or none that can be read."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        reply = json.loads(path.read_text())["reply"] if path else None
-        return reply if isinstance(reply, str) else None
-
-
-def read_reply(text):
-    """(reply or None, tokens in, tokens out) from the body of either API: its text blocks joined."""
-    try:
-        data = json.loads(text)
-        content = data["choices"][0]["message"]["content"] if "choices" in data else data["content"]
-        if not isinstance(content, str):
-            content = "".join(block["text"] for block in content if block["type"] == "text")
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return None, 0, 0
-    usage = data.get("usage") if isinstance(data.get("usage"), dict) else {}
-    tokens = (usage.get("input_tokens", usage.get("prompt_tokens")),
-              usage.get("output_tokens", usage.get("completion_tokens")))
-    return content, *(n if isinstance(n, int) else 0 for n in tokens)
-
-
-def server_words(text):
-    """What a server says, in one line: the error message of the body where it has one."""
-    if text.lstrip().startswith(("data:", "event:", ":")):
-        text = f"an event stream, {text}"
-    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-        text = json.loads(text)["error"]["message"] or text
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())[:300]
+    def read_reply(self, text):
+        """(reply, whether it was cut off at its token limit) from the body of either API. The reply is None
+        where there is none; thoughts that come in fields of their own are no part of it."""
+        try:
+            data = json.loads(text)
+            choice = data if self.api == "anthropic" else data["choices"][0]
+            content = data["content"] if self.api == "anthropic" else choice["message"]["content"]
+            if isinstance(content, list):
+                content = "".join(block["text"] for block in content if block["type"] == "text")
+            return content, choice.get("finish_reason", choice.get("stop_reason")) in ("length", "max_tokens")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return None, False
 
 
 def seconds_to_wait(retry_after):
-    """The seconds that a Retry-After header (number or date) asks for, at most 300; 0 for anything else."""
+    """The seconds that a Retry-After header (number or date) asks for, at most 120; 0 for anything else."""
     with contextlib.suppress(TypeError, ValueError, OverflowError):
-        retry_after = calendar.timegm(parsedate_to_datetime(retry_after).utctimetuple()) - time.time()
+        retry_after = parsedate_to_datetime(retry_after).timestamp() - time.time()
     with contextlib.suppress(TypeError, ValueError):
-        return min(max(0.0, float(retry_after)), 300.0)
+        return min(max(0.0, float(retry_after)), 120.0)
     return 0.0
 
 
+# --- files --------------------------------------------------------------------------------------------------
+
 def digest(value):
-    """The SHA-256 of a JSON value, in hexadecimal."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    """The SHA-256 of a JSON value (bytes allowed), its first 24 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, default=bytes.hex).encode()).hexdigest()[:24]
 
 
-@contextlib.contextmanager
-def write_atomically(path):
-    """Gives a name to write to; the file appears at `path` when the block is left, whole, or not at all."""
+def json_line(row):
+    """A row of a JSON Lines file. Half a surrogate pair, which no file can hold, is written as in JSON."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
+
+
+def read_jsonl(path):
+    """The rows of a JSON Lines file but for lines that a kill tore; none where there is no file."""
+    rows, text = [], Path(path).read_text("utf-8", "replace") if Path(path).exists() else ""
+    for line in text.split("\n"):
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def open_append(path):
+    """A JSON Lines file to append to, line by line. A last line that a kill tore is ended first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    file = open(path, "a", encoding="utf-8", buffering=1)
+    file.write("\n" * torn)
+    return file
+
+
+def write_jsonl(path, rows):
+    """A JSON Lines file of these rows, whole or not at all."""
+    write_text(path, "".join(map(json_line, rows)))
 
 
 def write_text(path, text):
     """A text file, whole or not at all."""
-    with write_atomically(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

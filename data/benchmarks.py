@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages live a folder up
 
 import gen_cot  # noqa: E402
-from rewards import UserError, label_options, option_key  # noqa: E402
+from rewards import UserError, label_options, option_key, write_text  # noqa: E402
 
 
 def record(problem, options, answer, path, **fields):
@@ -55,7 +55,7 @@ def tempcompass(videos):
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=gen_cot.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=["mmvu", "vcr", "tempcompass"])
     parser.add_argument("files", nargs="+", help="its question files, then the file to write")
     return parser.parse_args()
@@ -71,7 +71,7 @@ def main(args):
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is no question file of {args.benchmark} ({error!r}).") from None
     rows = [dict(row, problem_id=i) for i, row in enumerate(rows)]
-    gen_cot.write_text(Path(args.files[-1]), json.dumps(rows, ensure_ascii=False, indent=1))
+    write_text(Path(args.files[-1]), json.dumps(rows, ensure_ascii=False, indent=1))
     print(f"{len(rows)} questions in {args.files[-1]}")
 
 

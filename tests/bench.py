@@ -42,6 +42,7 @@ sys.path[:0] = [str(ROOT)]
 import gen_cot  # noqa: E402
 import pagrpo  # noqa: E402
 import sft  # noqa: E402
+from rewards import read_jsonl, write_jsonl  # noqa: E402
 
 
 def load():
@@ -186,7 +187,7 @@ def bench_questions(questions=20_000, in_flight=64):
         for i in range(50):
             Image.new("RGB", (56, 56), (5 * i, 9, 9)).save(f"{folder}/{i}.png")
         question = dict(problem_type="numerical", data_type="image", solution="1", evidence=["one"])
-        gen_cot.write_jsonl(f"{folder}/questions.jsonl", [
+        write_jsonl(f"{folder}/questions.jsonl", [
             dict(question, problem_id=i, problem=f"Picture {i}: how many?", path=f"{i % 50}.png")
             for i in range(questions)])
         start = time.perf_counter()
@@ -198,7 +199,7 @@ def bench_questions(questions=20_000, in_flight=64):
             check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
         for name in ("traces", "cot"):  # every reply was written down, every trace kept
-            assert len(gen_cot.read_json(f"{folder}/out/{name}.jsonl")) == questions
+            assert len(read_jsonl(f"{folder}/out/{name}.jsonl")) == questions
     server.kill()
     ideal = questions * 0.05 / in_flight
     print(f"questions: {questions} in {seconds:.1f} s, the server's part {ideal:.1f} s: "
@@ -279,7 +280,7 @@ def bench_rollout(model, tokenizer):
     for T in (64, 256):
         def ours():
             return pagrpo.rollout(model, [embedded(model, prompt)], unending, G, T,
-                                  pagrpo.uniforms(0, 0, G, T))
+                                  pagrpo.draw_uniforms(0, 0, G, T))
 
         def theirs():
             ids = prompt.input_ids.expand(G, -1)

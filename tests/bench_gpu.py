@@ -66,6 +66,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, 
                                                   fullatt_block_indexes=[1])),
 }
 TOY = ROOT / "data/toy/base"  # lends its tokenizer
+DEVICE = [] if torch.cuda.is_available() else ["--device", "cpu"]
 SHARED = ("lora_rank", "no_4bit", "num_frames", "max_pixels", "memory_limit")  # flags of pagrpo.py and sft.py
 
 
@@ -194,7 +195,7 @@ def floors(config, args, P, J, flops, bandwidth):
 def time_sft(shared, tokens=1024):
     """(seconds a trace, GiB at most) of `sft_step` in two micro-batches, of which the second finds the first
     one's gradients in its way, on the longest prompts and traces of so many tokens."""
-    sys.argv = ["sft.py", "--model", "random/weights"]
+    sys.argv = ["sft.py", "--model", "random/weights", *DEVICE]
     args, row = sft.get_args(), {}
     vars(args).update({name: getattr(shared, name) for name in SHARED})
     sft.setup_process(args)
@@ -206,7 +207,7 @@ def time_sft(shared, tokens=1024):
     encoded = [(record, replace(prompt)) for _ in range(2 * args.micro_batch)]
     print(f"{len(encoded)} prompts of {len(prompt.input_ids)} tokens, traces of {tokens}")
     sft.sft_step(model, tokenizer, optimizer, encoded, args.lr, args)  # warm-up, which allocates AdamW's moments
-    with sft.measured("SFT", "lower --lora-rank, --num-frames or --max-pixels", row):
+    with sft.measured("SFT", row):
         sft.sft_step(model, tokenizer, optimizer, encoded, args.lr, args)
     sft.print_phases(row)
     return row["sec/SFT"] / len(encoded), row["gib/SFT"]
@@ -243,7 +244,7 @@ def compare_passes(args):
         at_once = size if name == "packed" else 1
         pieces = list(zip(ids.split(at_once), mask.split(at_once)))
         function(*pieces[0]).mean().backward()  # warm-up
-        with sft.measured(name, "pass --completions-per-pass 1", rows):
+        with sft.measured(name, rows):
             for piece in pieces:
                 function(*piece).mean().backward()
     P = len(prompt.input_ids)
@@ -268,7 +269,7 @@ def main():
           f"{speed[0] / 1e12:.1f} Tflop/s, {speed[1] / 1e9:.0f} GB/s")
     for shape in own.shapes:
         for tokens in own.tokens:
-            command = ["--model", "random/weights", "--probe", *rest]
+            command = ["--model", "random/weights", "--probe", *DEVICE, *rest]
             sys.argv = ["pagrpo.py", *command, "--max-completion-tokens", str(tokens)]
             args = pagrpo.get_args()
             config = use_random_weights(shape)

@@ -31,8 +31,8 @@ from PIL import Image, ImageDraw, ImageFont
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the stages live two folders up
 
-from gen_cot import PROMPT, build_prompt, init_worker, run_script, sample_indices, write_jsonl  # noqa: E402
-from rewards import OBSERVATION_OPENING, THINK_OPENING, accuracy_reward  # noqa: E402
+from gen_cot import PROMPT, build_prompt, init_worker, run_script, sample_indices  # noqa: E402
+from rewards import OBSERVATION_OPENING, THINK_OPENING, accuracy_reward, write_jsonl  # noqa: E402
 
 SIZE, FPS = 56, 8  # pixels a side; frames per second of the clips
 COLOURS = {"red": (215, 45, 45), "orange": (235, 135, 35), "yellow": (230, 215, 60),

@@ -27,8 +27,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))  # the stages live two folders up
 
-from gen_cot import json_line, read_json, write_text  # noqa: E402
-from rewards import accuracy_reward, parse_trace, rule_judge  # noqa: E402
+from rewards import (accuracy_reward, json_line, parse_trace, read_jsonl, rule_judge,  # noqa: E402
+                     write_text)
 
 DOCS, RUNS = ROOT / "docs", Path("runs/toy")
 CLAIM_SEEDS, OTHER_SEEDS = range(3, 11), range(3, 5)
@@ -65,7 +65,7 @@ COLUMNS = {"answers": "{:.1f}", "perception": "{:.1f}", "answers, observation su
 def run_matrix(rows, seeds=None):
     """Runs what docs/toy_runs.jsonl doesn't hold yet, two at a time: all SFT, then row by row."""
     path, lock = DOCS / "toy_runs.jsonl", Lock()
-    done = {(row["row"], row["seed"]) for row in (read_json(path) if path.exists() else [])}
+    done = {(row["row"], row["seed"]) for row in read_jsonl(path)}
     jobs = [(name, seed) for name in rows for seed in ROWS[name][2] if seeds is None or seed in seeds]
     jobs = [job for job in jobs if job not in done]
     sft_jobs = [job for job in jobs if ROWS[job[0]][1] is None]
@@ -79,7 +79,7 @@ def run_matrix(rows, seeds=None):
     def work(job):
         name, seed = job
         row = run_row(name, seed)
-        with lock, open(path, "ab") as file:
+        with lock, open(path, "a", encoding="utf-8") as file:
             file.write(json_line(row))
         print(f"{name}, seed {seed}: {row['answers']:.1f}, {row['perception']:.1f}", flush=True)
 
@@ -105,7 +105,7 @@ def run_row(name, seed):
          "--output", folder)
     row = dict(row=name, seed=seed) | scores_of(folder)
     if rl_flags is not None:
-        metrics = read_json(adapter / "metrics.jsonl")
+        metrics = read_jsonl(adapter / "metrics.jsonl")
         row["groups without gradient"] = 100 * float(np.mean([m["frac_no_gradient"] for m in metrics]))
         row["curve"] = [[m["step"], m["fixed/perception"], m["fixed/reasoning"]] for m in metrics
                         if "fixed/perception" in m]
@@ -121,7 +121,7 @@ def model_flags(module, plain):
     """What makes a stage take the toy model; with the plain base, tiny's presets have to be spelt out."""
     flags = ["--model", PLAIN if plain else "tiny"]
     for name, value in importlib.import_module(module).TINY.items() if plain else ():
-        if name not in ("checkpointing", "show_every"):  # which has no flag, and which is set anyway
+        if name not in ("checkpointing", "show_every"):  # which changes no result, and which is set anyway
             flags += [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [value])]
     return flags
 
@@ -163,7 +163,7 @@ def scores_of(folder):
     """The figures of an evaluation of one adapter, in per cent."""
     results = json.loads((folder / "results.json").read_text())
     summary = next(sets for name, sets in results["rows"].items() if name != "constant")["test.jsonl"]
-    rows = read_json(next(folder.glob("completions-*.jsonl")))
+    rows = read_jsonl(next(folder.glob("completions-*.jsonl")))
     sufficient = rule_judge(rows, [parse_trace(row["completion"] or "").observation for row in rows])
     scores = [accuracy_reward(row["problem_type"], row["completion"] or "", row["solution"]) for row in rows]
     given = [score for score, enough in zip(scores, sufficient) if enough]
@@ -311,7 +311,7 @@ def measure_advantages(adapter, questions=264):
     records = itertools.islice(pagrpo.endless(gen_cot.select_records(args), 0, 8), questions)
     groups, media, template = [], gen_cot.read_ahead(records, args), gen_cot.load_template(args)
     for _ in range(questions // 8):
-        encoded, _ = sft.encode_batch(media, 8, template, tokenizer, sft.unwrap(model).config, set())
+        encoded, _ = sft.encode_batch(media, 8, template, tokenizer, sft.unwrap(model).config)
         some = pagrpo.sample_groups(model, encoded, tokenizer, args)
         pagrpo.score_groups(some, tokenizer, rule_judge, args)
         groups += [group.scores for group in some]
@@ -365,7 +365,7 @@ def main(args):
         claims = [name for name, row in ROWS.items()
                   if len(row[2]) != len(OTHER_SEEDS) and "plain base" not in name]
         run_matrix(claims if args.quick else ROWS, [0, CLAIM_SEEDS[0]] if args.quick else None)
-    rows = read_json(DOCS / "toy_runs.jsonl")
+    rows = read_jsonl(DOCS / "toy_runs.jsonl")
     text = report(rows)
     write_text(DOCS / "toy_results.md", text)
     draw(rows, DOCS / "toy_curves.png")
