@@ -89,6 +89,7 @@ def main(args):
     # answer the questions, as far as they aren't answered yet
     records, names = load_questions(args), row_names(args.adapters)
     files = {adapter: args.output / f"completions-{stem}.jsonl" for adapter, (stem, _) in names.items()}
+    assert len(set(files.values())) == len(files), "two adapters would write to one file: rename a folder"
     runs = {adapter: run_digest(adapter, args) for adapter in args.adapters}
     if not args.rescore:
         complete_all(records, files, runs, args)
@@ -96,7 +97,7 @@ def main(args):
     # score the answers
     results = {"constant": constant_answers(records, args.scoring)}
     for adapter, (_, name) in names.items():
-        done = {key_of(row): row for row in read_completions(files[adapter])}
+        done = {key_of(row): row for row in read_jsonl(files[adapter])}
         rows = [done[key_of(record)] | record for record in records if key_of(record) in done]
         if any(row["run"] != runs[adapter] for row in rows):
             print(f"{name}: these completions are of another model, prompt or setting than this command's.")
@@ -117,11 +118,9 @@ def main(args):
 
 def write_results(summary, records, runs, args):
     """results.json: the figures with all that they came from, settings, versions, commit and hashes."""
-    hashes = dict(prompt=digest(gen_cot.load_template(args)),
-                  data=digest([[*key_of(record), record["solution"]] for record in records]),
-                  **{adapter: weights_digest(adapter) for adapter in args.adapters})
+    hashes = runs | dict(data=digest([[*key_of(record), record["solution"]] for record in records]))
     commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
-    settings = dict(vars(args), runs=runs, hashes=hashes, commit=commit.stdout.decode().strip(),
+    settings = dict(vars(args), hashes=hashes, commit=commit.stdout.decode().strip(),
                     versions={name: version(name) for name in ("torch", "transformers", "peft", "av")})
     rows = json.loads(json.dumps(summary), parse_constant=lambda nan: None)  # a group without questions: null
     text = json.dumps(dict(rows=rows, settings=settings), indent=1, default=str)
@@ -210,10 +209,9 @@ def load_questions(args):
             records.append(dict(record, file=Path(path).name))
             bench_of(Path(path).name).group(records[-1])  # an error here, not after hours of decoding
     missing = sum(not os.path.exists(record["media"]) for record in records)
-    if missing == len(records) and not args.rescore and args.input == "video":
-        raise UserError(f"None of the {len(records)} records has its medium below {args.media_root}: pass "
-                        "--media-root, or see the README on what to download and where to.")
     print(f"{len(records)} questions, of which {missing} have no medium below {args.media_root}.")
+    if missing == len(records) and not args.rescore and args.input == "video":
+        raise UserError("So there is nothing to answer: pass --media-root, or see the README on downloads.")
     return gen_cot.draw(records, args.limit, args.seed)
 
 
@@ -224,34 +222,29 @@ def key_of(row):
     return row["file"], str(row.get("problem_id")), gen_cot.question_key(row)
 
 
-def read_completions(path):
-    """The rows of a completions file. Raises UserError where it is none."""
-    rows = read_jsonl(path)
-    if not all({"file", "completion", "run"} <= row.keys() for row in rows):
-        raise UserError(f"{path} holds no completions of evaluate.py.")
-    return rows
-
-
-def weights_digest(adapter):
-    """The hash of an adapter's weights; "" for the base and a server."""
-    weights = Path(adapter, "adapter_model.safetensors")
-    return digest(weights.read_bytes()) if weights.exists() else ""
-
-
 def run_digest(adapter, args):
     """What tells completions of these settings from others."""
-    observations = args.observations and digest(Path(args.observations).read_bytes())
-    return digest([args.base, adapter, weights_digest(adapter), gen_cot.load_template(args), args.num_frames,
-                   args.max_pixels, args.max_completion_tokens, args.no_4bit, args.input, observations])
+    weights = Path(adapter, "adapter_model.safetensors")
+    return digest([args.base, adapter, weights.read_bytes() if weights.exists() else "",
+                   Path(args.observations).read_bytes() if args.observations else "",
+                   gen_cot.load_template(args), args.num_frames, args.max_pixels, args.max_completion_tokens,
+                   args.no_4bit, args.input])
 
 
 def complete_all(records, files, runs, args):
     """Write what is missing of each adapter's completions, as they come; the base is loaded once."""
-    observations, base = load_observations(records, args), None
+    # the observations of another run, by their questions
+    observations, base = {}, None
+    for row in read_jsonl(args.observations) if args.observations else []:
+        observations[key_of(row)] = parse_trace(row["completion"] or "").observation
+    if args.observations:
+        found = sum(bool(observations.get(key_of(record))) for record in records)
+        print(f"{found} of {len(records)} questions have an observation in {args.observations}.")
+
     for adapter, path in files.items():
-        if any(row["run"] != runs[adapter] for row in read_completions(path)):  # of other settings
+        if any(row["run"] != runs[adapter] for row in read_jsonl(path)):  # of other settings
             gen_cot.move_aside(path)
-        done = {key_of(row) for row in read_completions(path) if row["completion"] is not None}
+        done = {key_of(row) for row in read_jsonl(path) if row["completion"] is not None}
         todo = [record for record in records if key_of(record) not in done]
         if not todo:
             continue
@@ -271,19 +264,6 @@ def complete_all(records, files, runs, args):
             model.unload()  # the base without it
 
 
-def load_observations(records, args):
-    """{key of a question: its observation} of --observations. UserError where it has none of these."""
-    if not args.observations:
-        return {}
-    observations = {key_of(row): parse_trace(row["completion"] or "").observation
-                    for row in read_completions(args.observations)}
-    found = sum(bool(observations.get(key_of(record))) for record in records)
-    if not found:
-        raise UserError(f"{args.observations} holds no observation for any of these questions.")
-    print(f"{found} of {len(records)} questions have an observation in {args.observations}.")
-    return observations
-
-
 def prompt_text(record, observations, args):
     """The one prompt of all stages, after the observation that --observations has for this question."""
     if observation := observations.get(key_of(record)):
@@ -295,9 +275,8 @@ def prompt_text(record, observations, args):
 def with_media(records, args):
     """(record, media) for each; None in place of media with --input text, MediaError for those that are
     missing or unreadable."""
-    if args.input == "text":
-        return ((record, None) for record in records)
-    return gen_cot.read_ahead(records, args)
+    text_only = ((record, None) for record in records)
+    return text_only if args.input == "text" else gen_cot.read_ahead(records, args)
 
 
 def local_rows(model, tokenizer, records, observations, args):
@@ -336,10 +315,9 @@ def server_rows(records, observations, args):
 
     jobs = ((record, client.pool.submit(ask, record, media)) for record, media in with_media(records, args))
     try:
-        for record, job in gen_cot.in_order(jobs, 32):
-            yield record, job.result()
+        yield from ((record, job.result()) for record, job in gen_cot.in_order(jobs, 32))
     finally:  # Ctrl-C: ask nothing more
-        client.close()
+        client.stop.set()
 
 
 # --- scores -------------------------------------------------------------------------------------------------
@@ -510,7 +488,8 @@ def mismatch(rows, judge):
         prompts = [fill_prompt(SETTLED_PROMPT, question=question_text(traces[i][0]), think=traces[i][1].think)
                    for i in unclear]
         pattern = re.compile(r"<option>\s*([A-N]|No)\s*</option>")
-        for i, reply in zip(unclear, judge.ask(prompts, pattern.search)):
+        lacks = lambda reply: "" if pattern.search(reply) else "no <option>"
+        for i, reply in zip(unclear, judge.ask(prompts, lacks)):
             settled[i] = reply and pattern.findall(reply)[-1]
     for (row, trace), letter in zip(traces, settled):
         kind = "match" if letter == option_key(trace.answer, row["options"]) else "mismatch"
@@ -521,13 +500,12 @@ def mismatch(rows, judge):
 def print_agreement(file, judge):
     """Table 4: the judge's verdicts next to human labels."""
     records = gen_cot.load_records(file)
+    assert all(record["label"] in (True, False) for record in records), "a label is true or false"
     verdicts = judge(records, [record["observation"] for record in records])
-    labels = [record["label"] for record in records]
-    counts = collections.Counter(zip(labels, verdicts))
-    print(f"{'label':<10}{'judge Yes':>12}{'judge No':>12}{'unknown':>12}")
+    counts = collections.Counter((record["label"], verdict) for record, verdict in zip(records, verdicts))
+    print(f"{'label':<10}{'judge True':>12}{'False':>12}{'None':>12}")
     for label in (True, False):
-        row = "".join(f"{counts[label, verdict]:>12}" for verdict in (True, False, None))
-        print(f"{'Yes' if label else 'No':<10}{row}")
+        print(f"{label!s:<10}" + "".join(f"{counts[label, verdict]:>12}" for verdict in (True, False, None)))
     agreed, known = counts[True, True] + counts[False, False], len(records) - verdicts.count(None)
     print(f"agreement {100 * agreed / max(1, known):.1f} % of {known} verdicts")
 
@@ -535,8 +513,8 @@ def print_agreement(file, judge):
 def print_comparison(a, b, scoring):
     """Two runs on the same questions, by file: the paper's metric, the difference with its interval, and the
     exact test of McNemar on the questions that only one of them has right."""
-    first = {key_of(row): score_row(row, scoring) for row in read_completions(a)}
-    second = {key_of(row): score_row(row, scoring) for row in read_completions(b)}
+    first = {key_of(row): score_row(row, scoring) for row in read_jsonl(a)}
+    second = {key_of(row): score_row(row, scoring) for row in read_jsonl(b)}
     pairs = [(first[key], second[key]) for key in first if key in second]
     if not pairs:
         raise UserError(f"{a} and {b} have no question in common.")
@@ -565,7 +543,7 @@ def write_page(folder, judge, args):
     rollouts, samples = page_rollouts(folder), []
     for path in sorted(folder.rglob("completions-*.jsonl")):
         name = str(path.relative_to(folder)).removesuffix(".jsonl")
-        rows = score_rows(read_completions(path), judge, args.scoring)
+        rows = score_rows(read_jsonl(path), judge, args.scoring)
         samples += [page_sample(row, name) for row in rows]
     if not rollouts and not samples:
         raise UserError(f"There is no rollouts.jsonl and no completions-*.jsonl below {folder}.")
@@ -610,14 +588,11 @@ def page_sample(row, name):
 
 def page_media(records, args):
     """{path: thumbnails, or a sentence on why there are none} of the records' media, each read once."""
-    todo, media = [], {}
-    for record in records:
-        roots = args.media_root, TINY["media_root"]  # the toy's media are found without a flag
-        files = [gen_cot.media_path(root, record["path"]) for root in roots]
-        todo.append(dict(record, media=next(filter(os.path.exists, files), files[0])))
-    for record, pictures in tqdm(gen_cot.read_ahead(todo, args, thumbnails), "media", len(todo)):
-        media[record["path"]] = str(pictures) if isinstance(pictures, gen_cot.MediaError) else pictures
-    return media
+    root = args.media_root if os.path.exists(args.media_root) else TINY["media_root"]
+    todo = [dict(record, media=gen_cot.media_path(root, record["path"])) for record in records]
+    found = tqdm(gen_cot.read_ahead(todo, args, thumbnails), "media", len(todo))
+    return {record["path"]: str(pictures) if isinstance(pictures, gen_cot.MediaError) else pictures
+            for record, pictures in found}
 
 
 def thumbnails(record, num_frames, max_pixels):

@@ -32,6 +32,7 @@ G4. The teacher gets each sampled frame as a JPEG after its time stamp, then the
 """
 import ast
 import collections
+import contextlib
 import ctypes
 import functools
 import gc
@@ -89,11 +90,6 @@ class Flags:
     seed: int = 0  # of the draw of --limit, the data's order, a fresh adapter, and the sampling
     output: Path | None = None  # file or folder of the results (default: in runs/<model>)
 
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} {value} is no number from 0 on")
-
 
 @dataclass
 class Args(Flags):
@@ -113,6 +109,7 @@ def get_args():
 def main(args):
     if not args.judge or not (args.traces or args.teacher):
         raise UserError("gen_cot.py needs a teacher and a judge: pass --teacher or --traces, and --judge.")
+    assert args.output.name != "traces.jsonl", "--output would replace the raw traces: name another file"
     judge, records = judge_from(args), select_records(args, need_media=bool(args.teacher))
 
     # step 1: a raw trace for each question
@@ -197,14 +194,17 @@ def generate(records, args):
 
 def media_parts(frames, fps):
     """The media part of a request (G4): time stamps (of video) and JPEGs, in time order."""
-    return [part for pair in stamped_jpegs(frames, fps) for part in pair if part]
+    parts = []
+    for stamp, jpeg in stamped_jpegs(frames, fps):
+        parts += [f"{stamp}:", jpeg] if stamp else [jpeg]
+    return parts
 
 
 def stamped_jpegs(frames, fps, quality=90, side=65_500):
     """(time stamp, JPEG) of each frame, made smaller where a side is over `side`, by default the most that a
     JPEG can have. The stamps go evenly from 0 to the clip's end; that of a picture is ""."""
     for i, frame in enumerate(frames):
-        stamp = "" if fps is None else f"{i * len(frames) / fps / (len(frames) - 1):.1f} s:"
+        stamp = "" if fps is None else f"{i * len(frames) / fps / (len(frames) - 1):.1f} s"
         image, jpeg = Image.fromarray(frame), io.BytesIO()
         image.thumbnail((side, side))
         image.save(jpeg, "JPEG", quality=quality)
@@ -221,10 +221,15 @@ def load_traces(path, records):
     `question` of `generate` is found by that. An id that two questions or two traces share tells nothing."""
     traces, ids = {}, collections.Counter(str(record.get("problem_id")) for record in records)
     for row in read_json(path):
-        key = row.get("question") or str(row["problem_id"])
-        traces[key] = row["output"] if traces.get(key, row["output"]) == row["output"] else None
-    return [traces.get(question_key(r)) or (traces.get(i) if ids[i] == 1 else None)
-            for r, i in ((r, str(r.get("problem_id"))) for r in records)]
+        if isinstance(row, str):  # a line that a kill tore
+            continue
+        for key in (row.get("question"), str(row["problem_id"])):
+            traces[key] = row["output"] if traces.get(key, row["output"]) == row["output"] else None
+    outputs = []
+    for record in records:
+        number = str(record.get("problem_id"))
+        outputs.append(traces.get(question_key(record)) or (traces.get(number) if ids[number] == 1 else None))
+    return outputs
 
 
 # --- steps 2 and 3: what is kept ----------------------------------------------------------------------------
@@ -374,14 +379,15 @@ def load_records(paths, media_root=None, left_out=()):
     if str(paths).startswith("data/toy/") and not os.path.exists("data/toy/test.jsonl"):
         print("The toy data is not there yet: preparing it.", flush=True)
         subprocess.run([sys.executable, "data/toy/prepare.py"], check=True)
-    records, bad, files = [], [], sorted(glob.glob(str(paths)))
+    records, bad = [], []
+    files = [str(paths)] if os.path.exists(paths) else sorted(glob.glob(str(paths)))
     if not files:
         raise UserError(f"No data file {paths}: pass --data, run the stage before, or see the README on what "
                         "to download and where to.")
     for file in files:
         for i, row in enumerate(read_json(file)):
             try:
-                if row["problem_type"] not in left_out:
+                if row["problem_type"].strip().lower() not in left_out:
                     records.append(parse_record(row, media_root))
             except (LookupError, ValueError, TypeError, AttributeError, SyntaxError) as error:
                 bad.append(f"{file}, record {i}: {type(error).__name__} {error}")
@@ -400,16 +406,16 @@ def read_json(file):
     try:
         with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as f:
             text = f.read()
+        if not text.strip():
+            raise ValueError("it is empty")
         if text.lstrip().startswith("["):
             return load(text)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{file} can't be read ({error}): download or make it again.") from None
     rows = [line for line in text.split("\n") if line.strip()]  # not at U+2028 and its like
     for i, line in enumerate(rows):
-        try:
+        with contextlib.suppress(ValueError):
             rows[i] = load(line)
-        except ValueError:
-            pass
     return rows
 
 
@@ -431,8 +437,10 @@ def parse_record(row, media_root=None):
 
 def parse_gold(record):
     """The gold answer without tags, from a text or number; an option's letter for its text."""
-    golds = [record.get(field) for field in ("solution", "answer")]
-    gold = next(gold for gold in golds if gold is not None and gold != "")
+    golds = [record[field] for field in ("solution", "answer") if record.get(field) not in (None, "")]
+    if not golds or not isinstance(golds[0], (str, int, float)):
+        raise ValueError("it has no gold answer")
+    gold = golds[0]
     if isinstance(gold, float) and gold.is_integer():  # as pandas writes 3 next to a gap
         gold = int(gold)
     gold = gold_answer(strip_invisible(str(gold)))
@@ -448,12 +456,11 @@ def parse_options(options):
     """Options as a list of str, each with its letter, from a list, null, or a list printed as JSON or Python
     (as in the authors' RL file)."""
     if isinstance(options, str) and options.strip():
-        printed = options
+        tokens = tokenize.generate_tokens(io.StringIO(options).readline)
         try:
-            options = json.loads(printed)
+            options = json.loads(options)
         except ValueError:
-            options = ast.literal_eval(printed)  # parses literals only, evaluates nothing
-            tokens = tokenize.generate_tokens(io.StringIO(printed).readline)
+            options = ast.literal_eval(options)  # parses literals only, evaluates nothing
             if sum(token.type == tokenize.STRING for token in tokens) > len(options or []):
                 raise ValueError("its options lack their commas")  # Python would join them
     if isinstance(options, dict) or len(options or []) > 14:
@@ -478,14 +485,12 @@ def select_records(args, need_media=True):
     Raises UserError where none is left."""
     records = load_records(args.data, args.media_root)
     kept = [record for record in records if not need_media or os.path.exists(record["media"])]
-    if not kept:
+    drawn = draw(kept, args.limit, args.seed)
+    if not drawn:
         raise UserError(f"None of the {len(records)} records has its medium below {args.media_root}: pass "
                         "--media-root, or see the README on what to download and where to.")
-    if len(kept) < len(records):
-        print(f"{len(records) - len(kept)} records are left out: no medium below {args.media_root}.")
-    kept = draw(kept, args.limit, args.seed)
-    print(f"{len(kept)} of {len(records)} records of {args.data}")
-    return kept
+    print(f"{len(drawn)} of {len(records)} records of {args.data}; {len(records) - len(kept)} have no medium")
+    return drawn
 
 
 def draw(records, limit, seed):
@@ -509,9 +514,6 @@ Image.MAX_IMAGE_PIXELS = 32_000_000  # Pillow refuses twice as many, which would
 class MediaError(Exception):
     """A medium that can't be read, with the reason in one sentence; it costs its one record."""
 
-    def __init__(self, sentence):
-        super().__init__(strip_invisible(sentence))
-
 
 def media_errors(read):
     """`read(path, …)` with a MediaError that names the path for whatever goes wrong in it."""
@@ -520,7 +522,8 @@ def media_errors(read):
         try:
             return read(path, *args, **kwargs)
         except Exception as error:  # a damaged file can fail anywhere in a decoder
-            raise MediaError(f"{path} can't be read ({type(error).__name__}: {error}).") from None
+            reason = strip_invisible(f"{path} can't be read ({type(error).__name__}: {error}).")
+            raise MediaError(reason) from None
     return wrapped
 
 
@@ -662,8 +665,7 @@ def read_folder(path, num_frames, max_pixels, rate=3.0):
     names = [name for name in os.listdir(path) if not name.startswith(".")  # .DS_Store, ._1.jpg
              and formats.get(Path(name).suffix.lower()) in IMAGE_FORMATS]
     names.sort(key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(20), name))
-    if not names:
-        raise ValueError("a folder without pictures")
+    assert names, "a folder without pictures"
     wanted = sample_indices(np.arange(len(names)) / rate, len(names) / rate, num_frames)
     frames = [read_image(os.path.join(path, names[i]), max_pixels)[0] for i in wanted]
     size = frames[0].shape[1::-1]  # of all of them
@@ -681,12 +683,10 @@ def read_media(record, num_frames=16, max_pixels=128):
 
 
 def init_worker():
-    """What a worker does first: no decoder chatter on the screen; Ctrl-C and a closed terminal are its
-    parent's to answer, whose end is its own, too."""
+    """What a worker does first: no decoder chatter on the screen; Ctrl-C is its parent's to answer, and its
+    parent's end is its own, too."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     gc.freeze()  # to free a decoder of the parent's would wait for threads that only the parent has

@@ -17,13 +17,12 @@ R1. Format: the stripped completion is the three blocks in order, each once, non
     costs that block's half and the half that the tag belongs to. Tags are case-sensitive.
 R2. The answer is the first answer block after the think block; without a complete think block, the first of
     all, so that `<answer>B</answer>` alone is B. No answer, or an empty one, scores 0 whatever the gold is.
-R3. Scoring "paper" agrees with the metric of Video-R1 and its successors save where that can be exploited:
+R3. Scoring "paper" agrees with the metric of Video-R1 and its successors unless that can be exploited:
     NaN, infinities and empty texts score 0. A regression's error is relative to the gold; 0 for 0 scores 1.
     Characters that show nothing count nowhere.
-R4. Scoring "lenient" never gives less, and also accepts b, B., (B), B. text, **B**, "the answer is B",
-    \\boxed{B}, the option's text or what stands before its colon for B; thousands separators; a trailing
-    unit or per-cent sign (any if both sides have the same, one of UNITS if only one side has one); and any
-    answer that is the gold.
+R4. Scoring "lenient" never gives less, and also accepts b, B., (B), B. text, **B**, "… the answer is B.",
+    \\boxed{B} and the option's text for B; thousands separators; a trailing unit or per-cent sign (any if
+    both sides have the same, one of UNITS if only one side has one); and any answer that is the gold.
 R5. A judge that gives no verdict, after its retries if it is remote, says None, "unknown", never False. A
     missing or empty observation is False, and the judge is not asked.
 R6. The observation is written by a policy that is paid for a Yes. So whatever enters a prompt loses its tags
@@ -116,9 +115,8 @@ def strip_invisible(text):
     """`text` without characters that show nothing, stripped: Unicode's control and format ones, half a
     surrogate pair, BLANK."""
     text = BLANK.sub("", re.sub(r"\r\n?|[\x0b\x0c\x85]", "\n", text))  # other line ends
-    hidden = "Cc", "Cf", "Cs"
     if not text.isprintable():
-        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in hidden)
+        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
     return text.strip()
 
 
@@ -138,12 +136,9 @@ def accuracy_reward(problem_type, completion, solution, scoring="paper", options
 
     `solution` is the gold answer, with <answer> tags or without; `scoring` is "paper" (R3) or "lenient" (R4),
     which takes the text of one of `options`, a list of "A. text", for its letter. Any completion is allowed.
-    Raises ValueError for an unknown problem type or scoring.
     """
-    if problem_type not in PROBLEM_TYPES:
-        raise ValueError(f"Unknown problem type {problem_type!r}: known are {', '.join(PROBLEM_TYPES)}.")
-    if scoring not in ("paper", "lenient"):
-        raise ValueError(f"Unknown scoring {scoring!r}: known are paper, lenient.")
+    assert problem_type in PROBLEM_TYPES, f"unknown problem type {problem_type!r}"
+    assert scoring in ("paper", "lenient"), f"unknown scoring {scoring!r}"
     return answer_score(problem_type, parse_trace(completion).answer, gold_answer(solution), scoring, options)
 
 
@@ -285,8 +280,7 @@ def make_judge(spec, prompt_file=None, generate=None, **client_options):
     if str(spec).startswith(("anthropic:", "openai:")):
         client = ChatClient(spec, **client_options)
         return Judge(client.ask, prompt, client.stats)
-    raise UserError(f"Unknown judge {spec!r}: pass rule, anthropic:MODEL, openai:MODEL@BASE_URL or, to "
-                    "pagrpo.py alone, self.")
+    raise UserError(f"Unknown judge {spec!r}: pass rule, anthropic:MODEL, openai:MODEL@URL; pagrpo.py: self.")
 
 
 class Judge:
@@ -507,18 +501,13 @@ class ChatClient:
             jobs[key] = jobs.get(key) or self.pool.submit(self.reply, content, lacks, key)
         try:
             return [jobs[key].result() for key in keys]
-        except BaseException:  # a refusal, the call limit, Ctrl-C
-            self.close()
+        except BaseException:  # a refusal, the call limit, Ctrl-C: ask nothing more, and wake whoever waits;
+            self.stop.set()  # a reply on its way is still written
             raise
 
     def key_of(self, content):
         """What names a request. Another server is another model, whatever it is called."""
         return digest([self.url, self.body, content])
-
-    def close(self):
-        """Ask nothing more, and wake whoever waits. A reply on its way is still written."""
-        self.stop.set()
-        self.pool.shutdown(wait=False, cancel_futures=True)
 
     def reply(self, content, lacks=lambda reply: "", key=None, **about):
         """The reply to one content, cached or from the server, or None. `about` goes into its cached row."""
@@ -550,7 +539,7 @@ class ChatClient:
         return UserError(f"{self.model} {what}.")
 
     def try_for_reply(self, content, lacks):
-        """(reply, ""), or (None, the last trouble in words), which is "" once the client is closed."""
+        """(reply, ""), or (None, the last trouble in words), which is "" once `stop` is set."""
         pause, trouble = 0.0, ""
         for attempt in range(1 + RETRIES):
             if self.stop.wait(pause):

@@ -62,9 +62,8 @@ TINY = dict(data="runs/tiny/gen_cot/cot.jsonl", media_root="data/toy", lr=2e-3, 
 @dataclass
 class ModelFlags(Flags):
     """What all stages have that load a model."""
-    device: Literal["cuda", "cpu"] = "cuda"  # cpu: run there, even a large model (without a GPU a small one does so anyway)
+    device: Literal["cuda", "cpu"] = "cuda"  # cpu: run there, even a large model
     no_4bit: bool = False  # keep the base in 16 bits (big cards)
-    memory_limit: float | None = None  # let PyTorch have so many GiB of the GPU; CUDA's context comes on top
 
 
 @dataclass
@@ -211,8 +210,6 @@ def load_base(base, four_bit=True):
     device, dtype = pick_device()
     if base == MODELS["tiny"]:  # on matrices this small a second thread gains 0 to 20 % on an idle machine,
         torch.set_num_threads(1)  # and is three to eight times slower on a busy one: they wait for each other
-    print(f"Loading {base}" + ("." if os.path.isdir(base) else ", from the hub if it is not here yet: 17 GB "
-                               "for the 7B, 7.5 GB for the 3B."), flush=True)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's use of an old name
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -472,16 +469,13 @@ def setup_process(args):
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # one voice is enough
     torch.manual_seed(args.seed)  # of a fresh adapter; all else draws from generators of its own
-    if args.memory_limit:
-        share = args.memory_limit * 2**30 / torch.cuda.mem_get_info()[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     if not on_gpu() and args.device != "cpu":
         print("No GPU is visible to torch: running on the CPU.")
         with torch.device("meta"):
             size = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(args.base)).num_parameters()
         if size > 1e9:
-            raise UserError(f"{args.base} wants a GPU. Torch, built for CUDA {torch.version.cuda}, sees none: look "
-                            "at the driver (nvidia-smi). --device cpu runs it all the same.")
+            raise UserError(f"{args.base} wants a GPU; torch (for CUDA {torch.version.cuda}) sees none: "
+                            "look at the driver (nvidia-smi). --device cpu runs it all the same.")
 
 
 def setup_training(model, args):
@@ -602,7 +596,7 @@ def resumable(name, start, steps, model, optimizer, args):
         asked.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, receive)
     program = ["accelerate", "launch"] if process().num_processes > 1 else ["python"]
@@ -661,10 +655,10 @@ def plot_curves(rows, curves, folder, window=15):
     figure, axes = pyplot.subplots(lines, columns, figsize=(4 * columns, 3 * lines), layout="constrained")
     for axis, (title, keys) in zip(axes.flat, curves.items()):
         for key in keys:
-            steps = [row["step"] for row in rows if row.get(key) is not None]
-            values = [row[key] for row in rows if row.get(key) is not None]
+            known = [row for row in rows if row.get(key) is not None]
+            values = [row[key] for row in known]
             means = [np.mean(values[max(0, i - window + 1):i + 1]) for i in range(len(values))]
-            axis.plot(steps, means, marker="." if len(steps) < window else None, label=key)
+            axis.plot([row["step"] for row in known], means, marker="." * (len(known) < window), label=key)
         axis.set(title=title, xlabel="step")
         axis.legend(fontsize=6)
     figure.savefig(folder / "curves.png", dpi=100)

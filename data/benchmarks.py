@@ -5,7 +5,7 @@
     python data/benchmarks.py vcr meta_info_video.json data/Video-R1-eval/eval_vcrbench.json
     python data/benchmarks.py tempcompass multi-choice.json yes_no.json OUT/eval_tempcompass.json
 
-The last name is the file to write. Questions without options are "open-ended": counted, not scored. Paths are
+The last name is the file to write. Questions without options are "open-ended", which is not scored. Paths are
 relative to --media-root: MMVU/videos/…, TempCompass/videos/…, and VCR-Bench's as in its file.
 """
 import argparse

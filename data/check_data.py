@@ -16,7 +16,7 @@ Each finding is a line, and they are counted by kind:
     part of a clip    it has a field such as `video_start`, which no stage reads: they see the whole clip
     missing medium
     damaged medium    it can't be decoded
-    cut clip          its pictures end well before its own end, as in a download that broke off
+    cut clip          its pictures end well before its own end (cut within a picture, it is a damaged medium)
     clock             its frames' times jump back, as where two recordings were joined
 
 `--output` gets the records without a finding, as JSON Lines, which every stage takes as --data. Those of
@@ -66,7 +66,9 @@ def main(args):
         tqdm.write(strip_invisible(f"{kind}: {what}"))
 
     # the records
-    for file in sorted(glob.glob(args.data)):
+    files = sorted(glob.glob(args.data))
+    assert files, f"no file {args.data}"
+    for file in files:
         for i, row in enumerate(gen_cot.read_json(file)):
             where, used = f"{file}, record {i}", len(records)
             try:

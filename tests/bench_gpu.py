@@ -67,7 +67,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, 
 }
 TOY = ROOT / "data/toy/base"  # lends its tokenizer
 DEVICE = [] if torch.cuda.is_available() else ["--device", "cpu"]
-SHARED = ("lora_rank", "no_4bit", "num_frames", "max_pixels", "memory_limit")  # flags of pagrpo.py and sft.py
+SHARED = ("lora_rank", "no_4bit", "num_frames", "max_pixels")  # flags of pagrpo.py and sft.py
 
 
 def make_config(shape):
@@ -262,7 +262,12 @@ def main():
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 768], help="completion limits, T")
     parser.add_argument("--projection", action="store_true",
                         help="only print floors and memory, for an assumed device: 150 Tflop/s, 1 TB/s")
+    parser.add_argument("--memory-limit", type=float, metavar="GIB", help="let PyTorch have so much of the GPU; "
+                        "the CUDA context comes on top")
     own, rest = parser.parse_known_args()
+    if own.memory_limit:
+        share = own.memory_limit * 2**30 / torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     speed = (150e12, 1e12) if own.projection else device_speed()
     print(f"{'assumed' if own.projection else name}: "

@@ -13,6 +13,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from rewards import read_jsonl  # noqa: E402
 
 
 def start(output, args):
@@ -25,9 +28,8 @@ def outcome(folder):
     """(completions by question, rows of results.json) of a run that is over."""
     said = {}
     for path in sorted(folder.glob("completions-*.jsonl")):
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            assert (path.name, row["problem_id"], row["problem"]) not in said, "a question stands there twice"
+        for row in read_jsonl(path):  # but for lines that a kill tore
+            assert (path.name, row["problem_id"], row["problem"]) not in said, "a question was answered twice"
             said[path.name, row["problem_id"], row["problem"]] = row
     return said, json.loads((folder / "results.json").read_text())["rows"]
 

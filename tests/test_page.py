@@ -20,7 +20,7 @@ import gen_cot
 import pagrpo
 import sft
 from conftest import ROOT
-from rewards import UserError, ask_judge, make_judge, rule_judge
+from rewards import UserError, make_judge, read_jsonl, rule_judge, write_jsonl
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RECORD = dict(problem="Which colour is first?", problem_type="multiple choice", data_type="video",
@@ -57,14 +57,13 @@ def make_row(tokenizer, texts, judge, args=None, record=RECORD):
 
 def write(folder, rollouts=(), samples=()):
     """The folder's files as the scripts write them, and the page; returns its text and its data."""
-    with sft.open_log(folder, 0, "rollouts.jsonl") as log:
+    with sft.open_log(folder / "rollouts.jsonl", 0) as log:
         for row in rollouts:
             sft.log_row(log, row)
-        log.write(b'{"step": 9, "gro' * bool(rollouts))  # what a kill tore
-    gen_cot.write_jsonl(folder / "completions-x.jsonl", samples)
-    args = SimpleNamespace(judge=None, scoring="paper", media_root=str(folder), workers=1, num_frames=32,
-                           max_pixels=256)
-    evaluate.write_page(folder, args)
+        log.write('{"step": 9, "gro' * bool(rollouts))  # what a kill tore
+    write_jsonl(folder / "completions-x.jsonl", samples)
+    args = SimpleNamespace(scoring="paper", media_root=str(folder), workers=1, num_frames=32, max_pixels=256)
+    evaluate.write_page(folder, None, args)
     page = (folder / "traces.html").read_text(encoding="utf-8")
     return page, json.loads(Parsed(page).scripts[0], parse_constant=lambda name: pytest.fail(name))
 
@@ -97,9 +96,9 @@ GROUP = [TRACE.format("first red", "A", "A"), TRACE.format("first blue", "A", "A
          "<observation>red…"]
 
 
-def judge(records, observations, replies=None):
+def judge(records, observations):
     """True for red, unknown for lost; with words."""
-    replies[:] = [observation and f"I see {observation}." for observation in observations]
+    judge.replies = [observation and f"I see {observation}." for observation in observations]
     return [None if "lost" in (text or "") else "red" in (text or "") for text in observations]
 
 
@@ -156,15 +155,12 @@ def test_a_group_with_equal_rewards_or_one_known_verdict_has_no_perception_advan
         assert not np.any(row["advantages"]["PA-GRPO"][0]) and row["moments"]["perception"] == moments
 
 
-def test_a_judge_tells_its_words_where_it_has_a_place_for_them():
-    plain = lambda records, observations: [True, False]  # noqa: E731
+def test_a_judges_words_are_kept_where_it_has_any(tokenizer):
     self_judge = make_judge("self", generate=lambda prompts: ["Fine. <judgement>Yes</judgement>"])
-    records, observations = [RECORD] * 2, ["first red", ""]
-    assert ask_judge(plain, records, observations) == ([True, False], [None, None])
-    assert ask_judge(rule_judge, records, observations) == ([True, False], [None, None])
-    assert ask_judge(self_judge, records, observations) == (
-        [True, False], ["Fine. <judgement>Yes</judgement>", None])
-    assert self_judge(records, observations) == [True, False]
+    assert self_judge([RECORD] * 2, ["first red", ""]) == [True, False]
+    assert self_judge.replies == ["Fine. <judgement>Yes</judgement>", None]
+    row = make_row(tokenizer, GROUP[:2], rule_judge)
+    assert [it["reply"] for it in row["completions"]] == [None, None]
 
 
 def test_a_resumed_run_shows_each_group_once(toy_records, tmp_path, monkeypatch):
@@ -191,28 +187,26 @@ def test_a_resumed_run_shows_each_group_once(toy_records, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return update(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(UserError):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pagrpo, "update", killed)
         run(tmp_path / "killed")
-    assert len(gen_cot.read_json(tmp_path / "killed/rollouts.jsonl")) == 6
+    assert len(read_jsonl(tmp_path / "killed/rollouts.jsonl")) == 6
     run(tmp_path / "killed", "--resume")
-    whole, again = (gen_cot.read_json(tmp_path / name / "rollouts.jsonl") for name in ("whole", "killed"))
+    whole, again = (read_jsonl(tmp_path / name / "rollouts.jsonl") for name in ("whole", "killed"))
     assert whole == again and [(row["step"], row["group"]) for row in whole] == [
         (step, group) for step in range(4) for group in (0, 1)]
 
 
-@pytest.mark.parametrize("columns", [40, 61, 120])
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_group_fits_the_terminal(tokenizer, monkeypatch, columns, terminal):
+def test_a_group_on_screen_has_colours_on_a_terminal_alone(tokenizer, monkeypatch, terminal):
     screen = io.StringIO()
     screen.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stdout", screen)
-    monkeypatch.setenv("COLUMNS", str(columns))
     pagrpo.show(make_row(tokenizer, [*GROUP, TRACE.format("x" * 300, "\x1b[2J\u202eA", "A")], judge))
     text = screen.getvalue()
-    assert ("\033[36mperception" in text and "\033[33mreasoning" in text) == terminal == ("\033" in text)
+    assert ("\033[36m" in text and "\033[33m" in text) == terminal == ("\033" in text)
     plain = re.sub(r"\033\[\d+m", "", text)
-    assert max(map(len, plain.splitlines())) <= columns and "\x1b" not in plain and "\u202e" not in plain
+    assert max(map(len, plain.splitlines())) <= 80 and "\x1b" not in plain and "\u202e" not in plain
     assert "reward, advantage: perception, reasoning" in plain and " 1  2.20, +" in plain
 
 
@@ -235,8 +229,8 @@ def test_texts_are_inert_in_the_page(tokenizer, tmp_path):
     template = (ROOT / "data/trace_page.html").read_text(encoding="utf-8")
     texts = [text for text in EVIL if "\ud83d" not in text]
 
-    def talkative(records, observations, replies):
-        replies[:] = texts
+    def talkative(records, observations):
+        talkative.replies = texts
         return [True for _ in records]
 
     row = make_row(tokenizer, [TRACE.format(text, "A", text) for text in texts], talkative,
@@ -256,7 +250,7 @@ def test_texts_are_inert_in_the_page(tokenizer, tmp_path):
     assert "default-src 'none'" in ours and len(template.splitlines()) <= 300
 
 
-def test_samples_are_told_apart_for_the_filters(tmp_path):
+def test_samples_have_what_the_filters_look_at(tmp_path):
     completions = {"right": TRACE.format("first red", "A", "A"),
                    "mismatch": TRACE.format("first red", "B", "A"),
                    "blind": TRACE.format("nothing", "A", "A"), "wrong": TRACE.format("first red", "B", "B"),
@@ -287,7 +281,7 @@ def test_thumbnails_are_small_and_have_the_times_of_their_frames(toy_records, mo
 
 def test_a_folder_without_traces_is_named(tmp_path):
     with pytest.raises(UserError, match="no rollouts.jsonl and no completions"):
-        evaluate.write_page(tmp_path, SimpleNamespace(judge=None))
+        evaluate.write_page(tmp_path, None, SimpleNamespace(scoring="paper"))
 
 
 # --- how a browser shows it ---
@@ -297,7 +291,7 @@ const seen = [];
 const press = key => document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
 const look = name => seen.push([name, location.hash, document.querySelectorAll("article").length,
   document.querySelectorAll(".blame").length, document.querySelectorAll("table").length, window.evil || 0]);
-const steps = [["first", () => {}], ["GRPO", () => click("GRPO")], ["beside", () => press("b")],
+const steps = [["first", () => {}], ["GRPO", () => click("GRPO")], ["both", () => press("b")],
   ["formula", () => press("f")], ["next", () => press("j")], ["before", () => press("k")],
   ["evaluation", () => click("Evaluation")], ["no tag", () => click("no answer tag")],
   ["card", () => press("j")]];
@@ -330,9 +324,9 @@ def test_the_page_in_a_browser(tokenizer, tmp_path):
     seen = {name: rest for name, *rest in told}
     articles, blames, tables = ({name: rest[i] for name, rest in seen.items()} for i in (1, 2, 3))
     assert not any(rest[4] for rest in seen.values())
-    assert articles["first"] == articles["GRPO"] == 4 and articles["beside"] == articles["formula"] == 8
+    assert articles["first"] == articles["GRPO"] == 4 and articles["both"] == articles["formula"] == 8
     # perception earned 2.2, 1, 2.2, unknown, and reasoning 2.2, 2.2, 1, 1: one is praised, two are punished
-    assert blames["first"] == 0 and blames["GRPO"] == blames["beside"] == 3 and tables["formula"] == 2
+    assert blames["first"] == 0 and blames["GRPO"] == blames["both"] == 3 and tables["formula"] == 2
     assert "update=1" in seen["next"][0] and "update=0" in seen["before"][0]
     assert articles["evaluation"] == 100 and articles["no tag"] == 100 and "at=0" in seen["card"][0]
     parsed = Parsed(done.stdout)

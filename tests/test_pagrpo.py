@@ -257,12 +257,12 @@ def group(tiny, toy_records):
     model, tokenizer = tiny
     chosen = [next(r for r in toy_records if r["data_type"] == kind) for kind in ("video", "image")]
     media = [(record, gen_cot.read_media(record, 16, 4)) for record in chosen]
-    encoded, _ = sft.encode_batch(media, 2, gen_cot.PROMPT, tokenizer, sft.unwrap(model).config, set())
+    encoded, _ = sft.encode_batch(media, 2, gen_cot.PROMPT, tokenizer, sft.unwrap(model).config)
     prompts = [prompt for _, prompt in encoded]
     with torch.no_grad():
         sft.embed_prompts(model, prompts)
-    numbers = torch.cat([pagrpo.uniforms(0, sample_index, 4, 60) for sample_index in (0, 1)])
-    return prompts, *pagrpo.rollout(model, prompts, tokenizer, 4, 60, numbers)
+    uniforms = torch.cat([pagrpo.draw_uniforms(0, sample_index, 4, 60) for sample_index in (0, 1)])
+    return prompts, *pagrpo.rollout(model, prompts, tokenizer, 4, 60, uniforms)
 
 
 def act(model):
@@ -296,11 +296,11 @@ def test_what_a_prompt_is_answered_depends_on_no_other_prompt(tiny, group):
     model, tokenizer = tiny
     prompts, ids, mask, _ = group
     for i in (0, 1):
-        alone, kept, _ = pagrpo.rollout(model, [prompts[i]], tokenizer, 4, 60, pagrpo.uniforms(0, i, 4, 60))
+        alone, kept, _ = pagrpo.rollout(model, [prompts[i]], tokenizer, 4, 60, pagrpo.draw_uniforms(0, i, 4, 60))
         assert all(row[keep].tolist() == other[known].tolist() for row, keep, other, known in zip(
             alone, kept, ids[4 * i:], mask[4 * i:]))
-    assert (pagrpo.uniforms(0, 0, 4) != pagrpo.uniforms(0, 1, 4)).any()
-    assert (pagrpo.uniforms(0, 0, 4) != pagrpo.uniforms(1, 0, 4)).any()
+    assert (pagrpo.draw_uniforms(0, 0, 4) != pagrpo.draw_uniforms(0, 1, 4)).any()
+    assert (pagrpo.draw_uniforms(0, 0, 4) != pagrpo.draw_uniforms(1, 0, 4)).any()
 
 
 def test_samples_differ_and_hold_no_control_tokens(tiny, group):
@@ -325,7 +325,7 @@ def test_rows_of_the_head_that_stand_for_no_token_are_never_sampled(tiny, group)
     wide.weight.data = torch.cat([head.weight, head.weight[top].expand(200, -1)])
     try:
         qwen.lm_head = wide
-        ids, mask, logprobs = pagrpo.rollout(model, group[0], tokenizer, 4, 30, pagrpo.uniforms(0, 0, 8, 30))
+        ids, mask, logprobs = pagrpo.rollout(model, group[0], tokenizer, 4, 30, pagrpo.draw_uniforms(0, 0, 8, 30))
     finally:
         qwen.lm_head = head
     assert ids.max() < len(tokenizer) == head.out_features
@@ -360,7 +360,7 @@ def test_sampled_and_recomputed_logprobs_agree(group, monkeypatch, four_bit, dty
     prompts = [replace(prompt) for prompt in group[0]]
     with torch.no_grad():
         sft.embed_prompts(model, prompts)
-        ids, mask, sampled = pagrpo.rollout(model, prompts, tokenizer, 4, 60, pagrpo.uniforms(0, 0, 8, 60))
+        ids, mask, sampled = pagrpo.rollout(model, prompts, tokenizer, 4, 60, pagrpo.draw_uniforms(0, 0, 8, 60))
         again = torch.cat([pagrpo.token_logprobs(model, p, ids[i:i + 4], mask[i:i + 4])
                            for i, p in zip((0, 4), prompts)])
     assert again.dtype == torch.float32

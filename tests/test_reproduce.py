@@ -39,7 +39,8 @@ def test_verdicts_follow_the_differences():
     up = rows("a", range(1, 9)) + rows("b", range(8))
     assert reproduce.claim(up, "answers", "a", "b") == (1.0, 0.0, 2 / 256, "holds", 8)
     assert reproduce.claim(up, "answers", "b", "a")[3] == "does not hold"
-    assert reproduce.claim(rows("a", [1, 2]) + rows("b", [0, 1]), "answers", "a", "b")[3].startswith("undecided")
+    few = rows("a", [1, 2]) + rows("b", [0, 1])
+    assert reproduce.claim(few, "answers", "a", "b")[3].startswith("undecided")
     assert reproduce.claim(rows("a", [1]), "answers", "a", "b") is None
     alike = rows("a", [2] * 8) + rows("b", [1])  # the base has no seed
     assert reproduce.claim(alike, "answers", "a", "b")[3].startswith("can't be tested")
@@ -54,8 +55,9 @@ def test_curves_say_when_the_ceiling_is_reached():
 
 
 def test_pa_grpo_alone_gives_an_observation_its_own_advantage():
-    """Four completions, each kind of right and wrong once: the sum can't tell the two mixed ones apart."""
-    group = [dict(perception=1.0 + p, reasoning=1.0 + r, perception_accuracy=float(p), reasoning_accuracy=float(r))
+    """Four completions, each kind of right and wrong once: in the sum the two mixed ones are alike."""
+    group = [dict(perception=1.0 + p, reasoning=1.0 + r, perception_accuracy=float(p),
+                  reasoning_accuracy=float(r))
              for p in (0, 1) for r in (0, 1)]
     lines = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in
              reproduce.advantage_table([group]).splitlines()}
