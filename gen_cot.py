@@ -110,10 +110,16 @@ def main(args):
     if not args.judge or not (args.traces or args.teacher):
         raise UserError("gen_cot.py needs a teacher and a judge: pass --teacher or --traces, and --judge.")
     assert args.output.name != "traces.jsonl", "--output would replace the raw traces: name another file"
-    judge, records = judge_from(args), select_records(args, need_media=bool(args.teacher))
+    judge = judge_from(args)
 
     # step 1: a raw trace for each question
-    outputs = generate(records, args) if args.teacher else load_traces(args.traces, records)
+    if args.teacher:
+        records = select_records(args)
+        outputs = generate(records, args)
+    else:
+        records = load_records(args.data, args.media_root)
+        traces = load_traces(args.traces, records)
+        records, outputs = zip(*draw(list(zip(records, traces)), args.limit, args.seed))
 
     # steps 2 and 3: which of them are kept
     reasons, scores = verify(records, outputs, judge, args.threshold, args.scoring)
@@ -186,8 +192,12 @@ def generate(records, args):
 
     jobs = (teacher.pool.submit(ask, key, record, media)
             for key, (record, media) in zip(todo, read_ahead(todo.values(), args)))
-    jobs = tqdm(in_order(jobs, 2 * args.teacher_concurrency), "questions", len(todo))
-    outputs = teacher.replies | {key: job.result() for key, job in zip(todo, jobs)}
+    outputs = dict(teacher.replies)
+    try:
+        with tqdm(in_order(jobs, 2 * args.teacher_concurrency), "questions", len(todo)) as bar:
+            outputs |= {key: job.result() for key, job in zip(todo, bar)}
+    finally:  # Ctrl-C, a refusal: ask nothing more
+        teacher.stop.set()
     print_stats("teacher", teacher)
     return [outputs[key] for key in keys]
 
@@ -223,8 +233,9 @@ def load_traces(path, records):
     for row in read_json(path):
         if isinstance(row, str):  # a line that a kill tore
             continue
-        for key in (row.get("question"), str(row["problem_id"])):
-            traces[key] = row["output"] if traces.get(key, row["output"]) == row["output"] else None
+        own = re.fullmatch("[0-9a-f]{24}", str(row.get("question")))
+        key = own[0] if own else str(row["problem_id"])
+        traces[key] = row["output"] if traces.get(key, row["output"]) == row["output"] else None
     outputs = []
     for record in records:
         number = str(record.get("problem_id"))
@@ -236,8 +247,8 @@ def load_traces(path, records):
 
 def bare_trace(reply):
     """The trace in a teacher's reply, without the thoughts, fence or stop token around it."""
-    found = re.fullmatch(r"(?:.*</think>)?\s*(?:```\w*)?\s*(<observation>.*?)(?:```|<\|\w+\|>)?\s*", reply,
-                         re.DOTALL)
+    found = re.fullmatch(r"(?:.*</think>)?(?:\s|```\w*)*(<observation>.*?</answer>)(?:\s|```|<\|\w+\|>)*",
+                         reply, re.DOTALL)
     return found[1] if found else reply
 
 
@@ -480,11 +491,11 @@ def media_path(media_root, path):
     return next(filter(os.path.exists, names), names[0])
 
 
-def select_records(args, need_media=True):
-    """The records that a stage works on: loaded, their media there if needed, and of these --limit drawn.
-    Raises UserError where none is left."""
+def select_records(args):
+    """The records that a stage works on: loaded, their media there, and of these --limit drawn. Raises
+    UserError where none is left."""
     records = load_records(args.data, args.media_root)
-    kept = [record for record in records if not need_media or os.path.exists(record["media"])]
+    kept = [record for record in records if os.path.exists(record["media"])]
     drawn = draw(kept, args.limit, args.seed)
     if not drawn:
         raise UserError(f"None of the {len(records)} records has its medium below {args.media_root}: pass "

@@ -50,6 +50,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import requests
+from urllib3.exceptions import HTTPError
 
 TAGS = ("observation", "think", "answer")
 OBSERVATION_OPENING = "Based on the question, I need to notice"
@@ -288,7 +289,7 @@ class Judge:
     call, `replies` holds its words on each pair, None where it wasn't asked or said nothing."""
 
     def __init__(self, ask, prompt, stats=None):
-        self.ask, self.prompt, self.stats, self.replies = ask, prompt, stats or {}, []
+        self.ask, self.prompt, self.stats, self.replies = ask, prompt, stats, []
 
     def __call__(self, records, observations):
         self.replies, verdicts, prompts = [None] * len(records), [False] * len(records), {}
@@ -483,11 +484,13 @@ class ChatClient:
         self.body |= extra or {}
         self.session = requests.Session()
         self.session.headers.update(headers if key else {})
+        self.session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
         self.session.auth = lambda request: request  # or a netrc file would replace the key
         self.timeout, self.max_calls, self.backoff = timeout, max_calls, backoff
         self.pool, self.lock, self.stop = ThreadPoolExecutor(concurrency), threading.Lock(), threading.Event()
         self.stats, self.unanswered = Counter(), 0  # questions in a row
-        self.replies = {row["key"]: row["output"] for row in read_jsonl(cache)} if cache else {}
+        rows = read_jsonl(cache) if cache else []
+        self.replies = {row["key"]: row["output"] for row in rows if "key" in row}
         self.file = open_append(cache) if cache else None
 
     def ask(self, contents, lacks=lambda reply: ""):
@@ -526,7 +529,7 @@ class ChatClient:
                 if self.file:
                     self.file.write(json_line(dict(about, key=key, output=reply)))
             elif trouble:
-                print(f"{self.model} gave no answer: {trouble}", file=sys.stderr)
+                print(strip_invisible(f"{self.model} gave no answer: {trouble}"), file=sys.stderr)
                 self.stats["unanswered"] += 1
                 self.unanswered += 1
                 if self.unanswered == MAX_UNANSWERED:
@@ -547,7 +550,7 @@ class ChatClient:
             pause = random.uniform(0.5, 1.5) * self.backoff * 2**attempt
             try:
                 status, text, retry_after = self.post(content)
-            except OSError as error:  # all errors of requests are
+            except (OSError, HTTPError) as error:  # of requests, and of its transport
                 trouble = f"{type(error).__name__}: {error}"
                 continue
             words = " ".join(text.split())[:300]
@@ -568,7 +571,7 @@ class ChatClient:
         return None, trouble
 
     def post(self, content):
-        """(status, text, Retry-After) of one request. Raises OSError for a broken or late reply."""
+        """(status, text, Retry-After) of one request. Raises OSError or HTTPError for a broken or late one."""
         if not isinstance(content, str):
             content = [self.content_part(part) for part in content]
         body = self.body | {"messages": [{"role": "user", "content": content}]}
@@ -576,7 +579,7 @@ class ChatClient:
         # the library's own limit is one for each piece; a redirect could carry the key elsewhere
         with self.session.post(self.url, json=body, timeout=self.timeout, stream=True,
                                allow_redirects=False) as response:
-            for piece in response.iter_content(256):
+            while piece := response.raw.read1(2**16, decode_content=True):  # as much as has come
                 data += piece
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"no end of the reply after {self.timeout:g} s")
@@ -599,7 +602,8 @@ class ChatClient:
             content = data["content"] if self.api == "anthropic" else choice["message"]["content"]
             if isinstance(content, list):
                 content = "".join(block["text"] for block in content if block["type"] == "text")
-            return content, choice.get("finish_reason", choice.get("stop_reason")) in ("length", "max_tokens")
+            cut_off = choice.get("finish_reason", choice.get("stop_reason")) in ("length", "max_tokens")
+            return content if isinstance(content, str) else None, cut_off
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None, False
 

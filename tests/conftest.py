@@ -66,7 +66,7 @@ def toy_records(tmp_path_factory):
 # --- a chat server that misbehaves on demand ---
 
 class Fault(NamedTuple):
-    """What the server does instead of answering: a status with a body, or a `trick` on the connection."""
+    """What the server does in place of an answer: a status with a body, or a `trick` on the connection."""
     status: int = 200
     body: str = ""
     headers: dict = {}
@@ -77,7 +77,7 @@ class Server(ThreadingHTTPServer):
     """A chat server on loopback, over both APIs.
 
     `behave(prompt, attempt)` gives a reply's text or a Fault; the prompt is the last text of a request, and
-    its attempts count from 0. `seen` holds (path, headers, body) of every request.
+    its attempts count from 0. `seen` holds (path, headers, body) of every request, `dripped` counts bytes.
     """
     request_queue_size = 256
     daemon_threads = True
@@ -86,7 +86,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.lock, self.seen, self.attempts = threading.Lock(), [], {}
-        self.in_flight = self.most_in_flight = 0
+        self.in_flight = self.most_in_flight = self.dripped = 0
         self.behave = lambda prompt, attempt: "Yes."
 
     def spec(self, api="openai", model="model-1"):
@@ -133,26 +133,26 @@ class Handler(BaseHTTPRequestHandler):
         if reply.trick == "drip":
             for i in range(len(data)):
                 self.wfile.write(data[i:i + 1])
+                self.server.dripped += 1
                 time.sleep(0.02)
         else:
             self.wfile.write(data)
 
 
-def reply_body(text, path="/v1/chat/completions"):
-    """A reply as the API at this path gives it, with thoughts beside it, which nobody must read."""
+def reply_body(text, path="/v1/chat/completions", cut_off=False):
+    """A reply as the API at this path gives it, with thoughts next to it, which nobody must read."""
     thoughts = "<judgement>No</judgement><judgement>Yes</judgement>"
     if path == "/v1/messages":
         blocks = [{"type": "thinking", "thinking": thoughts}]
         blocks += [{"type": "text", "text": part} for part in (text[:len(text) // 2], text[len(text) // 2:])]
-        return json.dumps({"content": blocks, "usage": {"input_tokens": 7, "output_tokens": 3}})
+        return json.dumps({"content": blocks, "stop_reason": "max_tokens" if cut_off else "end_turn"})
     message = {"role": "assistant", "reasoning_content": thoughts, "content": text}
-    usage = {"prompt_tokens": 7, "completion_tokens": 3}
-    return json.dumps({"choices": [{"message": message}], "usage": usage})
+    return json.dumps({"choices": [{"message": message, "finish_reason": "length" if cut_off else "stop"}]})
 
 
 @pytest.fixture
 def server(monkeypatch):
-    for name in ("ANTHROPIC_BASE_URL", "OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)

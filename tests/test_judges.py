@@ -21,7 +21,7 @@ import pytest
 import gen_cot
 import rewards
 from conftest import KEY, ROOT, Fault, reply_body
-from rewards import ChatClient, UserError, make_judge
+from rewards import ChatClient, UserError, make_judge, read_jsonl
 
 YES, NO = "It is described. <judgement>Yes</judgement>", "It is not. <judgement>No</judgement>"
 FENCE = re.compile(r"=== BEGIN (\w+) (\w+) ===\n(.*?)\n=== END \1 \2 ===", re.DOTALL)
@@ -31,6 +31,11 @@ both_apis = pytest.mark.parametrize("api", ["anthropic", "openai"])
 @pytest.fixture(autouse=True)
 def agreeing(server):
     server.behave = lambda prompt, attempt: YES
+
+
+@pytest.fixture
+def two_tries(monkeypatch):
+    monkeypatch.setattr(rewards, "RETRIES", 1)
 
 
 def judge_at(server, api="openai", **options):
@@ -58,7 +63,7 @@ def parts_of(prompt):
 @both_apis
 def test_what_is_sent_and_read(server, api):
     judge = judge_at(server, api)
-    assert judge([record()], ["a blue van"]) == [True]
+    assert judge([record()], ["a blue van"]) == [True] and judge.replies == [YES]
     path, headers, body = server.seen[0]
     if api == "anthropic":
         assert path == "/v1/messages" and set(body) == {"model", "messages", "max_tokens"}
@@ -67,21 +72,18 @@ def test_what_is_sent_and_read(server, api):
         assert path == "/v1/chat/completions" and set(body) == {"model", "messages"}
         assert headers["Authorization"] == f"Bearer {KEY}"
     assert body["model"] == "model-1"
-    assert judge.stats["tokens_in"] == 7 and judge.stats["tokens_out"] == 3
 
 
-def test_local_servers_need_no_key_and_no_path(server, monkeypatch):
+def test_local_servers_need_no_key(server, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
-    assert make_judge(f"openai:llama3:8b@{server.url}")([record()], ["o"]) == [True]
-    path, headers, body = server.seen[0]
-    assert path == "/v1/chat/completions" and "Authorization" not in headers and body["model"] == "llama3:8b"
+    assert judge_at(server)([record()], ["o"]) == [True]
+    assert "Authorization" not in server.seen[0][1]
 
 
 @both_apis
 def test_images_and_extra_fields(server, api):
     client = ChatClient(server.spec(api), extra={"temperature": 0})
-    parts = [{"type": "image", "jpeg": b"\xff\xd8jpeg"}, {"type": "text", "text": "What is this?"}]
-    assert client.ask([parts]) == [YES]
+    assert client.ask([[b"\xff\xd8jpeg", "What is this?"]]) == [YES]
     body, data = server.seen[0][2], base64.b64encode(b"\xff\xd8jpeg").decode()
     image, text = body["messages"][0]["content"]
     assert text == {"type": "text", "text": "What is this?"} and body["temperature"] == 0
@@ -108,6 +110,7 @@ def test_an_empty_observation_is_insufficient_unasked(server):
     judge = judge_at(server)
     empty = [None, "", " \n", "\u200b\u2060 \ufeff", "\u3164\u2800\ufe0f"]  # the last two show nothing
     assert judge([record()] * 6, [*empty, "seen"]) == [False] * 5 + [True]
+    assert judge.replies == [None] * 5 + [YES]
     assert judge([], []) == []
     assert len(server.seen) == 1 == judge.stats["calls"]
     with pytest.raises(ValueError):
@@ -144,8 +147,8 @@ FAULTS = [Fault(429, headers={"Retry-After": "0.01"}), *map(Fault, (408, 409, 50
 
 
 @both_apis
-def test_a_server_that_fails_three_times_in_ten_loses_nothing(server, api):
-    """Of 1,000 observations none gets a wrong verdict, or a 0 for a failure."""
+def test_a_server_that_fails_three_times_in_ten_changes_no_verdict(server, api):
+    """Of 1,000 observations none gets a wrong verdict, and at most five get none."""
     def behave(prompt, attempt):
         time.sleep(0.002)
         observation = parts_of(prompt)["OBSERVATION"]
@@ -156,56 +159,53 @@ def test_a_server_that_fails_three_times_in_ten_loses_nothing(server, api):
     truth = [random.Random(i).random() < 0.5 for i in range(1000)]
     judge = judge_at(server, api, timeout=1.0, concurrency=16, backoff=0.001)
     observations = [f"{i} {'described' if sufficient else 'left out'}" for i, sufficient in enumerate(truth)]
-    assert judge([record()] * 1000, observations) == truth
-    stats = judge.stats
-    assert stats["calls"] == len(server.seen) == 1000 + stats["retries"]
-    assert stats["retries"] > 200 and stats["unknown"] == 0
-    assert 2 <= server.most_in_flight <= 16
+    verdicts = judge([record()] * 1000, observations)
+    unknown = verdicts.count(None)
+    assert unknown <= 5 and sum(a == b for a, b in zip(verdicts, truth)) == 1000 - unknown
+    assert judge.stats["calls"] == 1000 and judge.stats["unanswered"] == unknown
+    assert len(server.seen) > 1200 and 2 <= server.most_in_flight <= 16
 
 
-def test_a_dead_server_ends_in_unknowns_and_thirty_in_a_row_stop_the_run(capfd):
+def test_a_dead_server_ends_in_unknowns_and_thirty_in_a_row_stop_the_run(two_tries, capfd):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        judge = make_judge(f"openai:m@http://127.0.0.1:{unused.getsockname()[1]}/v1", backoff=0.01, retries=3)
+        judge = make_judge(f"openai:m@http://127.0.0.1:{unused.getsockname()[1]}/v1", backoff=0.01)
         assert judge([record()] * 30, [""] + [f"seen {i}" for i in range(29)]) == [False] + [None] * 29
-        assert judge.stats["unknown"] == 29 and judge.stats["calls"] == 116
-        message = capfd.readouterr().err
-        assert message.count("\n") == 1 and "29 of 29" in message and "127.0.0.1" in message
-        with pytest.raises(UserError, match="30 questions in a row without a reply; .* ConnectionError"):
+        assert judge.stats == {"calls": 29, "unanswered": 29}
+        assert capfd.readouterr().err.count("m gave no answer: ConnectionError") == 29
+        with pytest.raises(UserError, match="left 30 questions in a row unanswered: ConnectionError"):
             judge([record()], ["seen 30"])
 
 
-def test_no_verdict_after_all_retries_is_unknown(server, capfd):
-    fault = Fault(503, json.dumps({"error": {"message": "come\u001b[31m back\nlater"}}))
-    server.behave = lambda prompt, attempt: fault if "bad" in prompt else NO
-    judge = judge_at(server, retries=2)
+def test_no_verdict_after_all_retries_is_unknown(server, two_tries, capfd):
+    server.behave = lambda prompt, attempt: Fault(503, "come back\nlater") if "bad" in prompt else NO
+    judge = judge_at(server)
     assert judge([record()] * 3, ["good", "bad", "fine"]) == [False, None, False]
-    assert judge.stats["unknown"] == 1 and judge.stats["calls"] == 5 and judge.stats["retries"] == 2
-    assert "1 of 3" in (message := capfd.readouterr().err) and "HTTP 503, come [31m back later" in message
+    assert judge.stats == {"calls": 3, "unanswered": 1} and len(server.seen) == 4
+    assert capfd.readouterr().err == "model-1 gave no answer: HTTP 503, come back later\n"
 
 
 @both_apis
-@pytest.mark.parametrize("status", [401, 403, 404, 302, 429])
+@pytest.mark.parametrize("status", [401, 403, 404, 302])
 def test_a_refusal_stops_the_run_with_the_servers_words(server, status, api):
-    more = "You exceeded your current quota." * (status == 429)  # which waiting won't bring back
-    body = json.dumps({"error": {"message": f"no, {KEY} won't do. {more}"}})
-    server.behave = lambda prompt, attempt: Fault(status, body, {"Location": f"{server.url}/elsewhere"})
-    words = "" if status == 302 else f"no, .key. won't do. {more}".strip()  # a redirect's own are of no use
-    with pytest.raises(UserError, match=f"HTTP {status}, {words} .*base URL.* {api.upper()}_API_KEY"):
+    fault = Fault(status, "that won't do", {"Location": f"{server.url}/elsewhere"})
+    server.behave = lambda prompt, attempt: fault
+    words = "" if status == 302 else "that won't do"  # a redirect's own are of no use
+    with pytest.raises(UserError, match=f"model-1 refuses, HTTP {status}, {words}.*URL and key"):
         judge_at(server, api, concurrency=3)([record()] * 50, [f"seen {i}" for i in range(50)])
-    assert len(server.attempts) == len(server.seen) <= 6  # no retry, and the rest is never sent
+    assert len(server.attempts) == len(server.seen) <= 3  # no retry, and the rest is never sent
     assert {path for path, *_ in server.seen} <= {"/v1/messages", "/v1/chat/completions"}
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_a_refused_content_is_unknown_and_thirty_in_a_row_stop_the_run(server, status):
-    body = json.dumps({"error": {"message": "that's rude"}})
-    server.behave = lambda prompt, attempt: Fault(status, body) if "rude" in prompt else YES
+    server.behave = lambda prompt, attempt: Fault(status, "that's rude") if "rude" in prompt else YES
     judge, rude = judge_at(server, concurrency=1), [f"rude {i}" for i in range(60)]
     observations = [*rude[:29], "fine", *rude[29:58]]  # twice 29 in a row
     assert judge([record()] * 59, observations) == [None] * 29 + [True] + [None] * 29
-    assert judge.stats["calls"] == 59 and judge.stats["unknown"] == 58  # none is asked again
-    with pytest.raises(UserError, match=f"HTTP {status}, that's rude"):
+    assert len(server.seen) == 59 == judge.stats["calls"]  # none is asked again
+    assert judge.stats["unanswered"] == 58
+    with pytest.raises(UserError, match=f"30 questions .*HTTP {status}, that's rude"):
         judge([record()], ["rude again"])
     server.seen.clear()
     with pytest.raises(UserError):
@@ -213,34 +213,13 @@ def test_a_refused_content_is_unknown_and_thirty_in_a_row_stop_the_run(server, s
     assert 30 <= len(server.seen) < 30 + 8
 
 
-QUOTA = "You exceeded your current quota, please check your plan and billing details."
-
-
-@pytest.mark.parametrize("status, body, fate", [
-    (429, QUOTA, "stop"), (400, "Your credit balance is too low", "stop"), (400, "API key not valid.", "stop"),
-    (429, f"{QUOTA} Please retry in 1.3s.", "retry"), (429, "Rate limit reached", "retry"),
-    (429, "Quota exceeded for quota metric 'Requests' and limit 'Requests per minute'", "retry"),
-    (429, "Please retry after 1 seconds. Please go here: https://aka.ms/oai/quotaincrease", "retry"),
-    (429, "Limit 200 requests per day. Please try again in 7m12s, or see your account's billing.", "retry"),
-    (424, "generation failed", "retry"), (425, "too early", "retry"), (529, "overloaded", "retry"),
-    (200, '{"choices": [{"finish_reason": "content_filter", "message": {"content": ""}}]}', "unknown"),
-    (200, '{"choices": [{"message": {"content": null, "refusal": "I will not."}}]}', "unknown"),
-    (200, '{"content": [], "stop_reason": "refusal"}', "unknown"), (200, '{"choices": []}', "retry"),
-])
-def test_what_a_refusal_is_about(server, capfd, status, body, fate):
-    """The account stops the run, one content is unknown without a retry, and what passes is waited for. The
-    last trouble is told even if good replies follow it."""
-    fault = Fault(status, body if body[0] == "{" else json.dumps({"error": {"message": body}}))
-    server.behave = lambda prompt, attempt: fault if "odd" in prompt and attempt == 0 else YES
-    judge, observations = judge_at(server, concurrency=1), ["odd", *"abc"]
-    if fate == "stop":
-        with pytest.raises(UserError, match=re.escape(body)):
-            judge([record()] * 4, observations)
-        return
-    expected = None if fate == "unknown" else True
-    assert judge([record()] * 4, observations) == [expected, True, True, True]
-    assert judge.stats["calls"] == 4 + (fate == "retry")
-    assert ("1 of 4" in capfd.readouterr().err) == (fate == "unknown")
+@both_apis
+def test_a_reply_that_is_cut_off_at_its_token_limit_is_asked_for_once(server, api, capfd):
+    path = {"anthropic": "/v1/messages", "openai": "/v1/chat/completions"}[api]
+    server.behave = lambda prompt, attempt: Fault(
+        body=reply_body(YES if "late" in prompt else "I see a", path, cut_off=True))
+    assert judge_at(server, api)([record()] * 2, ["early", "late"]) == [None, True]
+    assert len(server.seen) == 2 and "was cut off at its token limit" in capfd.readouterr().err
 
 
 def test_a_refusal_does_not_wait_for_other_retries(server):
@@ -252,14 +231,12 @@ def test_a_refusal_does_not_wait_for_other_retries(server):
 
 
 @pytest.mark.parametrize("retry_after, low, high", [
-    ("7", 7, 7), ("date", 20, 31), ("date without zone", 20, 31), ("1e9", 300, 300), (None, 0.005, 0.015),
-    ("soon", 0.005, 0.015), ("Fri, 31 Dec 9999 23:59:59 -0100", 0.005, 0.015), ("nan", 0.005, 0.015), ("-5", 0.005, 0.015)])
+    ("7", 7, 7), ("date", 20, 31), ("1e9", 120, 120), ("Fri, 31 Dec 9999 23:59:59 GMT", 120, 120),
+    (None, 0.005, 0.015), ("soon", 0.005, 0.015), ("nan", 0.005, 0.015), ("-5", 0.005, 0.015)])
 def test_retry_after_is_honoured(server, retry_after, low, high):
     def behave(prompt, attempt):
-        value = retry_after
-        if value and value.startswith("date"):  # without usegmt Python writes -0000
-            value = formatdate(time.time() + 30, usegmt=value == "date")
-        return Fault(429, headers={} if value is None else {"Retry-After": value}) if attempt == 0 else YES
+        value = formatdate(time.time() + 30, usegmt=True) if retry_after == "date" else retry_after
+        return Fault(429, headers={"Retry-After": value} if value else {}) if attempt == 0 else YES
 
     server.behave = behave
     client, pauses = client_and_pauses(server, backoff=0.01)
@@ -267,73 +244,60 @@ def test_retry_after_is_honoured(server, retry_after, low, high):
     assert len(pauses) == 2 and pauses[0] == 0 and low <= pauses[1] <= high
 
 
-def test_pauses_double_up_to_a_minute_of_backoff(server):
-    server.behave = lambda prompt, attempt: Fault(500)
-    client, pauses = client_and_pauses(server, backoff=1, retries=8)
-    assert client.reply("Well?") is None
-    for pause, expected in zip(pauses, [0, 1, 2, 4, 8, 16, 32, 60, 60], strict=True):
-        assert 0.5 * expected <= pause <= 1.5 * expected
+@pytest.mark.parametrize("fault", [Fault(500), Fault(trick="drop"), "I can't tell."], ids=repr)
+def test_pauses_double_with_jitter_from_the_first_on(server, fault):
+    server.behave = lambda prompt, attempt: fault
+    client, pauses = client_and_pauses(server, backoff=1)
+    for question in "abcd":
+        assert client.reply(question, lacks=lambda reply: "no verdict") is None
+    tries = [pauses[i:i + 7] for i in range(0, 28, 7)]
+    for i, expected in enumerate([0, 1, 2, 4, 8, 16, 32]):
+        assert all(0.5 * expected <= pause <= 1.5 * expected for pause in (row[i] for row in tries))
+        assert len({row[i] for row in tries}) == (4 if i else 1)
 
 
 @pytest.mark.parametrize("trick", ["hang", "drip"])
-def test_a_reply_that_does_not_end_in_time_is_none(server, trick):
+def test_a_reply_that_does_not_end_in_time_is_none(server, two_tries, trick):
     """Without a limit, or with one on each piece alone, either reply would be a Yes."""
     server.behave = lambda prompt, attempt: Fault(trick=trick, body=reply_body(YES))
-    judge = judge_at(server, timeout=0.2, retries=1)
-    assert judge([record()], ["seen"]) == [None] and judge.stats["calls"] == 2
+    assert judge_at(server, timeout=0.2)([record()], ["seen"]) == [None]
+    assert len(server.seen) == 2
+    assert server.dripped < len(reply_body(YES))  # of either reply, so that nobody has waited for its end
 
 
-WORDS = [  # from a server that says what is wrong in a reply with status 200
-    ('{"error": {"message": "No allowed providers", "code": 404}}', "HTTP 200, No allowed providers"),
-    ('data: {"choices": [{"delta": {"content": "Yes"}}]}\n\ndata: [DONE]\n\n', "an event stream, data: "),
-    (json.dumps({"choices": [{"message": {"content": None, "tool_calls": [{"function": {"name": "judge"}}]}}]}),
-     '"tool_calls": [{"function": {"name": "judge"'),
-    ("<html>Log \x1b[2Jin\n</html>", "<html>Log [2Jin </html>"), ("", "HTTP 200, ")]
+TOOL_CALL = {"choices": [{"message": {"content": None, "tool_calls": [{"function": {"name": "judge"}}]}}]}
 
 
-@pytest.mark.parametrize("body, words", WORDS, ids=["error", "stream", "tool call", "login page", "nothing"])
-def test_a_reply_without_a_verdict_is_shown(server, capfd, body, words):
+@pytest.mark.parametrize("body, words", [
+    (reply_body("I can't tell."), "no <judgement> in the reply: {"),
+    ('{"error": {"message": "no route"}}', 'no text in the reply: {"error": {"message": "no route"}}'),
+    ('data: {"choices": []}\n\ndata: [DONE]\n\n', 'no text in the reply: data: {"choices": []} data: [DONE]'),
+    (json.dumps(TOOL_CALL), '"tool_calls": [{"function": {"name": "judge"'),
+    ("<html>Log \x1b[2Jin\n</html>", "no text in the reply: <html>Log [2Jin </html>"),
+    ("", "no text in the reply")], ids=["words", "error", "stream", "tool call", "login page", "nothing"])
+def test_what_a_reply_lacks_is_said(server, two_tries, capfd, body, words):
     server.behave = lambda prompt, attempt: Fault(body=body)
-    assert judge_at(server, retries=1)([record()], ["seen"]) == [None]
+    assert judge_at(server)([record()], ["seen"]) == [None]
     message = capfd.readouterr().err
     assert words in message and "\x1b" not in message and message.count("\n") == 1
 
 
-@pytest.mark.parametrize("usage, tokens", [
-    ('{"prompt_tokens": 1e999, "completion_tokens": 3}', (0, 3)), ('{"input_tokens": "many"}', (0, 0)),
-    ('{"prompt_tokens": null, "output_tokens": [1]}', (0, 0)), ('"many"', (0, 0)), ("null", (0, 0)),
-    ("NaN", (0, 0)), ("[7]", (0, 0)), ('{"prompt_tokens": 7, "completion_tokens": 3}', (7, 3))])
-def test_an_odd_usage_costs_no_reply(server, usage, tokens):
-    message = json.dumps([dict(message=dict(content=YES))])
-    server.behave = lambda prompt, attempt: Fault(body=f'{{"choices": {message}, "usage": {usage}}}')
-    judge = judge_at(server)
-    assert judge([record()], ["seen"]) == [True] and judge.stats["calls"] == 1
-    assert (judge.stats["tokens_in"], judge.stats["tokens_out"]) == tokens
-
-
 @pytest.mark.parametrize("reply, calls, says", [
     (None, 0, "gave no verdict on a question of trial"), (Fault(401, "who?"), 1, "refuses, HTTP 401, who?"),
-    ("Sure!", 3, "gave no verdict"), (Fault(400, "too long"), 1, "gave no verdict"), (NO, 2, None)])
-def test_a_judge_is_tried_before_anything_is_paid_for(server, tmp_path, monkeypatch, reply, calls, says):
-    """By one question, which no cache answers: no route, a wrong key, a reply without a verdict end a stage as
-    it starts."""
+    ("Sure!", 2, "gave no verdict"), (Fault(400, "too long"), 1, "gave no verdict"), (NO, 2, None)])
+def test_a_judge_is_tried_before_anything_is_paid_for(
+        server, two_tries, tmp_path, monkeypatch, reply, calls, says):
+    """By one question, which no cache answers: no route, a wrong key, a reply without a verdict end a stage
+    as it starts."""
     monkeypatch.chdir(tmp_path)
     spec = server.spec() if reply else "openai:m@http://127.0.0.1:9/v1"
     server.behave = lambda prompt, attempt: reply
-    monkeypatch.setattr(gen_cot, "make_judge", functools.partial(make_judge, retries=2, backoff=0.001))
+    monkeypatch.setattr(gen_cot, "make_judge", functools.partial(make_judge, backoff=0.001))
     args = SimpleNamespace(judge=spec, judge_prompt_file=None, judge_max_calls=None)
     with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
         for _ in range(2):
-            gen_cot.judge_from(args, [])
+            gen_cot.judge_from(args)
     assert len(server.seen) == calls
-
-
-def test_the_rule_judge_says_what_it_measures_without_evidence(capsys):
-    args = SimpleNamespace(judge="rule", judge_prompt_file=None, judge_max_calls=None)
-    for records, lines in (([record(evidence=["x"])] * 2, 0), ([record(evidence=["x"]), record()], 1)):
-        gen_cot.judge_from(args, records)
-        said = capsys.readouterr().out
-        assert said.count("\n") == lines == said.count("every word of the correct answer stands")
 
 
 # --- cache and limits ---
@@ -341,82 +305,121 @@ def test_the_rule_judge_says_what_it_measures_without_evidence(capsys):
 def test_a_second_run_is_free(server, tmp_path):
     server.behave = lambda prompt, attempt: YES if "2" in parts_of(prompt)["OBSERVATION"] else NO
     observations = ["seen 1", "seen 2", "seen 1", "seen 22", "seen é 2"]
-    expected = [False, True, False, True, True]
-    first = judge_at(server, cache_dir=tmp_path / "cache")
+    expected, cache = [False, True, False, True, True], tmp_path / "new/cache.jsonl"
+    first = judge_at(server, cache=cache)
     assert first([record()] * 5, observations) == expected
-    assert first.stats["calls"] == 4  # equal pairs are asked once
-    second = judge_at(server, cache_dir=tmp_path / "cache")
+    assert first.stats == {"calls": 4}  # equal pairs are asked once
+    assert {frozenset(row) for row in read_jsonl(cache)} == {frozenset(["key", "output"])}
+    second = judge_at(server, cache=cache)
     assert second([record()] * 5, observations) == expected
-    assert second.stats["calls"] == 0 < second.stats["cache_hits"] and len(server.seen) == 4
+    assert second.replies == first.replies and second.stats == {"cached": 4} and len(server.seen) == 4
 
 
 def test_cache_is_keyed_by_all_that_is_sent(server, tmp_path):
     (tmp_path / "prompt.txt").write_text("Enough? {question} {answer} {observation}")
+    cache = tmp_path / "cache.jsonl"
     variants = [{}, {"prompt_file": tmp_path / "prompt.txt"}, {"extra": {"seed": 1}}]
-    for i, options in enumerate(variants * 2):
-        assert judge_at(server, cache_dir=tmp_path / "cache", **options)([record()], ["seen"]) == [True]
-    judge_at(server, "anthropic", cache_dir=tmp_path / "cache")([record()], ["seen"])
-    make_judge(f"openai:other@{server.url}", cache_dir=tmp_path / "cache")([record()], ["seen"])
-    judge_at(server, cache_dir=tmp_path / "cache")([record(solution="A")], ["seen"])
+    for options in variants * 2:
+        assert judge_at(server, cache=cache, **options)([record()], ["seen"]) == [True]
+    judge_at(server, "anthropic", cache=cache)([record()], ["seen"])
+    make_judge(server.spec(model="other"), cache=cache)([record()], ["seen"])
+    judge_at(server, cache=cache)([record(solution="A")], ["seen"])
     elsewhere = server.spec().replace("127.0.0.1", "localhost")  # what serves there may be another model
-    make_judge(elsewhere, cache_dir=tmp_path / "cache")([record()], ["seen"])
-    assert len(server.seen) == 7
+    make_judge(elsewhere, cache=cache)([record()], ["seen"])
+    assert len(server.seen) == 7 == len(read_jsonl(cache))
 
 
-def test_broken_or_useless_cache_files_are_asked_again(server, tmp_path):
-    judge_at(server, cache_dir=tmp_path)([record()], ["seen"])
-    (file,) = tmp_path.rglob("*.json")
-    for content in ("", '{"rep', "[]", '{"reply": "hm"}', '{"reply": 5}', '{"reply": null}'):
-        file.write_text(content)
-        assert judge_at(server, cache_dir=tmp_path)([record()], ["seen"]) == [True]
-        assert json.loads(file.read_text())["reply"] == YES
-    assert len(server.seen) == 7 and len(list(tmp_path.rglob("*.*"))) == 1
+def test_only_a_reply_that_a_kill_tore_is_asked_for_again(server, tmp_path):
+    cache, observations = tmp_path / "cache.jsonl", ["seen 1", "seen 2", "seen 3"]
+    server.behave = lambda prompt, attempt: f"é {YES}"
+    judge_at(server, cache=cache, concurrency=1)([record()] * 3, observations)
+    whole = cache.read_bytes()
+    last = whole.rindex(b"\n", 0, -1) + 1  # where the last row begins
+    for end in (last, last + 5, whole.rindex("é".encode()) + 1, len(whole) - 2):
+        cache.write_bytes(whole[:end])
+        judge = judge_at(server, cache=cache)
+        assert judge([record()] * 3, observations) == [True] * 3 and judge.stats == {"cached": 2, "calls": 1}
+        again = judge_at(server, cache=cache)
+        assert again([record()] * 3, observations) == [True] * 3 and again.stats == {"cached": 3}
 
 
-def test_replies_that_are_not_accepted_are_not_cached(server, tmp_path):
+def test_replies_without_a_verdict_are_not_cached(server, two_tries, tmp_path):
     server.behave = lambda prompt, attempt: "who knows"
-    assert judge_at(server, cache_dir=tmp_path, retries=1)([record()], ["seen"]) == [None]
-    assert not list(tmp_path.rglob("*.json"))
+    assert judge_at(server, cache=tmp_path / "cache.jsonl")([record()], ["seen"]) == [None]
+    assert read_jsonl(tmp_path / "cache.jsonl") == []
+
+
+def test_a_reply_that_cannot_be_written_is_not_used(server, tmp_path):
+    client = ChatClient(server.spec(), cache=tmp_path / "cache.jsonl", concurrency=1)
+    client.file.close()
+    client.file = open(tmp_path / "cache.jsonl")  # which takes no line, as a full disk
+    with pytest.raises(OSError):
+        client.ask([f"question {i}" for i in range(20)])
+    client.pool.shutdown()
+    assert len(server.seen) <= 2  # nor is anything more asked
 
 
 def test_the_call_limit_stops_cleanly_and_the_rest_is_bought_later(server, tmp_path):
-    observations = [f"seen {i}" for i in range(30)]
-    judge = judge_at(server, cache_dir=tmp_path, max_calls=12)
+    observations, cache = [f"seen {i}" for i in range(30)], tmp_path / "cache.jsonl"
+    judge = judge_at(server, cache=cache, max_calls=12, concurrency=4)
     with pytest.raises(UserError, match="model-1 has had its 12 calls"):
         judge([record()] * 30, observations)
-    assert len(server.seen) == 12 == judge.stats["calls"]
-    again = judge_at(server, cache_dir=tmp_path, max_calls=18)
+    judge.ask.__self__.pool.shutdown()
+    paid = len(server.seen)
+    assert 8 <= paid == len(read_jsonl(cache)) <= 12 == judge.stats["calls"]
+    again = judge_at(server, cache=cache, max_calls=30 - paid)
     assert again([record()] * 30, observations) == [True] * 30
-    assert again.stats["cache_hits"] == 12 and len(server.seen) == 30
+    assert again.stats["cached"] == paid and len(server.seen) == 30
 
 
-def test_ctrl_c_asks_nothing_more_and_keeps_what_is_on_its_way(server, tmp_path):
-    def behave(prompt, attempt):
-        if len(server.seen) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.05)
-        return YES
-
-    server.behave = behave
-    with pytest.raises(KeyboardInterrupt):
-        judge_at(server, cache_dir=tmp_path, concurrency=2)([record()] * 40, [f"seen {i}" for i in range(40)])
-    assert 5 <= len(server.seen) == len(list(tmp_path.rglob("*.json"))) < 20
+def test_the_call_limit_counts_questions_however_often_each_is_tried(server):
+    server.behave = lambda prompt, attempt: YES if attempt == 2 else Fault(503)
+    judge = judge_at(server, max_calls=5)
+    assert judge([record()] * 5, [f"seen {i}" for i in range(5)]) == [True] * 5 and len(server.seen) == 15
+    with pytest.raises(UserError, match="has had its 5 calls"):
+        judge([record()], ["one more"])
+    assert len(server.seen) == 15
 
 
-def test_ctrl_c_waits_a_while_and_no_longer_for_a_server_that_hangs(server, monkeypatch):
+def test_ctrl_c_waits_for_nobody_asks_nothing_more_and_keeps_what_is_on_its_way(server, tmp_path):
     release = threading.Event()
 
     def behave(prompt, attempt):
-        os.kill(os.getpid(), signal.SIGINT)
-        release.wait(20)
+        if prompt == "question 4":
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGINT)
+        if int(prompt.split()[1]) >= 4:
+            release.wait(20)
         return YES
 
     server.behave = behave
-    monkeypatch.setattr(rewards, "PATIENCE", 0.1)
+    client = ChatClient(server.spec(), cache=tmp_path / "cache.jsonl", concurrency=2)
     with pytest.raises(KeyboardInterrupt):
-        judge_at(server)([record()], ["seen"])
-    assert server.in_flight == 1
+        client.ask([f"question {i}" for i in range(40)])
+    assert server.in_flight > 0
     release.set()
+    client.pool.shutdown()
+    assert 5 <= len(server.seen) == len(read_jsonl(tmp_path / "cache.jsonl")) <= 6
+
+
+def test_ctrl_c_ends_the_pause_before_a_retry(server):
+    server.behave = lambda prompt, attempt: Fault(503, headers={"Retry-After": "100"})
+    client = ChatClient(server.spec(), concurrency=2)
+    wait = client.stop.wait
+
+    def interrupted(seconds):
+        if seconds:
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGINT)
+        return wait(seconds)
+
+    client.stop.wait = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        client.ask(["question"])
+    waiting = threading.Thread(target=client.pool.shutdown, daemon=True)
+    waiting.start()
+    waiting.join(20)
+    assert not waiting.is_alive() and len(server.seen) == 1
 
 
 def test_concurrency_is_bounded_over_all_callers(server):
@@ -435,13 +438,12 @@ def test_concurrency_is_bounded_over_all_callers(server):
 # --- the key ---
 
 @both_apis
-def test_the_key_shows_up_nowhere(server, api, tmp_path, capfd, caplog):
+def test_the_key_shows_up_nowhere(server, two_tries, api, tmp_path, capfd, caplog):
     caplog.set_level(0)
-    escaped = json.dumps({"error": {"message": KEY}}).replace("sk-", "\\u0073k-")
-    replies = {"good": f"{KEY} {YES}", "lost": Fault(500, f"bad {KEY}"), "refuse": Fault(401, escaped)}
+    replies = dict(good=YES, lost=Fault(500), broken=Fault(trick="drop"), refuse=Fault(401))
     server.behave = lambda prompt, attempt: replies[parts_of(prompt)["OBSERVATION"]]
-    judge = judge_at(server, api, cache_dir=tmp_path, retries=1)
-    assert judge([record()] * 2, ["good", "lost"]) == [True, None]
+    judge = judge_at(server, api, cache=tmp_path / "cache.jsonl")
+    assert judge([record()] * 3, ["good", "lost", "broken"]) == [True, None, None]
     with pytest.raises(UserError) as caught:
         judge([record()], ["refuse"])
     error, told = caught.value, []
@@ -450,16 +452,14 @@ def test_the_key_shows_up_nowhere(server, api, tmp_path, capfd, caplog):
         error = error.__cause__ or error.__context__
     output = capfd.readouterr()
     told += [output.out, output.err, caplog.text, repr(judge), repr(vars(judge))]
-    files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert len(files) == 1
-    told += [file.read_text() + str(file) for file in files]
+    told.append((tmp_path / "cache.jsonl").read_text())
+    assert YES in told[-1] and "HTTP 500" in output.err and "ConnectionError" in output.err
     assert all(KEY in str(headers) for _, headers, _ in server.seen)
     assert not [text for text in told if KEY in text or base64.b64encode(KEY.encode()).decode() in text]
 
 
 @both_apis
 def test_missing_and_spoilt_keys_are_told_by_name(monkeypatch, api):
-    monkeypatch.delenv(f"{api.upper()}_BASE_URL", raising=False)
     variable = f"{api.upper()}_API_KEY"
     monkeypatch.delenv(variable, raising=False)
     with pytest.raises(UserError, match=variable):
@@ -470,41 +470,27 @@ def test_missing_and_spoilt_keys_are_told_by_name(monkeypatch, api):
     assert KEY not in str(caught.value)
 
 
-def test_addresses(monkeypatch):
+@pytest.mark.parametrize("text, url", [
+    ("anthropic:m", "https://api.anthropic.com/v1/messages"),
+    ("openai:m", "https://api.openai.com/v1/chat/completions"),
+    ("anthropic:m@http://h:1/", "http://h:1/v1/messages"),
+    ("openai:a/b:c@https://h/api/v1/", "https://h/api/v1/chat/completions"),
+    ("openai:m@https://h/v1beta/openai", "https://h/v1beta/openai/chat/completions"),
+    ("openai:m@http://[::1]:8000/v1", "http://[::1]:8000/v1/chat/completions")])
+def test_addresses(monkeypatch, text, url):
     for api in ("ANTHROPIC", "OPENAI"):
         monkeypatch.setenv(f"{api}_API_KEY", f"{KEY}\n")
-        monkeypatch.delenv(f"{api}_BASE_URL", raising=False)
-    for text, url in {
-        "anthropic:m": "https://api.anthropic.com/v1/messages",
-        "openai:m": "https://api.openai.com/v1/chat/completions",
-        "anthropic:m@http://h:1/": "http://h:1/v1/messages",
-        "anthropic:m@http://h/proxy/v1": "http://h/proxy/v1/messages",
-        "openai:m@http://h:1": "http://h:1/v1/chat/completions",
-        "openai:a/b:c@https://h/api/v1/": "https://h/api/v1/chat/completions",
-        "openai:m@https://h/v1beta/openai": "https://h/v1beta/openai/chat/completions",
-        "openai:m@http://h/v1/chat/completions": "http://h/v1/chat/completions",
-        "openai:m@http://[::1]:8000/v1": "http://[::1]:8000/v1/chat/completions",
-    }.items():
-        assert ChatClient(text).url == url
-    monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://localhost:9")
-    assert ChatClient("anthropic:m").url == "http://localhost:9/v1/messages"
+    assert ChatClient(text).url == url
 
 
 def test_requests_go_through_the_proxy_of_the_environment(server, monkeypatch):
-    """A proxy is asked for the whole URL, with its own password."""
+    """A proxy is asked for the whole URL, with its own password, and the key stays the server's."""
     monkeypatch.setenv("http_proxy", server.url.replace("//", "//me:word@"))
-    away = "openai:m@http://elsewhere.invalid/v1"
-    assert make_judge(away, retries=0)([record()], ["seen"]) == [True]
+    assert make_judge("openai:m@http://elsewhere.invalid/v1")([record()], ["seen"]) == [True]
     path, headers, _ = server.seen[0]
     assert path == "http://elsewhere.invalid/v1/chat/completions" and headers["Host"] == "elsewhere.invalid"
     assert headers["Proxy-Authorization"] == "Basic bWU6d29yZA=="
     assert headers["Authorization"] == f"Bearer {KEY}"
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    assert judge_at(server)([record()], ["seen"]) == [True] and server.seen[1][0] == "/v1/chat/completions"
-    monkeypatch.setenv("http_proxy", "http://:0:0")
-    with pytest.raises(UserError, match="the environment's proxy") as error:
-        make_judge(away)([record()], ["seen"])
-    assert KEY not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_netrc_file_does_not_replace_the_key(server, monkeypatch, tmp_path):
@@ -512,12 +498,6 @@ def test_a_netrc_file_does_not_replace_the_key(server, monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert judge_at(server)([record()], ["seen"]) == [True]
     assert server.seen[0][1]["Authorization"] == f"Bearer {KEY}"
-
-
-def test_a_local_servers_stand_in_for_a_key_is_no_secret(server, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "None")
-    server.behave = lambda prompt, attempt: "None of it is. <judgement>No</judgement>"
-    assert ChatClient(server.spec()).ask(["x"]) == ["None of it is. <judgement>No</judgement>"]
 
 
 # --- the other judges and the user's mistakes ---
@@ -537,21 +517,22 @@ def test_a_local_servers_stand_in_for_a_key_is_no_secret(server, monkeypatch):
     ({}, None, False), ({}, "", False), ({}, "\u200b", False),
 ])
 def test_the_rule_judge(fields, observation, expected):
-    assert make_judge("rule", cache_dir="unused")([record(**fields)], [observation]) == [expected]
+    assert make_judge("rule", cache="unused")([record(**fields)], [observation]) == [expected]
 
 
 def test_the_self_judge_asks_the_bound_model_once():
     batches = []
     judge = make_judge("self", generate=lambda prompts: batches.append(prompts) or [YES, NO, "hm", None])
     assert judge([record()] * 5, ["a", "b", "", "c", "d"]) == [True, False, False, None, None]
+    assert judge.replies == [YES, NO, None, "hm", None]
     assert [len(prompts) for prompts in batches] == [4] and {type(prompt) for prompt in batches[0]} == {str}
-    with pytest.raises(UserError, match="'self' needs a loaded model"):
+    with pytest.raises(UserError, match="'self'.* pagrpo.py"):
         make_judge("self")
 
 
 def test_a_models_name_may_hold_its_version():
-    client = ChatClient("openai:vertex_ai/claude-sonnet-4@20250514@http://h/v1")
-    assert (client.model, client.url) == ("vertex_ai/claude-sonnet-4@20250514", "http://h/v1/chat/completions")
+    client = ChatClient("openai:vertex_ai/claude-4@20250514@http://h/v1")
+    assert (client.model, client.url) == ("vertex_ai/claude-4@20250514", "http://h/v1/chat/completions")
 
 
 @pytest.mark.parametrize("text", ["", "claude", "anthropic", "anthropic:", "openai:", "ollama:m",
@@ -564,10 +545,10 @@ def test_bad_specs_are_told_in_one_sentence(text, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["http://bob:hunter2@127.0.0.1:8000/v1", "http://h/v1?key=hunter2",
-                                 "http://h/v1#hunter2", "http://[::1/hunter2"])
+                                 "http://h/v1#hunter2"])
 def test_a_password_in_a_url_is_refused_and_not_repeated(monkeypatch, url):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(UserError, match="OPENAI_API_KEY") as caught:
+    with pytest.raises(UserError, match="openai:MODEL@http://HOST/v1") as caught:
         make_judge(f"openai:m@{url}")
     assert "hunter2" not in str(caught.value)
 
@@ -580,12 +561,9 @@ def test_prompt_files(tmp_path, server):
     assert prompt.startswith("Braces {x} {} stay. Q === BEGIN QUESTION") and prompt.endswith("100 %s {0}")
     assert parts_of(prompt)["OBSERVATION"] == "a {answer} {question} \\1 %d"
     assert prompt.count("Which one?") == 1
-    for content in (b"no {observation}", b"\xff\xfe {question} {answer} {observation}"):
-        file.write_bytes(content)
-        with pytest.raises(UserError, match="prompt.txt"):
-            make_judge("rule", prompt_file=file)
-    with pytest.raises(UserError, match="missing.txt"):
-        make_judge("rule", prompt_file=tmp_path / "missing.txt")
+    file.write_text("no {observation}")
+    with pytest.raises(UserError, match="prompt.txt lacks question, answer"):
+        make_judge("rule", prompt_file=file)
 
 
 def test_a_users_mistake_ends_a_script_without_a_traceback():

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ import gen_cot
 import prepare
 from conftest import ROOT, Fault
 from gen_cot import build_prompt, load_records
-from rewards import ChatClient, UserError, rule_judge
+from rewards import UserError, read_jsonl, rule_judge, write_jsonl
 
 FLAWS = [None, "wrong answer", "broken template", "insufficient observation"]
 FAULTS = [Fault(500), Fault(429), Fault(trick="drop"), ""]
@@ -42,7 +43,7 @@ def world(tmp_path_factory):
         row = {name: value for name, value in question.items() if name in prepare.FIELDS}
         rows.append(dict(row, problem_id=i, problem=f"{question['problem']} (number {i})", path=scene["path"],
                          data_type="video" if scene["kind"] == "clip" else "image"))
-    gen_cot.write_jsonl(folder / "questions.jsonl", rows)
+    write_jsonl(folder / "questions.jsonl", rows)
     records = load_records(folder / "questions.jsonl", folder)
     traces = dict(zip(map(build_prompt, records), outputs))
     assert len(traces) == 800
@@ -71,14 +72,14 @@ def command(world, teacher, output, *flags, data="questions.jsonl"):
 
 
 def run(world, teacher, output, *flags, **changes):
-    """The finished process, started beside the output, where it also puts what judges say."""
-    (output.parent / gen_cot.MODELS["tiny"]).mkdir(parents=True, exist_ok=True)  # or it is no clone
+    """The finished run, started next to the output, where it also puts what judges say."""
+    output.parent.mkdir(parents=True, exist_ok=True)
     return subprocess.run(command(world, teacher, output, *flags, **changes), cwd=output.parent,
                           capture_output=True, text=True, timeout=300)
 
 
 def rows_of(output):
-    return gen_cot.read_json(output.with_name("traces.jsonl"))
+    return read_jsonl(output.with_name("traces.jsonl"))
 
 
 def sentence(done):
@@ -93,14 +94,13 @@ def test_through_a_server_that_fails_one_call_in_five_exactly_the_planted_flaws_
     output = tmp_path / "cot.jsonl"
     server.behave = Script(traces, failing=0.2)
     done = run(world, server.spec(), output)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "teacher: 800 calls" in done.stdout, done.stderr
     kept = load_records(output)
     assert [r["problem_id"] for r in kept] == [i for i, flaw in planted.items() if flaw is None]
     assert {build_prompt(r): r["output"] for r in kept}.items() <= traces.items()
     assert sorted(server.behave.answered) == sorted(traces)  # each once
     counts = json.loads((tmp_path / "yield.json").read_text())["table"]["all"]
-    rejected = dict.fromkeys(FLAWS[1:], 200) | {"unreadable medium": 0, "no trace": 0, "judge unknown": 0}
-    assert counts == {"questions": 800, "kept": 200} | rejected
+    assert counts == {"questions": 800, "kept": 200} | dict.fromkeys(FLAWS[1:], 200)
 
     # another threshold and the other scoring: no call to the teacher
     before = len(server.seen)
@@ -146,8 +146,7 @@ def test_what_the_teacher_is_sent(world, server, tmp_path, api, fields):
     _, records, traces, planted = world
     output = tmp_path / "cot.jsonl"
     server.behave = Script(traces)
-    done = run(world, server.spec(api), output, "--limit", 12)
-    assert done.returncode == 0 and "84 tokens in, 36 tokens out" in done.stdout
+    assert run(world, server.spec(api), output, "--limit", 12).returncode == 0
     asked = sorted(row["problem_id"] for row in rows_of(output))
     assert [r["problem_id"] for r in load_records(output)] == [i for i in asked if planted[i] is None]
     by_prompt = {build_prompt(record): record for record in records}
@@ -183,18 +182,20 @@ def test_the_call_limit_ends_in_one_sentence_and_loses_nothing(world, server, tm
     output = tmp_path / "cot.jsonl"
     script = server.behave = Script(world[2], delay=0.02)
     flags = ["--limit", 60, "--teacher-concurrency", 4]
-    for calls in (1, 25):  # the first may go to the question that the judge is tried on
-        said = sentence(run(world, server.spec(), output, *flags, "--teacher-max-calls", calls))
-        assert f"had its {calls} calls" in said and f"{output.with_name('traces.jsonl')} keeps every" in said
-    assert len(rows_of(output)) == 26 and not output.exists()
+    said = sentence(run(world, server.spec(), output, *flags, "--teacher-max-calls", 25))
+    assert said == "model-1 has had its 25 calls: raise the limit." and not output.exists()
+    assert 21 <= len(rows_of(output)) == len(script.answered) <= 25
     assert run(world, server.spec(), output, *flags).returncode == 0
     assert len(set(script.answered)) == 60 == len(script.answered)
 
 
-def test_a_teacher_that_refuses_is_asked_no_more(world, server, tmp_path):
-    server.behave = lambda prompt, attempt: Fault(401, "who are you?")
+@pytest.mark.parametrize("fault, says, calls", [
+    (Fault(401, "who are you?"), "refuses, HTTP 401, who are you?", 1),
+    (Fault(413, "too many frames"), "left 30 questions in a row unanswered: HTTP 413, too many frames", 30)])
+def test_a_teacher_that_refuses_is_asked_no_more(world, server, tmp_path, fault, says, calls):
+    server.behave = lambda prompt, attempt: fault
     said = sentence(run(world, server.spec(), tmp_path / "cot.jsonl", "--teacher-concurrency", 4))
-    assert "HTTP 401, who are you?" in said and len(server.seen) <= 4
+    assert says in said and calls <= len(server.seen) < calls + 4
 
 
 def test_a_judge_with_a_wrong_key_has_cost_no_call_to_the_teacher(world, server, tmp_path):
@@ -206,27 +207,14 @@ def test_a_judge_with_a_wrong_key_has_cost_no_call_to_the_teacher(world, server,
     assert not script.answered and len(server.seen) == 1
 
 
-def test_thirty_broken_replies_and_no_other_stop_the_run(world, server, tmp_path):
-    """As from a server that cuts the thoughts out of every reply, and refuses one."""
-    output, cut = tmp_path / "cot.jsonl", Script(dict.fromkeys(world[2], "<answer>B</answer>"), delay=0.1)
-    calls = itertools.count(1)
-    server.behave = lambda prompt, attempt: Fault(400) if next(calls) == 4 else cut(prompt, attempt)
-    said = sentence(run(world, server.spec(), output, "--limit", 200, "--teacher-concurrency", 4))
-    assert "None of the first 30 replies is in the template" in said and "<answer>B</answer>" in said
-    assert 30 <= len(cut.answered) <= 30 + 3 * 4 and not output.exists()  # settled as they come
-    assert len(rows_of(output)) == len(cut.answered)
-
-
 TRACE = "<observation>It is red.</observation> <think>fine</think><answer>red</answer>"
 
 
 @pytest.mark.parametrize("reply, kept", [
     ("I see red.\n</think>\n\n" + TRACE, TRACE), ("<think>\n\n</think>\n" + TRACE, TRACE),
     ("<think>An <observation>, a <think> block, then <answer>.</think>" + TRACE, TRACE),  # plans name tags
-    (f"```xml\n{TRACE}\n```", TRACE), (f"{TRACE}<|im_end|>", TRACE), (f"{TRACE}\n```\n<|endoftext|>\n", TRACE),
-    (f"<think>Hm.</think>\n```\n{TRACE}\n```<|im_end|>", TRACE), (f"\ufeff{TRACE}</s>", TRACE),
-    (f"◁think▷Hm.◁/think▷{TRACE}", TRACE), (f"<thinking>Hm.</thinking> {TRACE}\n<end_of_turn>\n", TRACE),
-    (TRACE + "\n" * 20_000 + "Sure" + "<|im_end|>" * 5_000 + "\n" * 20_000 + "?", None),  # at once, too
+    (f"```xml\n{TRACE}\n```", TRACE), (f"{TRACE}<|im_end|>", TRACE),
+    (f"{TRACE}\n```\n<|endoftext|>\n", TRACE), (f"<think>Hm.</think>\n```\n{TRACE}\n```<|im_end|>", TRACE),
     (f"Sure! {TRACE}", None), (f"<think>never closed {TRACE}", None), (f"{TRACE} Hope that helps!", None),
     ("", None), ("</think>", None)])
 def test_what_a_thinking_teacher_puts_around_a_trace_is_cut_off(reply, kept):
@@ -239,48 +227,52 @@ def test_what_a_thinking_teacher_puts_around_a_trace_is_cut_off(reply, kept):
         assert row["output"] == kept and row["observation"] == "<observation>It is red.</observation>"
 
 
-def test_thoughts_around_the_trace_are_no_broken_replies(world, server, tmp_path):
-    _, records, traces, _ = world
-    server.behave = lambda prompt, attempt: f"Hm.\n</think>\n\n{traces[prompt]}<|im_end|>"
-    records = [record for record, flaw in zip(records, itertools.cycle(FLAWS)) if flaw != "broken template"]
-    assert None not in gen_cot.generate(records[:40], *make_run(server, tmp_path))
+def test_ctrl_c_ends_all_waiting_and_what_is_on_its_way_is_kept(world, server, tmp_path):
+    """Of the four questions in flight two are waited for, and two wait for their next try."""
+    script, calls, release = Script(world[2]), itertools.count(), threading.Event()
 
+    def behave(prompt, attempt):
+        call = next(calls)
+        if call >= 20 and call % 2:
+            return Fault(503, headers={"Retry-After": "100"})
+        if call >= 20:
+            release.wait(60)
+        return script(prompt, attempt)
 
-def test_ctrl_c_ends_in_one_sentence_and_what_is_on_its_way_is_kept(world, server, tmp_path):
-    script = server.behave = Script(world[2], delay=0.05)
+    server.behave = behave
     process = subprocess.Popen(
         command(world, server.spec(), tmp_path / "cot.jsonl", "--teacher-concurrency", "4"), text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
-    while len(script.answered) < 20 and process.poll() is None:
-        time.sleep(0.005)
-    for _ in range(2):
+    try:
+        while len(server.seen) < 24 and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.3)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the decoders too
-        time.sleep(0.02)  # the second one loses nothing either
-    _, error = process.communicate(timeout=60)
-    said = sentence(SimpleNamespace(returncode=process.returncode, stderr=error))
-    assert "replies on their way are waited for" in error
-    assert said.startswith("Stopped: Ctrl-C. ") and "run the same command to go on" in said
-    assert len(rows_of(tmp_path / "cot.jsonl")) == len(script.answered) < 200
+        time.sleep(0.5)
+        release.set()
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert sentence(SimpleNamespace(returncode=process.returncode, stderr=error)) == "Stopped."
+    assert len(server.seen) == 24 and len(rows_of(tmp_path / "cot.jsonl")) == 22 == len(script.answered)
 
 
-def test_a_full_disk_ends_in_one_sentence_and_asks_nothing_more(world, server, tmp_path):
+def test_a_full_disk_ends_the_run_and_asks_nothing_more(world, server, tmp_path):
     script = server.behave = Script(world[2], delay=0.05)
     full = (resource.RLIMIT_FSIZE, (8000, 8000))  # no file can grow beyond 8,000 bytes
-    done = subprocess.run(command(world, server.spec(), tmp_path / "cot.jsonl", "--teacher-concurrency", 1),
+    done = subprocess.run(command(world, server.spec(), tmp_path / "cot.jsonl", "--teacher-concurrency", 4),
                           capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(*full))
-    said, text = sentence(done), (tmp_path / "traces.jsonl").read_bytes()
-    assert said.startswith("Stopped: ") and "File too large" in said and "traces.jsonl keeps every" in said
-    assert len(text) == 8000 and 0 < len(script.answered) - text.count(b"\n") <= 1 + 8  # 8 were in the queue
+    text = (tmp_path / "traces.jsonl").read_bytes()
+    assert done.returncode == 1 and "File too large" in done.stderr and len(text) == 8000
+    assert 0 < len(script.answered) - text.count(b"\n") <= 4 + 4  # in flight, and begun before it was seen
 
 
 # --- step 1 by itself ---
 
-def make_run(server, tmp_path, **changes):
-    """(teacher, args), as `generate` takes them."""
-    args = dict(teacher=server.spec(), teacher_extra=None, teacher_concurrency=2, prompt_file=None,
-                num_frames=4, max_pixels=4, workers=1, output=tmp_path / "cot.jsonl") | changes
-    teacher = ChatClient(args["teacher"], concurrency=args["teacher_concurrency"], backoff=0.01)
-    return teacher, SimpleNamespace(**args)
+def generate(records, server, tmp_path, **changes):
+    args = dict(teacher=server.spec(), teacher_extra=None, teacher_concurrency=2, teacher_max_calls=None,
+                prompt_file=None, num_frames=4, max_pixels=4, workers=1, output=tmp_path / "cot.jsonl")
+    return gen_cot.generate(records, SimpleNamespace(**args | changes))
 
 
 def test_a_refused_question_has_no_trace_and_is_asked_again_by_the_next_run(world, server, tmp_path):
@@ -288,11 +280,11 @@ def test_a_refused_question_has_no_trace_and_is_asked_again_by_the_next_run(worl
     script, refused = Script(traces), [build_prompt(record) for record in records[3:5]]
     server.behave = lambda prompt, attempt: Fault(400) if prompt in refused else script(prompt, attempt)
     expected = [traces[build_prompt(record)] for record in records[:8]]
-    outputs = gen_cot.generate(records[:8], *make_run(server, tmp_path))
+    outputs = generate(records[:8], server, tmp_path)
     assert outputs == [*expected[:3], None, None, *expected[5:]]
     server.behave = script
     script.answered.clear()
-    assert gen_cot.generate(records[:8], *make_run(server, tmp_path)) == expected
+    assert generate(records[:8], server, tmp_path) == expected
     assert sorted(script.answered) == sorted(refused)
 
 
@@ -302,14 +294,14 @@ def test_what_is_asked_again_is_another_request(world, server, tmp_path):
     record = world[1][0]
     twin = dict(record, problem_id=9999, solution="<answer>something else entirely</answer>")
     server.behave = lambda prompt, attempt: f"reply {len(server.seen)}"
-    assert gen_cot.generate([record, twin], *make_run(server, tmp_path)) == ["reply 1"] * 2
-    assert gen_cot.generate([twin, record], *make_run(server, tmp_path)) == ["reply 1"] * 2
+    assert generate([record, twin], server, tmp_path) == ["reply 1"] * 2
+    assert generate([twin, record], server, tmp_path) == ["reply 1"] * 2
     (tmp_path / "prompt.txt").write_text("{question} {answer_form}")
     changes = [dict(prompt_file=tmp_path / "prompt.txt"), dict(num_frames=6), dict(max_pixels=5),
-               dict(teacher_extra=dict(temperature=1)), dict(teacher=server.spec(model="model-2"))]
+               dict(teacher_extra='{"temperature": 1}'), dict(teacher=server.spec(model="model-2"))]
     for count, change in enumerate(changes, 2):
         for _ in range(2):
-            assert gen_cot.generate([record], *make_run(server, tmp_path, **change)) == [f"reply {count}"]
+            assert generate([record], server, tmp_path, **change) == [f"reply {count}"]
 
 
 def test_an_unreadable_medium_costs_its_own_question(world, server, tmp_path):
@@ -317,7 +309,7 @@ def test_an_unreadable_medium_costs_its_own_question(world, server, tmp_path):
     server.behave = Script(traces)
     (tmp_path / "text.mp4").write_text("no video")
     bad = dict(records[1], media=str(tmp_path / "text.mp4"), path="text.mp4", data_type="video")
-    first, error, third = gen_cot.generate([records[0], bad, records[2]], *make_run(server, tmp_path))
+    first, error, third = generate([records[0], bad, records[2]], server, tmp_path)
     assert [first, third] == [traces[build_prompt(record)] for record in (records[0], records[2])]
     assert isinstance(error, gen_cot.MediaError) and len(server.seen) == 2
     reasons, _ = gen_cot.verify([records[0], bad], [first, error], lambda records, observations: [True])
@@ -328,7 +320,7 @@ def test_one_problem_id_in_two_files_never_exchanges_traces(world, server, tmp_p
     folder, records, traces, _ = world
     server.behave = Script(traces)
     for name, part in (("twins1.jsonl", records[:20]), ("twins2.jsonl", records[20:40])):
-        gen_cot.write_jsonl(folder / name, [dict(record, problem_id=i) for i, record in enumerate(part)])
+        write_jsonl(folder / name, [dict(record, problem_id=i) for i, record in enumerate(part)])
     output = tmp_path / "cot.jsonl"
     assert run(world, server.spec(), output, data="twins*.jsonl").returncode == 0
     kept = load_records(output)
@@ -338,16 +330,23 @@ def test_one_problem_id_in_two_files_never_exchanges_traces(world, server, tmp_p
                  "--traces", tmp_path / "traces.jsonl", "--output", tmp_path / "again/cot.jsonl"]
     subprocess.run(elsewhere, cwd=ROOT, check=True, capture_output=True)
     assert load_records(tmp_path / "again/cot.jsonl") == kept
-    first = set(map(gen_cot.question_key, load_records(folder / "twins1.jsonl")))
-    gen_cot.write_jsonl(tmp_path / "traces.jsonl", [dict(problem_id=row["problem_id"], output=row["output"])
-                                                    for row in rows_of(output) if row["question"] in first])
-    elsewhere[5] = folder / "twins1.jsonl"  # whose traces these are can be told with one file alone
+    twins = [load_records(folder / f"twins{i}.jsonl") for i in (1, 2)]
+    first = set(map(gen_cot.question_key, twins[0]))
+    rows = [row for row in rows_of(output) if row["question"] in first]
+    write_jsonl(tmp_path / "traces.jsonl", rows)
+    found = [gen_cot.load_traces(tmp_path / "traces.jsonl", records) for records in twins]
+    assert found == [[traces[build_prompt(record)] for record in twins[0]], [None] * 20]
+    for row in rows:
+        del row["question"]
+    write_jsonl(tmp_path / "traces.jsonl", rows)
+    elsewhere[5] = folder / "twins1.jsonl"  # without `question` they can be told by one file alone
     subprocess.run(elsewhere, cwd=ROOT, check=True, capture_output=True)
     elsewhere[5] = folder / "twins*.jsonl"
-    done = subprocess.run(elsewhere, cwd=ROOT, capture_output=True, text=True)
-    assert "None of the 40 traces was kept" in sentence(done) and "40 no trace" in done.stderr
-    done = subprocess.run([*elsewhere, "--limit", "5"], cwd=ROOT, capture_output=True, text=True)
-    assert "None of the 5 traces was kept" in sentence(done)  # nor where only one of the two was drawn
+    for number, flags in ((40, []), (5, ["--limit", "5"])):  # nor where only one of the two was drawn
+        done = subprocess.run([*elsewhere, *flags], cwd=ROOT, capture_output=True, text=True)
+        assert f"None of the {number} traces was kept" in sentence(done)
+        table = json.loads((tmp_path / "again/yield.json").read_text())["table"]["all"]
+        assert table == {"questions": number, "no trace": number}
 
 
 def test_half_a_surrogate_pair_is_written_as_json_escapes_it(world, server, tmp_path):
@@ -355,20 +354,24 @@ def test_half_a_surrogate_pair_is_written_as_json_escapes_it(world, server, tmp_
     text = traces[build_prompt(record)].replace("<think>", "<think>\ud83d ")
     server.behave = lambda prompt, attempt: text
     for _ in range(2):  # as it comes, and from the file
-        assert gen_cot.generate([record], *make_run(server, tmp_path)) == [text]
+        assert generate([record], server, tmp_path) == [text]
     assert len(server.seen) == 1
-    gen_cot.write_jsonl(tmp_path / "kept.jsonl", [gen_cot.kept_record(record, text, 1.0, "paper")])
+    write_jsonl(tmp_path / "kept.jsonl", [gen_cot.kept_record(record, text, 1.0, "paper")])
     assert load_records(tmp_path / "kept.jsonl")[0]["output"] == traces[build_prompt(record)].replace(
         "<think>", "<think> ")  # and no record holds it
 
 
-def test_a_torn_last_line_is_cut_off_and_the_rest_is_kept(tmp_path):
-    path = tmp_path / "new" / "traces.jsonl"
-    with gen_cot.open_jsonl(path) as file:
-        file.write(gen_cot.json_line({"output": "x"}) + b'{"output": "\xc3')
-    with gen_cot.open_jsonl(path) as file:
-        file.write(gen_cot.json_line({"output": "y"}))
-    assert gen_cot.read_json(path) == [{"output": "x"}, {"output": "y"}]
+def test_what_a_kill_tore_is_asked_again_and_the_file_serves_as_traces(world, server, tmp_path):
+    _, records, traces, _ = world
+    script = server.behave = Script(traces)
+    expected = generate(records[:4], server, tmp_path)
+    path = tmp_path / "traces.jsonl"
+    for torn in (-1, -30):  # of its line end alone, and in its midst
+        path.write_bytes(path.read_bytes()[:torn])
+        script.answered.clear()
+        assert generate(records[:4], server, tmp_path) == expected
+        assert len(script.answered) == (torn == -30)
+        assert gen_cot.load_traces(path, records[:5]) == [*expected, None]
 
 
 def test_no_teacher_and_no_traces_is_one_sentence(monkeypatch):
