@@ -260,8 +260,6 @@ def complete_all(records, files, runs, args):
             for record, row in tqdm(rows, path.stem, len(todo)):
                 row = {k: v for k, v in record.items() if k != "media"} | row | dict(run=runs[adapter])
                 file.write(json_line(row))
-        if not args.server:
-            model.unload()  # the base without it
 
 
 def prompt_text(record, observations, args):
@@ -280,7 +278,7 @@ def with_media(records, args):
 
 
 def local_rows(model, tokenizer, records, observations, args):
-    """(record, row) of each record, decoded greedily in batches (E1)."""
+    """(record, row) of each record, decoded greedily in batches (E1). The model then loses its adapter."""
     config, media = sft.unwrap(model).config, with_media(records, args)
     while batch := list(islice(media, args.batch_size)):
         prompts, read = [], []
@@ -300,6 +298,7 @@ def local_rows(model, tokenizer, records, observations, args):
             text = tokenizer.decode(row[keep], skip_special_tokens=True)
             yield record, dict(completion=text, tokens=int(keep.sum()), fps=fps,
                                truncated=tokenizer.eos_token_id not in row[keep].tolist())
+    model.unload()
 
 
 def server_rows(records, observations, args):
@@ -335,16 +334,14 @@ def relative_accuracy(answer, gold, strict=False):
 def score_row(row, scoring):
     """A row with its scores: `score`, `strict` (VSI in the paper's way), `no_tag`, `template`."""
     text, kind, gold = row["completion"] or "", row["problem_type"], gold_answer(row["solution"])
-    answer = parse_trace(text).answer
-    no_tag = answer is None
-    answer = text.strip() if no_tag else answer  # E4
+    answer = gold_answer(text)  # E4: the answer block, or the whole where there is none, as of a solution
     score = strict = answer_score(kind, answer, gold, scoring, row["options"])
     if kind == "regression" and bench_of(row["file"]).mra:
         bare = without_units(answer, gold)
         answer, gold = bare if scoring == "lenient" and "" not in bare else (answer, gold)
         score, strict = relative_accuracy(answer, gold), relative_accuracy(answer, gold, strict=True)
     return dict(row, score=score, strict=strict, template=min(format_rewards(text)),
-                no_tag=no_tag and row["completion"] is not None, perception=None)
+                no_tag=row["completion"] is not None and parse_trace(text).answer is None, perception=None)
 
 
 def score_rows(rows, judge, scoring):
@@ -414,14 +411,13 @@ def summarise(rows, bench, args, judge):
 def print_table(file, summaries):
     """One file's figures, a line for each model, the paper's below them, then the groups."""
     bench, rates = bench_of(file), ("perception", "template", "no_tag", "truncated")
-    width = max(18, *(len(name) + 2 for name in summaries))
     questions = next(iter(summaries.values()))["questions"]
     print(f"\n{file}: {questions} questions; in %, ± 95 % interval; perception: sufficient observations")
-    print(" " * width + "".join(f"{name:>22}" for name in bench.numbers)
+    print(" " * 30 + "".join(f"{name:>22}" for name in bench.numbers)
           + "".join(f"{name.replace('_', ' '):>14}" for name in rates))
     for name, s in summaries.items():
         numbers = "".join(f"{value:>15.1f} ± {spread:<4.1f}" for value, spread in s["numbers"].values())
-        print(f"{name:<{width}}{numbers}"
+        print(f"{name:<30}{numbers}"
               + "".join(f"{'-' if s[rate] is None else format(s[rate], '.1f'):>14}" for rate in rates))
         if s["unread"]:
             print(f"  {s['unread']} media are missing or unreadable, or got no reply, and count as wrong")
@@ -430,8 +426,8 @@ def print_table(file, summaries):
         if "mismatch" in s:
             print("  think and answer: " + ", ".join(f"{n} {kind}" for kind, n in s["mismatch"].items()))
     for name, value in zip(("Qwen2.5-VL-7B", "VideoP2R 7B", "VideoP2R 3B"), bench.paper):
-        print(f"{'paper: ' + name:<{width}}{value:>15.1f}")
-    print(f"{'':<30}" + "".join(f"{name:>{len(name) + 3}}" for name in summaries))
+        print(f"{'paper: ' + name:<30}{value:>15.1f}")
+    print(" " * 30 + "".join(f"{name:>{len(name) + 3}}" for name in summaries))
     for group in sorted({group for s in summaries.values() for group in s["groups"]}):
         print(f"  {group:<28}" + "".join(f"{s['groups'].get(group, math.nan):>{len(name) + 3}.1f}"
                                          for name, s in summaries.items()))
@@ -479,8 +475,8 @@ def settled_by_rule(think, options):
 def mismatch(rows, judge):
     """Table 6: how many think segments settle on the answer's option, another, none, or unknown (E6)."""
     counts = collections.Counter(match=0, mismatch=0, no=0, unknown=0)
-    chosen = [row for row in rows if row["problem_type"] == "multiple choice" and row["completion"]]
-    traces = [(row, parse_trace(row["completion"])) for row in chosen]
+    chosen = [row for row in rows if row["problem_type"] == "multiple choice"]
+    traces = [(row, parse_trace(row["completion"] or "")) for row in chosen]
     traces = [(row, trace) for row, trace in traces if trace.think and trace.answer]
     settled = [settled_by_rule(trace.think, row["options"]) for row, trace in traces]
     if hasattr(judge, "ask"):  # a language model

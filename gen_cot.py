@@ -63,9 +63,9 @@ from pebble import ProcessExpired, ProcessPool
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from rewards import (PROBLEM_TYPES, ChatClient, UserError, accuracy_reward, correct_answer, digest,
-                     format_rewards, gold_answer, label_options, load_prompt, make_judge, option_key,
-                     parse_trace, question_text, strip_invisible, write_jsonl, write_text)
+from rewards import (PROBLEM_TYPES, ChatClient, UserError, accuracy_reward, digest, format_rewards,
+                     gold_answer, label_options, load_prompt, make_judge, option_key, parse_trace,
+                     question_text, strip_invisible, write_jsonl, write_text)
 
 MODELS = {"tiny": "data/toy/base", "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
           "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct"}
@@ -417,9 +417,7 @@ def read_json(file):
     try:
         with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as f:
             text = f.read()
-        if not text.strip():
-            raise ValueError("it is empty")
-        if text.lstrip().startswith("["):
+        if text.lstrip()[:1] in ("[", ""):  # an empty file is what a download that broke off leaves
             return load(text)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{file} can't be read ({error}): download or make it again.") from None
@@ -448,19 +446,16 @@ def parse_record(row, media_root=None):
 
 def parse_gold(record):
     """The gold answer without tags, from a text or number; an option's letter for its text."""
-    golds = [record[field] for field in ("solution", "answer") if record.get(field) not in (None, "")]
-    if not golds or not isinstance(golds[0], (str, int, float)):
+    gold = record.get("answer") if record.get("solution") in (None, "") else record["solution"]
+    if not isinstance(gold, (str, int, float)) or gold == "":
         raise ValueError("it has no gold answer")
-    gold = golds[0]
     if isinstance(gold, float) and gold.is_integer():  # as pandas writes 3 next to a gap
         gold = int(gold)
     gold = gold_answer(strip_invisible(str(gold)))
     if record["problem_type"] != "multiple choice":
         return gold
-    letter = correct_answer(dict(record, solution=gold))[0]
-    if not record["options"]:  # they may be in the question
-        letter = option_key(gold, [])
-    return letter if re.fullmatch("[A-N]", letter) else gold
+    key = option_key(gold, record["options"])  # without options these may be in the question
+    return key if re.fullmatch("[A-N]", key) else gold
 
 
 def parse_options(options):
@@ -486,9 +481,9 @@ def media_path(media_root, path):
     if path.startswith(".."):
         raise ValueError("its path leaves the media root")
     names = [path, path.removeprefix("Evaluation/"), f"Evaluation/{path}"]
-    names = [f"{media_root}/{name}" for name in names]
     names += [os.path.splitext(name)[0] for name in names]
-    return next(filter(os.path.exists, names), names[0])
+    media = [f"{media_root}/{name}" for name in names]
+    return next(filter(os.path.exists, media), media[0])
 
 
 def select_records(args):
@@ -498,8 +493,7 @@ def select_records(args):
     kept = [record for record in records if os.path.exists(record["media"])]
     drawn = draw(kept, args.limit, args.seed)
     if not drawn:
-        raise UserError(f"None of the {len(records)} records has its medium below {args.media_root}: pass "
-                        "--media-root, or see the README on what to download and where to.")
+        raise UserError(f"No record has its medium below {args.media_root}: pass --media-root (see README).")
     print(f"{len(drawn)} of {len(records)} records of {args.data}; {len(records) - len(kept)} have no medium")
     return drawn
 
@@ -623,7 +617,7 @@ def pick_frames(path, stamps, num_frames, max_pixels):
         decoded = container.decode(stream)
         for i in sample_indices(starts, end, num_frames):
             key = max((k for k in keyframes if k <= i), default=-1)
-            if key > (-1 if at is None else at) + SEEK_OVER:
+            if key > at + SEEK_OVER:
                 container.seek(stamps[key][0], stream=stream)
                 decoded, at = container.decode(stream), None
             while at is None or at < i:

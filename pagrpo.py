@@ -80,7 +80,6 @@ import contextlib
 import functools
 import math
 import random
-import shutil
 import sys
 import textwrap
 from dataclasses import dataclass, replace
@@ -107,7 +106,6 @@ TINY = dict(data="data/toy/rl.jsonl", media_root="data/toy", max_pixels=4, judge
             prompts_per_update=8, max_completion_tokens=112, perception_length=(16, 64),
             reasoning_length=(16, 64), lr=8e-4, lora_rank=32, checkpointing=False, show_every=10)
 FIXED = 48  # prompts held out for the `fixed/…` curves, at most a tenth; the same unless --limit draws others
-ONE_ADVANTAGE = ("perception", "reasoning", "separation", "assignment")  # --without: the rows of P7 marked *
 
 
 @dataclass
@@ -147,11 +145,11 @@ def get_args():
     args = gen_cot.parse_args(Args, TINY, "pagrpo", __doc__)
     if args.algorithm == "grpo":
         args.without = "perception"
-    args.loss_average = args.loss_average or ("completion" if args.without in ONE_ADVANTAGE else "segment")
+    # the rows of P7 that are marked * have one advantage for all tokens
+    args.loss_average = args.loss_average or ("segment" if args.without in (None, "length") else "completion")
     args.prompts_per_rollout = args.prompts_per_rollout or args.prompts_per_update
-    if args.adapter is None and (args.run_dir / "sft/adapter_config.json").exists():
-        args.adapter = str(args.run_dir / "sft")
-    args.adapter = args.adapter or "none"
+    saved = args.run_dir / "sft"
+    args.adapter = args.adapter or (str(saved) if (saved / "adapter_config.json").exists() else "none")
     return args
 
 
@@ -624,9 +622,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
         for t in range(max_tokens):
             logits = head(hidden).float()  # (B·G, V)
             allowed = logits.index_fill(-1, banned, -torch.inf)
-            token = allowed.argmax(-1)
-            if uniforms is not None:
-                token = sample_from(allowed, uniforms[:, t].to(device))
+            token = allowed.argmax(-1) if uniforms is None else sample_from(allowed, uniforms[:, t])
             token = torch.where(running, token, tokenizer.pad_token_id)
             # normalised over the whole vocabulary, the banned tokens too (P5)
             logprobs.append(-F.cross_entropy(logits, token, reduction="none") * running)
@@ -648,7 +644,8 @@ def sample_from(logits, uniforms):
     float64: in float32 a number just below 1 could round up to the total, and the last id, a banned one, be
     taken. NaN logits give the last id; the loss is NaN then, too, and `sft.optimiser_step` skips the step."""
     cumulative = logits.double().softmax(-1).cumsum(-1)  # (N, V)
-    token = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    drawn = uniforms.to(logits.device)[:, None] * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, drawn, right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)
 
 

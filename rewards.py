@@ -33,7 +33,6 @@ R6. The observation is written by a policy that is paid for a Yes. So whatever e
 """
 import base64
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -50,12 +49,15 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import requests
+from nltk import edit_distance
+from rouge_score.rouge_scorer import RougeScorer
 from urllib3.exceptions import HTTPError
 
 TAGS = ("observation", "think", "answer")
 OBSERVATION_OPENING = "Based on the question, I need to notice"
 THINK_OPENING = "Based on the observations,"
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
+ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
 
 
 class UserError(SystemExit):
@@ -86,26 +88,24 @@ def cut_block(text, tag):
     return (content.strip(), rest) if closing else (None, text)
 
 
+LETTERS = {"<observation>": "O", "</observation>": "o", "<think>": "T", "</think>": "t", "<answer>": "A",
+           "</answer>": "a"}
+
+
 def format_rewards(completion):
-    """(perception, reasoning), each 1.0 if its half is as in the template, else 0.0 (R1)."""
-    text = completion.strip()
-    once = {tag: text.count(f"<{tag}>") == text.count(f"</{tag}>") == 1 for tag in TAGS}
-    head, _, _ = text.removeprefix("<observation>").partition("</observation>")
-    perception = once["observation"] and text.startswith("<observation>") and is_plain(head)
+    """(perception, reasoning), each 1.0 if its half is as in the template, else 0.0 (R1).
 
-    blocks = once["think"] and once["answer"] and re.fullmatch(
-        r"(.*)<think>(.*)</think>\s*<answer>(.*)</answer>", text, re.DOTALL)
-    before, think, answer = blocks.groups() if blocks else ("", "", "")
-    left_open = "<observation>" in before and "</observation>" not in before  # perception's fault alone
-    reasoning = (is_plain(think) and is_plain(answer)
-                 and (not before or left_open or before.rstrip().endswith("</observation>")))
-    return float(perception), float(reasoning)
-
-
-def is_plain(content):
-    """Whether something is to be seen in a block's content, and none of the template's tags."""
-    tagged = any(f"<{tag}>" in content or f"</{tag}>" in content for tag in TAGS)
-    return not tagged and strip_invisible(content) != ""
+    Both are read off a sketch of the completion: a letter for each tag, a dot for text that shows something,
+    a dash for invisible characters, nothing for white space. The template's sketch is `O.oT.tA.a`.
+    """
+    sketch = ""
+    for piece in re.split("(</?(?:observation|think|answer)>)", completion):
+        text = "." if strip_invisible(piece) else "-" if piece.strip() else ""
+        sketch += LETTERS.get(piece, text)
+    perception = re.fullmatch(r"O\.o[^Oo]*", sketch)
+    # nothing before the thoughts, or an observation; one that is left open is perception's fault alone
+    reasoning = re.fullmatch(r"(|[^TtAa]*o|[^TtAaOo]*O[^TtAao]*)T\.tA\.a", sketch)
+    return float(bool(perception)), float(bool(reasoning))
 
 
 BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe00-\ufe0f\uffa0"
@@ -155,7 +155,7 @@ def answer_score(problem_type, answer, gold, scoring="paper", options=None):
     if problem_type == "OCR":
         return word_accuracy(answer.split(), gold.split())
     if problem_type == "free-form":
-        scores = rouge_scorer().score(gold, answer)
+        scores = ROUGE.score(gold, answer)
         return sum(score.fmeasure for score in scores.values()) / len(scores)
     score = number_score(problem_type, answer, gold)
     return max(score, number_score(problem_type, *without_units(answer, gold))) if lenient else score
@@ -190,18 +190,7 @@ def number_score(problem_type, answer, gold):
 
 def word_accuracy(hypothesis, reference):
     """1 − word error rate, at least 0, of two lists of words: edits per word of the reference."""
-    row = list(range(len(hypothesis) + 1))  # edits from no reference word to each beginning of the hypothesis
-    for i, word in enumerate(reference, 1):
-        above, row = row, [i]
-        for j, other in enumerate(hypothesis, 1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (word != other)))
-    return max(0.0, 1 - row[-1] / len(reference))
-
-
-@functools.cache
-def rouge_scorer():
-    from rouge_score.rouge_scorer import RougeScorer  # half a second, for free-form answers alone
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    return max(0.0, 1 - edit_distance(hypothesis, reference) / len(reference))
 
 
 # --- both processes' rewards of a completion ----------------------------------------------------------------
@@ -373,8 +362,7 @@ def correct_answer(record):
 def load_prompt(file, default, fields):
     """The text of a prompt file, or `default` without one. UserError where a {field} is missing in it."""
     text = Path(file).read_text(encoding="utf-8-sig") if file else default
-    missing = [field for field in fields if f"{{{field}}}" not in text]
-    if missing:
+    if missing := [field for field in fields if f"{{{field}}}" not in text]:
         raise UserError(f"The prompt file {file} lacks {', '.join(missing)} in braces.")
     return text
 
@@ -466,7 +454,7 @@ class ChatClient:
         backoff: seconds before the first retry. They double, with jitter. Retry-After can lengthen them.
     """
 
-    def __init__(self, spec, cache=None, concurrency=8, timeout=60.0, max_calls=None, max_tokens=1024,
+    def __init__(self, spec, cache=os.devnull, concurrency=8, timeout=60.0, max_calls=None, max_tokens=1024,
                  extra=None, backoff=0.5):
         # no password in the URL, which is written into files
         match = re.fullmatch(r"(anthropic|openai):((?!@http).[^@]*(?:@\d+)?)(?:@(https?://[^@?#]+))?", spec)
@@ -489,9 +477,8 @@ class ChatClient:
         self.timeout, self.max_calls, self.backoff = timeout, max_calls, backoff
         self.pool, self.lock, self.stop = ThreadPoolExecutor(concurrency), threading.Lock(), threading.Event()
         self.stats, self.unanswered = Counter(), 0  # questions in a row
-        rows = read_jsonl(cache) if cache else []
-        self.replies = {row["key"]: row["output"] for row in rows if "key" in row}
-        self.file = open_append(cache) if cache else None
+        self.replies = {row["key"]: row["output"] for row in read_jsonl(cache) if "key" in row}
+        self.file = open_append(cache)
 
     def ask(self, contents, lacks=lambda reply: ""):
         """The reply (str) to each of `contents`, in order, or None for it; equal ones are asked once.
@@ -499,9 +486,9 @@ class ChatClient:
         A content is a text or a list of texts and JPEGs (bytes). `lacks(reply)` says what a reply lacks, ""
         where it is as wanted.
         """
-        keys, jobs = [self.key_of(content) for content in contents], {}
-        for key, content in zip(keys, contents):
-            jobs[key] = jobs.get(key) or self.pool.submit(self.reply, content, lacks, key)
+        keys = [self.key_of(content) for content in contents]
+        jobs = {key: self.pool.submit(self.reply, content, lacks, key)
+                for key, content in dict(zip(keys, contents)).items()}
         try:
             return [jobs[key].result() for key in keys]
         except BaseException:  # a refusal, the call limit, Ctrl-C: ask nothing more, and wake whoever waits;
@@ -526,8 +513,7 @@ class ChatClient:
         with self.lock:
             if reply:
                 self.replies[key], self.unanswered = reply, 0
-                if self.file:
-                    self.file.write(json_line(dict(about, key=key, output=reply)))
+                self.file.write(json_line(dict(about, key=key, output=reply)))
             elif trouble:
                 print(strip_invisible(f"{self.model} gave no answer: {trouble}"), file=sys.stderr)
                 self.stats["unanswered"] += 1
@@ -571,7 +557,7 @@ class ChatClient:
         return None, trouble
 
     def post(self, content):
-        """(status, text, Retry-After) of one request. Raises OSError or HTTPError for a broken or late one."""
+        """(status, text, Retry-After) of one request. OSError or HTTPError for a broken or late one."""
         if not isinstance(content, str):
             content = [self.content_part(part) for part in content]
         body = self.body | {"messages": [{"role": "user", "content": content}]}

@@ -26,6 +26,7 @@ import logging
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -169,22 +170,16 @@ def sft_loss(model, prompts, completions):
 
 def target_text(record, process_agnostic=False):
     """The completion to learn: the record's whole trace, or without its observation block (S3)."""
-    if record.get("output"):
-        text = record["output"].strip()
-    else:
-        observation = strip_tag(record["observation"], "observation")
-        think = strip_tag(record["process"], "think")
+    text = (record.get("output") or "").strip()
+    if not text:  # only its segments, which the file stores with or without their tags
+        observation = re.sub("</?observation>", "", record["observation"]).strip()
+        think = re.sub("</?think>", "", record["process"]).strip()
         text = f"<observation>{observation}</observation> <think>{think}</think>{record['solution']}"
     if process_agnostic:
         trace = parse_trace(text)
         assert None not in trace[1:], f"a trace without a think or an answer block: {text}"
         text = f"<think>{trace.think}</think><answer>{trace.answer}</answer>"
     return text
-
-
-def strip_tag(text, tag):
-    """A segment without its tags, whether the file stores it with or without them."""
-    return text.replace(f"<{tag}>", "").replace(f"</{tag}>", "").strip()
 
 
 def target_ids(record, tokenizer, process_agnostic=False):
@@ -218,9 +213,9 @@ def load_base(base, four_bit=True):
         base, dtype=dtype, quantization_config=quantization, attn_implementation="sdpa",
         device_map={"": device}, output_loading_info=True)
     assert not info["missing_keys"], f"{base} lacks {len(info['missing_keys'])} of Qwen2.5-VL's weights"
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # on a CPU with bf16 instructions a pass without
-            module.support_avx512bf16_for_cpu = False  # gradients repacks the weights, and no later one works
+    # else, on a CPU with bf16 instructions, a pass without gradients repacks the 4-bit weights, and no later
+    # pass with gradients works
+    model.apply(lambda module: setattr(module, "support_avx512bf16_for_cpu", False))
     linears = {name: "4bit" in type(module).__name__ for name, module in model.named_modules()
                if isinstance(module, torch.nn.Linear)}
     in_place = {name: four_bit and "language_model.layers" in name for name in linears}
@@ -263,8 +258,7 @@ def check_adapter(adapter, lora_rank=None):
         raise UserError(f"No adapter in {adapter}: train one with sft.py, or name none for the base.")
     rank = json.loads(path.read_text())["r"]
     if lora_rank not in (None, rank):
-        raise UserError(f"The adapter in {adapter} has rank {rank}: pass --lora-rank {rank}, or train "
-                        "another with sft.py.")
+        raise UserError(f"The adapter in {adapter} has rank {rank}: pass --lora-rank {rank}.")
 
 
 def check_finite(model):
@@ -363,12 +357,9 @@ def encode_prompt(text, frames, fps, tokenizer, config):
     """Chat-format a prompt text with its frames uint8 (T, H, W, 3); fps is the sampled rate,
     None for an image."""
     pixel_values, grid = pack_frames(frames)
-    pad = config.image_token_id if fps is None else config.video_token_id
     placeholder = "<|image_pad|>" if fps is None else "<|video_pad|>"
-    ids = token_ids(CHAT.format(medium=placeholder, prompt=defuse(text, tokenizer)), tokenizer)
-    at = int((ids == pad).nonzero()[0])
-    visual = torch.full((math.prod(grid) // MERGE**2,), pad)
-    ids = torch.cat([ids[:at], visual, ids[at + 1:]])
+    medium = placeholder * (math.prod(grid) // MERGE**2)  # one for each visual token
+    ids = token_ids(CHAT.format(medium=medium, prompt=defuse(text, tokenizer)), tokenizer)
     seconds = 0.0 if fps is None else TEMPORAL / fps
     return Prompt(ids, rope_positions(ids, [grid], [seconds], config), pixel_values, torch.tensor([grid]))
 
@@ -471,9 +462,7 @@ def setup_process(args):
     torch.manual_seed(args.seed)  # of a fresh adapter; all else draws from generators of its own
     if not on_gpu() and args.device != "cpu":
         print("No GPU is visible to torch: running on the CPU.")
-        with torch.device("meta"):
-            size = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(args.base)).num_parameters()
-        if size > 1e9:
+        if AutoConfig.from_pretrained(args.base).get_text_config().hidden_size > 1000:  # 3B: 2,048
             raise UserError(f"{args.base} wants a GPU; torch (for CUDA {torch.version.cuda}) sees none: "
                             "look at the driver (nvidia-smi). --device cpu runs it all the same.")
 
@@ -648,12 +637,10 @@ def finish(model, curves, folder):
 
 def plot_curves(rows, curves, folder, window=15):
     """Draw `curves.png` from the log's rows, running means; curves: {title: its keys in the log}."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # a second to import; without pyplot, which would look for a screen
     lines, columns = math.ceil(len(curves) / 3), min(len(curves), 3)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(4 * columns, 3 * lines), layout="constrained")
-    for axis, (title, keys) in zip(axes.flat, curves.items()):
+    figure = Figure(figsize=(4 * columns, 3 * lines), layout="constrained")
+    for axis, (title, keys) in zip(figure.subplots(lines, columns).flat, curves.items()):
         for key in keys:
             known = [row for row in rows if row.get(key) is not None]
             values = [row[key] for row in known]
@@ -662,7 +649,6 @@ def plot_curves(rows, curves, folder, window=15):
         axis.set(title=title, xlabel="step")
         axis.legend(fontsize=6)
     figure.savefig(folder / "curves.png", dpi=100)
-    pyplot.close(figure)
 
 
 @contextlib.contextmanager
