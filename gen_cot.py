@@ -49,8 +49,6 @@ import re
 import signal
 import subprocess
 import sys
-import tokenize
-import zlib
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,9 +228,7 @@ def load_traces(path, records):
     """The raw trace (str) of each record from a file of {problem_id, output}, or None. A row with the
     `question` of `generate` is found by that. An id that two questions or two traces share tells nothing."""
     traces, ids = {}, collections.Counter(str(record.get("problem_id")) for record in records)
-    for row in read_json(path):
-        if isinstance(row, str):  # a line that a kill tore
-            continue
+    for row in filter(lambda row: isinstance(row, dict), read_json(path)):  # no line that a kill tore
         own = re.fullmatch("[0-9a-f]{24}", str(row.get("question")))
         key = own[0] if own else str(row["problem_id"])
         traces[key] = row["output"] if traces.get(key, row["output"]) == row["output"] else None
@@ -393,8 +389,7 @@ def load_records(paths, media_root=None, left_out=()):
     records, bad = [], []
     files = [str(paths)] if os.path.exists(paths) else sorted(glob.glob(str(paths)))
     if not files:
-        raise UserError(f"No data file {paths}: pass --data, run the stage before, or see the README on what "
-                        "to download and where to.")
+        raise UserError(f"No data file {paths}: pass --data, run the stage before, or download it (README).")
     for file in files:
         for i, row in enumerate(read_json(file)):
             try:
@@ -405,8 +400,7 @@ def load_records(paths, media_root=None, left_out=()):
     if bad:
         print(strip_invisible(f"{len(bad)} records are left out. The first one is {bad[0]}"))
     if not records or len(bad) > MAX_BAD * (len(records) + len(bad)):
-        raise UserError(f"{' '.join(files)}: {len(records)} records are good, {len(bad)} are bad. Mend the "
-                        "file, or pass another --data.")
+        raise UserError(f"{paths}: {len(records)} records are good, {len(bad)} are bad. Mend the file.")
     return records
 
 
@@ -419,7 +413,7 @@ def read_json(file):
             text = f.read()
         if text.lstrip()[:1] in ("[", ""):  # an empty file is what a download that broke off leaves
             return load(text)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except Exception as error:  # of the system, gzip, zlib or json
         raise UserError(f"{file} can't be read ({error}): download or make it again.") from None
     rows = [line for line in text.split("\n") if line.strip()]  # not at U+2028 and its like
     for i, line in enumerate(rows):
@@ -462,13 +456,12 @@ def parse_options(options):
     """Options as a list of str, each with its letter, from a list, null, or a list printed as JSON or Python
     (as in the authors' RL file)."""
     if isinstance(options, str) and options.strip():
-        tokens = tokenize.generate_tokens(io.StringIO(options).readline)
         try:
             options = json.loads(options)
         except ValueError:
+            if re.search(r"""['"]\s+['"]""", options):  # as numpy prints them, and Python would join them
+                raise ValueError("its options lack their commas") from None
             options = ast.literal_eval(options)  # parses literals only, evaluates nothing
-            if sum(token.type == tokenize.STRING for token in tokens) > len(options or []):
-                raise ValueError("its options lack their commas")  # Python would join them
     if isinstance(options, dict) or len(options or []) > 14:
         raise ValueError("its options are no list of at most 14, A to N")
     return label_options([strip_invisible(str(option)) for option in options or []])

@@ -169,13 +169,13 @@ def main(args):
         sft.check_adapter(folder, args.lora_rank)
     print(f"Starting from {f'the SFT adapter {folder}' if folder else 'the base, without SFT (RL only)'}.")
     model, tokenizer = sft.load_model(args.base, folder, not args.no_4bit, args.lora_rank)
-    ref_adapter = add_reference(model, args)
+    add_reference(model, args)
     if args.probe:
-        return probe(model, ref_adapter, tokenizer, args)
-    train(model, ref_adapter, tokenizer, records, judge, args)
+        return probe(model, tokenizer, args)
+    train(model, tokenizer, records, judge, args)
 
 
-def train(model, ref_adapter, tokenizer, records, judge, args):
+def train(model, tokenizer, records, judge, args):
     """The RL loop: decode a few questions' media, update, log. Writes metrics.jsonl, rollouts.jsonl (two
     groups every `--show-every` updates), curves.png and the adapter."""
     template, config = gen_cot.load_template(args), sft.unwrap(model).config
@@ -198,8 +198,7 @@ def train(model, ref_adapter, tokenizer, records, judge, args):
                 row |= fixed_accuracies(model, fixed, tokenizer, judge, args)
             # sample, score, learn
             if row["skipped_media"] < args.prompts_per_update:
-                groups, metrics = update(model, ref_adapter, tokenizer, optimizer, encoded, judge, row["lr"],
-                                         args)
+                groups, metrics = update(model, tokenizer, optimizer, encoded, judge, row["lr"], args)
                 row |= metrics
                 unanswered = 0 if "loss" in row else unanswered + 1  # without a loss nothing was learnt
                 if unanswered == 3:
@@ -266,7 +265,7 @@ class Group:
             yield replace(self, **part)
 
 
-def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
+def update(model, tokenizer, optimizer, encoded, judge, lr, args):
     """Sample, score, learn: one update on pairs (record, Prompt). Returns (groups, metrics). If verdicts are
     needed, and the judge was asked and gave none (P6), nothing is learnt, and metrics hold no `loss`."""
     metrics = {}
@@ -277,7 +276,7 @@ def update(model, ref_adapter, tokenizer, optimizer, encoded, judge, lr, args):
         verdicts = gather_object(score_groups(groups, tokenizer, judge, args))
     if args.without == "perception" or not verdicts or any(verdict is not None for verdict in verdicts):
         with sft.measured("update", metrics):
-            metrics |= update_policy(model, ref_adapter, optimizer, groups, lr, args)
+            metrics |= update_policy(model, optimizer, groups, lr, args)
     metrics["peak_gib"] = max(value for key, value in metrics.items() if key.startswith("gib/"))
     flat = [not (g.perception_mask * g.perception_advantages[:, None]
                  + g.reasoning_mask * g.reasoning_advantages[:, None]).any() for g in groups]
@@ -334,7 +333,7 @@ def score_groups(groups, tokenizer, judge, args):
     return [v for v, observation in zip(verdicts, observations) if strip_invisible(observation or "")]
 
 
-def update_policy(model, ref_adapter, optimizer, groups, lr, args):
+def update_policy(model, optimizer, groups, lr, args):
     """μ gradient steps on the groups of one rollout, every step on all of them; returns the last one's
     metrics.
 
@@ -358,7 +357,7 @@ def update_policy(model, ref_adapter, optimizer, groups, lr, args):
     with torch.no_grad():
         for piece in pieces:
             if args.beta:
-                with use_adapter(model, ref_adapter):
+                with use_adapter(model, "ref"):
                     piece.ref_logprobs = logprobs_of(piece)
             if args.num_iterations > 1:
                 piece.old_logprobs = logprobs_of(piece)
@@ -409,14 +408,12 @@ def segment_masks(completion_ids, tokenizer):
         pieces = [text_of[i] for i in row[:length]]
         text = "".join(pieces)
         ends = np.cumsum([len(piece) for piece in pieces])  # characters up to the end of each token
-        closed, think = text.find("</observation>"), text.find("<think>")
         if "<observation>" not in text:
             split = 0
-        elif closed >= 0:
-            stop = closed + len("</observation>")
-            split = int((ends < stop).sum()) + 1  # tokens that end before its ">", and the one that has it
-        elif think >= 0:
-            split = int((ends <= think).sum())  # tokens that end before its "<"
+        elif "</observation>" in text:  # tokens that end before its ">", and the one that has it
+            split = int((ends < text.index("</observation>") + len("</observation>")).sum()) + 1
+        elif "<think>" in text:  # tokens that end before its "<"
+            split = int((ends <= text.index("<think>")).sum())
         else:
             split = length
         perception[g, :split] = True
@@ -684,17 +681,13 @@ def merged(model):
 # --- the reference, the self judge, the probe ---------------------------------------------------------------
 
 def add_reference(model, args):
-    """π_ref: the frozen adapter `ref`, a second copy of the SFT adapter, active only while `ref_logprobs` are
-    computed. Returns its name. Without an SFT adapter π_ref is the base, and None is returned; the probe then
-    adds a fresh `ref`, so that a real one's memory is counted."""
+    """π_ref: the frozen adapter `ref`, active only while `ref_logprobs` are computed. It is a second copy of
+    the SFT adapter. Without one it is fresh and changes nothing, as its B is 0: π_ref is then the base."""
     if args.adapter != "none":
         model.load_adapter(args.adapter, "ref", is_trainable=False)
-    elif args.probe:
-        model.add_adapter("ref", model.peft_config["policy"])
     else:
-        return None
+        model.add_adapter("ref", model.peft_config["policy"])
     model.set_adapter("policy")
-    return "ref"
 
 
 @contextlib.contextmanager
@@ -720,7 +713,7 @@ def self_judge(model, tokenizer, prompts, args, max_tokens=256):
     return replies
 
 
-def probe(model, ref_adapter, tokenizer, args):
+def probe(model, tokenizer, args):
     """One update in the worst case: long prompts, all completions and judgements at their limit, AdamW's
     moments and the reference in memory; returns the update's metrics."""
     optimizer = sft.setup_training(model, args)
@@ -741,7 +734,7 @@ def probe(model, ref_adapter, tokenizer, args):
             own(records, ["the " * args.max_completion_tokens] * len(records))
         return [False] * len(records)  # without a verdict the update would not be taken
 
-    _, metrics = update(model, ref_adapter, tokenizer, optimizer, encoded, judge, args.lr, args)
+    _, metrics = update(model, tokenizer, optimizer, encoded, judge, args.lr, args)
     sft.print_phases(metrics)
     return metrics
 

@@ -35,7 +35,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -238,6 +238,7 @@ def add_adapter(model, adapter=None, lora_rank=64, trainable=True):
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS)
         model = get_peft_model(model, config, adapter_name="policy")
     else:
+        check_adapter(adapter)
         model = PeftModel.from_pretrained(model, str(adapter), adapter_name="policy", is_trainable=trainable)
         expected = get_peft_model_state_dict(model, adapter_name="policy").keys()
         assert load_peft_weights(str(adapter), "cpu").keys() == expected, f"{adapter} is of another model"
@@ -337,19 +338,23 @@ def rope_positions(input_ids, grid_thw, second_per_grid, config):
     Returns:
         int64 (3, S): temporal, height, width.
     """
-    vision, blocks, start = config.vision_config, [], 0
+    vision = config.vision_config
     visual = (input_ids == config.image_token_id) | (input_ids == config.video_token_id)
-    media = zip(torch.as_tensor(grid_thw).reshape(-1, 3).tolist(), second_per_grid)
-    for is_visual, run in groupby(visual.tolist()):
-        block = torch.arange(len(list(run))).expand(3, -1)
-        if is_visual:
+    blocks, start, i = [], 0, 0
+    media = iter(zip(torch.as_tensor(grid_thw).reshape(-1, 3).tolist(), second_per_grid))
+    while i < len(input_ids):
+        if visual[i]:
             (t, h, w), seconds = next(media)
-            interval = vision.tokens_per_second * seconds
-            times = (torch.arange(t, dtype=torch.float64) * interval).floor().long()
-            rows, columns = (torch.arange(side // vision.spatial_merge_size) for side in (h, w))
-            block = torch.stack(torch.meshgrid(times, rows, columns, indexing="ij")).flatten(1)
+            h, w = h // vision.spatial_merge_size, w // vision.spatial_merge_size
+            times = (torch.arange(t, dtype=torch.float64)
+                     * (vision.tokens_per_second * seconds)).floor().long()
+            block = torch.stack(torch.meshgrid(times, torch.arange(h), torch.arange(w),
+                                               indexing="ij")).flatten(1)
+        else:
+            length = int(visual[i:].int().argmax()) if visual[i:].any() else len(input_ids) - i
+            block = torch.arange(length).expand(3, -1)
         blocks.append(block + start)
-        start = int(blocks[-1].max()) + 1
+        start, i = int(blocks[-1].max()) + 1, i + block.shape[1]
     return torch.cat(blocks, dim=1)  # (3, S)
 
 

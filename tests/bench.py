@@ -309,6 +309,7 @@ def bench_update(model, tokenizer):
         completions_per_pass=None, clip_eps=0.2, seed=0,
         loss_average="completion", lr=1e-5, max_grad_norm=1.0, checkpointing=False)
     record = dict(problem="?", problem_type="numerical", solution="<answer>1</answer>", options=[])
+    pagrpo.add_reference(model, SimpleNamespace(adapter="none"))
     optimizer, unending = sft.setup_training(model, args), endless(tokenizer)
     print(f"update: one prompt of 512 visual tokens, {G} completions: rollout, rewards, reference, one step")
     for T in (64, 256):
@@ -322,7 +323,7 @@ def bench_update(model, tokenizer):
                 bool(i % 2) for i in range(len(records))], args)
             for group in groups:
                 group.reasoning_advantages = group.perception_advantages
-            pagrpo.update_policy(model, None, optimizer, groups, args.lr, args)
+            pagrpo.update_policy(model, optimizer, groups, args.lr, args)
 
         (s_ours,), s_trl = in_turn([ours], 3), trl_step_seconds(G, T)
         print(f"   T = {T:<4} {s_ours:.2f} s against {s_trl:.2f} s: {s_trl / s_ours:.2f}x")

@@ -465,13 +465,28 @@ def started(tiny, group, tmp_path):
     model, tokenizer = tiny
     act(model)
     sft.save_adapter(model, tmp_path / "sft")
-    args = make_args(adapter=str(tmp_path / "sft"), lora_rank=8, probe=False)
-    assert pagrpo.add_reference(model, args) == "ref"
+    pagrpo.add_reference(model, make_args(adapter=str(tmp_path / "sft")))
     yield model, tokenizer
     model.delete_adapter("ref")
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data.zero_()
+
+
+def test_without_sft_the_reference_is_the_base_to_the_bit(group):
+    """Whatever the policy has learnt."""
+    prompts, ids, mask, _ = group
+    model, _ = sft.load_model(BASE, lora_rank=8)
+    pagrpo.add_reference(model, make_args(adapter="none"))
+    for name, weight in model.named_parameters():
+        if "lora_B.policy" in name:
+            weight.data.normal_(0, 0.05)
+    found = []
+    for name in ("policy", None, "ref"):
+        with torch.no_grad(), pagrpo.use_adapter(model, name):
+            found.append(pagrpo.token_logprobs(model, prompts[0], ids[:4], mask[:4]))
+    assert torch.equal(found[2], found[1]) and not torch.equal(found[0], found[1])
+    assert all((".policy." in name) == weight.requires_grad for name, weight in model.named_parameters())
 
 
 def test_at_the_start_kl_is_zero_and_only_the_policy_gets_gradients(started, group):
@@ -512,7 +527,7 @@ def test_updates_raise_the_likelihood_of_what_was_rewarded_and_leave_the_referen
     optimizer = sft.setup_training(model, args)
     with torch.no_grad():
         before = pagrpo.token_logprobs(model, prompts[0], rows, keep).sum(1)
-    metrics = pagrpo.update_policy(model, "ref", optimizer, [made], args.lr, args)
+    metrics = pagrpo.update_policy(model, optimizer, [made], args.lr, args)
     assert metrics["logprob_gap"] == pytest.approx(-float(before.sum()) / 64, rel=1e-4)  # of nothing sampled
     with torch.no_grad():
         gain = pagrpo.token_logprobs(model, prompts[0], rows, keep).sum(1) - before
@@ -533,7 +548,7 @@ def test_groups_without_gradient_are_those_whose_tokens_have_no_advantage(monkey
     monkeypatch.setattr(pagrpo, "sample_groups", lambda *_: groups)
     monkeypatch.setattr(pagrpo, "score_groups", lambda *_: [])
     monkeypatch.setattr(pagrpo, "update_policy", lambda *_: {})
-    assert pagrpo.update(None, None, None, None, [], None, 0, make_args())[1]["frac_no_gradient"] == 0.75
+    assert pagrpo.update(None, None, None, [], None, 0, make_args())[1]["frac_no_gradient"] == 0.75
 
 
 def test_smaller_passes_give_the_same_step(started, group, toy_records):
@@ -550,7 +565,7 @@ def test_smaller_passes_give_the_same_step(started, group, toy_records):
                             mask & ~split, perception_advantages=adv, reasoning_advantages=-adv)
         args = make_args(completions_per_pass=size, num_iterations=2)
         optimizer = sft.setup_training(model, args)
-        metrics = pagrpo.update_policy(model, None, optimizer, [made], args.lr, args)
+        metrics = pagrpo.update_policy(model, optimizer, [made], args.lr, args)
         results.append([metrics[key] for key in ("loss", "grad_norm", "kl", "clip_frac", "logprob_gap")])
         for p, value in saved:
             p.data.copy_(value)
