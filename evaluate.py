@@ -91,6 +91,9 @@ def main(args):
     files = {adapter: args.output / f"completions-{stem}.jsonl" for adapter, (stem, _) in names.items()}
     assert len(set(files.values())) == len(files), "two adapters would write to one file: rename a folder"
     runs = {adapter: run_digest(adapter, args) for adapter in args.adapters}
+    for adapter in args.adapters:
+        if not (args.rescore or args.server or adapter == "none"):
+            sft.check_adapter(adapter)
     if not args.rescore:
         complete_all(records, files, runs, args)
 
@@ -274,7 +277,7 @@ def with_media(records, args):
     """(record, media) for each; None in place of media with --input text, MediaError for those that are
     missing or unreadable."""
     text_only = ((record, None) for record in records)
-    return text_only if args.input == "text" else gen_cot.read_ahead(records, args)
+    return text_only if args.input == "text" else gen_cot.read_ahead(records, args, gen_cot.read_media)
 
 
 def local_rows(model, tokenizer, records, observations, args):

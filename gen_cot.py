@@ -61,9 +61,9 @@ from pebble import ProcessExpired, ProcessPool
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from rewards import (PROBLEM_TYPES, ChatClient, UserError, accuracy_reward, digest, format_rewards,
-                     gold_answer, label_options, load_prompt, make_judge, option_key, parse_trace,
-                     question_text, strip_invisible, write_jsonl, write_text)
+from rewards import (PROBLEM_TYPES, ChatClient, UserError, accuracy_reward, correct_answer, digest,
+                     format_rewards, gold_answer, label_options, load_prompt, make_judge, option_key,
+                     parse_trace, question_text, strip_invisible, write_jsonl, write_text)
 
 MODELS = {"tiny": "data/toy/base", "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
           "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct"}
@@ -87,6 +87,11 @@ class Flags:
     scoring: Literal["paper", "lenient"] = "paper"  # how answers are compared
     seed: int = 0  # of the draw of --limit, the data's order, a fresh adapter, and the sampling
     output: Path | None = None  # file or folder of the results (default: in runs/<model>)
+
+    def __post_init__(self):  # some are silent errors: a negative norm turns the gradient round
+        for name, value in vars(self).items():
+            if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} {value} is no number from 0 on")
 
 
 @dataclass
@@ -448,8 +453,9 @@ def parse_gold(record):
     gold = gold_answer(strip_invisible(str(gold)))
     if record["problem_type"] != "multiple choice":
         return gold
-    key = option_key(gold, record["options"])  # without options these may be in the question
-    return key if re.fullmatch("[A-N]", key) else gold
+    # without options these may be in the question
+    letter = correct_answer(dict(record, solution=gold))[0] if record["options"] else option_key(gold, [])
+    return letter if re.fullmatch("[A-N]", letter) else gold
 
 
 def parse_options(options):

@@ -132,6 +132,7 @@ class Args(sft.TrainingFlags):
     probe: bool = False  # run one update in the worst case, print its seconds and peak memory, train nothing
 
     def __post_init__(self):
+        super().__post_init__()
         if self.num_generations < 2:
             raise ValueError("--num-generations 1 leaves nothing to compare a completion with")
         for low, high in (self.perception_length, self.reasoning_length):

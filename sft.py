@@ -100,6 +100,8 @@ def main(args):
         return
     with process().main_process_first():  # which may prepare the toy data
         records = select_records(args)
+    for record in records:
+        target_text(record, args.process_agnostic)  # an error here, not in mid-run
     model, tokenizer = load_model(args.base, None, not args.no_4bit, args.lora_rank)
     train(model, tokenizer, records, args)
 
@@ -172,8 +174,9 @@ def target_text(record, process_agnostic=False):
     """The completion to learn: the record's whole trace, or without its observation block (S3)."""
     text = (record.get("output") or "").strip()
     if not text:  # only its segments, which the file stores with or without their tags
-        observation = re.sub("</?observation>", "", record["observation"]).strip()
-        think = re.sub("</?think>", "", record["process"]).strip()
+        observation = re.sub("</?observation>", "", record.get("observation") or "").strip()
+        think = re.sub("</?think>", "", record.get("process") or "").strip()
+        assert observation and think, f"no trace to learn of {record['problem']!r}: run gen_cot.py first"
         text = f"<observation>{observation}</observation> <think>{think}</think>{record['solution']}"
     if process_agnostic:
         trace = parse_trace(text)
@@ -512,7 +515,7 @@ def optimiser_step(model, optimizer, lr, clip, loss=0.0):
     optimizer.zero_grad(set_to_none=True)
     group["skipped_steps"] += not finite
     group["skipped_in_a_row"] = 0 if finite else group["skipped_in_a_row"] + 1
-    if group["skipped_in_a_row"] == 3:
+    if group["skipped_in_a_row"] >= 3:
         raise UserError("Three steps in a row were not finite and not taken: lower --lr.")
     return {"grad_norm": norm, "skipped_steps": group["skipped_steps"]}
 
@@ -570,7 +573,7 @@ def load_checkpoint(model, optimizer, args):
         optimizer.load_state_dict(state["optimizer"])
         print(f"Going on from step {state['step']}.")
         return state["step"]
-    if is_first() and args.output.exists() and any(args.output.iterdir()):
+    if is_first() and not args.resume and args.output.exists() and any(args.output.iterdir()):
         move_aside(args.output)
     args.output.mkdir(parents=True, exist_ok=True)
     return 0
@@ -581,16 +584,18 @@ def resumable(name, start, steps, model, optimizer, args):
     them and after the last.
 
     On Ctrl-C, SIGTERM, or SIGHUP where it isn't ignored (nohup), the step in hand is finished and saved, and
-    the run ends with the command that goes on. A second signal ends it at once, with the last checkpoint. An
+    the run ends with the command that goes on. A second one ends it at once, with the last checkpoint. An
     error in the loop's body saves, too, unless AdamW has begun its step.
     """
     asked, adamw_steps = [], lambda: sum(int(state["step"]) for state in optimizer.state.values())
 
     def receive(number, frame):  # raises nothing: an exception could vanish in a destructor
         asked.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal sends two
 
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, receive)
     program = ["accelerate", "launch"] if process().num_processes > 1 else ["python"]
@@ -634,7 +639,7 @@ def finish(model, curves, folder):
             raise UserError("Nothing was learnt in any step: see above.")
         save_adapter(model, folder)
         plot_curves(rows, curves, folder)
-        for path in folder.glob("checkpoint*"):  # also what a kill tore
+        for path in sorted(folder.glob("checkpoint*")):  # what a kill tore, and at the end checkpoint.pt
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         lost = sum(row["skipped_media"] for row in rows)
         print(f"{len(rows)} steps, {lost} media skipped; adapter, metrics.jsonl and curves.png in {folder}")

@@ -12,7 +12,7 @@ buffer of noise, quantised layer by layer by the loader that the stages use. Fla
 know go to pagrpo.py, and those that sft.py shares with it to both. Prompts are tokenised by the toy's
 tokenizer, which needs a few more tokens for the template than Qwen's.
 
-The floors are what no implementation of the same arithmetic gets below on the device at hand, whose speed is
+The floors are what no implementation of the same arithmetic gets below on the device at hand. Its speed is
 measured first (a large matrix product, a large copy). With N parameters in the language model's 4-bit layers,
 L layers, D hidden, V vocabulary, B prompts of P tokens, G completions of T tokens each:
 
@@ -31,7 +31,7 @@ completions; nothing for fragmentation or the driver:
 
     always     0.52 N for the 4-bit layers, 2 bytes for each other weight, 16 r for LoRA, its gradients and
                AdamW's two moments in float32, 4 r more for the reference
-    rollout    the cache of the rows sampled together, their logits in float32 and float64, and, small beside
+    rollout    the cache of the rows sampled together, their logits in float32 and float64, and, small next to
                them, 8 I bytes for each token of the one prompt that is prefilled
     judge      the same for as many judgements of 256 tokens
     update     2 S D L for the checkpoints; of the one layer that is recomputed 22 S I + 40 S D; 1 GiB for a
@@ -206,7 +206,7 @@ def time_sft(shared, tokens=1024):
     assert len(sft.target_ids(record, tokenizer)) == tokens
     encoded = [(record, replace(prompt)) for _ in range(2 * args.micro_batch)]
     print(f"{len(encoded)} prompts of {len(prompt.input_ids)} tokens, traces of {tokens}")
-    sft.sft_step(model, tokenizer, optimizer, encoded, args.lr, args)  # warm-up, which allocates AdamW's moments
+    sft.sft_step(model, tokenizer, optimizer, encoded, args.lr, args)  # warm-up, allocates AdamW's moments
     with sft.measured("SFT", row):
         sft.sft_step(model, tokenizer, optimizer, encoded, args.lr, args)
     sft.print_phases(row)
@@ -214,7 +214,7 @@ def time_sft(shared, tokens=1024):
 
 
 def compare_passes(args):
-    """The packed training pass beside G whole sequences: seconds, peak memory, and how far the log-probs are
+    """The packed training pass against G whole sequences: seconds, peak memory, and how far the log-probs are
     from each other, measured against naive ones of another batch size."""
     model, tokenizer = sft.load_model(args.base, None, not args.no_4bit, args.lora_rank)
     sft.setup_training(model, args)
@@ -262,8 +262,8 @@ def main():
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 768], help="completion limits, T")
     parser.add_argument("--projection", action="store_true",
                         help="only print floors and memory, for an assumed device: 150 Tflop/s, 1 TB/s")
-    parser.add_argument("--memory-limit", type=float, metavar="GIB", help="let PyTorch have so much of the GPU; "
-                        "the CUDA context comes on top")
+    parser.add_argument("--memory-limit", type=float, metavar="GIB",
+                        help="let PyTorch have so much of the GPU; the CUDA context comes on top")
     own, rest = parser.parse_known_args()
     if own.memory_limit:
         share = own.memory_limit * 2**30 / torch.cuda.mem_get_info()[1]

@@ -55,12 +55,11 @@ def run(folder, command, code=0):
 
 
 def test_all_stages_in_order(fresh_clone):
-    """`pagrpo.py` alone prepares the toy data and starts from the base, which it says first and last;
-    then each stage finds the one before it."""
+    """`pagrpo.py` alone prepares the toy data and starts from the base, and says so; then each stage finds
+    the one before it."""
     alone = run(fresh_clone, "pagrpo.py --model tiny --updates 1 --output runs/alone")
     assert "preparing it" in alone and not (fresh_clone / "runs/tiny").exists()
-    assert alone.index("Starting from the base, without SFT (Table 2, RL only).") < alone.index("in 4 bits")
-    assert alone.splitlines()[-1] == "This run started from the base, without SFT (Table 2, RL only)."
+    assert alone.index("Starting from the base, without SFT (RL only).") < alone.index("in 4 bits")
 
     rejected = Counter(row["flaw"] for row in gen_cot.read_json(fresh_clone / "data/toy/traces.jsonl"))
     assert len(rejected) == 4 and min(rejected.values()) > 50
@@ -73,7 +72,7 @@ def test_all_stages_in_order(fresh_clone):
     run(fresh_clone, "sft.py --model tiny --limit 32")
     rl = run(fresh_clone, "pagrpo.py --model tiny --updates 2 --prompts-per-update 2 --num-iterations 2 "
                     "--show-every 1")
-    assert "advantage" in rl and rl.splitlines()[-1] == "This run started from the SFT adapter runs/tiny/sft."
+    assert "advantage" in rl and "Starting from the SFT adapter runs/tiny/sft." in rl
     rows = gen_cot.read_json(fresh_clone / "runs/tiny/pagrpo/metrics.jsonl")
     assert len(rows) == 2 and rows[0]["kl"] >= 0 and 0 < rows[0]["length/reasoning"] <= 112
     assert all(0 <= row[key] <= 1 for row in rows for key in ("fixed/perception", "fixed/reasoning"))
@@ -89,9 +88,10 @@ def test_all_stages_in_order(fresh_clone):
     total = sum(accuracy_reward(c["problem_type"], c["completion"], c["solution"]) for c in completions)
     assert len(completions) == 20 and abs(5 * total - row["numbers"]["answer"][0]) < 0.01
 
-    command, page = re.search("python (evaluate.py .*), then open (.*)", table[-1]).groups()
+    command = re.search("python (evaluate.py .*), then open traces.html there", table[-1])[1]
     assert "4 groups of training and 60 evaluated completions" in run(fresh_clone, command)
-    assert (fresh_clone / page).read_text(encoding="utf-8").count("data:image/jpeg") >= 20
+    page = (fresh_clone / "runs/tiny/traces.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg") >= 20
 
 
 def test_the_lines_of_serving_md_take_the_model_away(clone, monkeypatch):
@@ -113,15 +113,14 @@ def test_the_lines_of_serving_md_take_the_model_away(clone, monkeypatch):
 
 
 def run_here(clone, monkeypatch, command):
-    """Run `python COMMAND` in the clone, but in this process, which has its imports behind it."""
+    """Run `python COMMAND` in the clone, but in here, where all is imported."""
     monkeypatch.chdir(clone)
     monkeypatch.setattr(sys, "argv", command.split())
-    monkeypatch.setattr(gen_cot, "__file__", str(clone / "gen_cot.py"))  # beside it is the toy data
     stage = importlib.import_module(command.split(".py")[0])
     stage.main(stage.get_args())
 
 
-def test_two_processes_learn_what_one_learns(clone, monkeypatch):
+def test_two_ranks_learn_what_one_learns(clone, monkeypatch):
     """Their shares of the prompts, of three two and one, gradients added up: five steps with the same losses,
     in both stages."""
     commands = ["sft.py --model tiny --limit 40 --batch-size 8 --micro-batch 2 --output runs/NAME/sft",
@@ -158,7 +157,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(clone, monkeypatch, capsy
 
     run_here(clone, monkeypatch, f"{command} --output runs/whole/{stage}")
     whole, errors = capsys.readouterr()
-    assert re.findall(r"skipped: \S+", errors) == ["skipped: data/toy/damaged.mp4"]  # named once
+    assert set(re.findall(r"skipped: \S+", errors)) == {"skipped: data/toy/damaged.mp4"}
     logs = {"metrics.jsonl"} | ({"rollouts.jsonl"} if stage == "pagrpo" else set())
     assert {file.name for file in (clone / "runs/whole" / stage).iterdir()} == logs | {
         "adapter_config.json", "adapter_model.safetensors", "curves.png"}
@@ -167,21 +166,20 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(clone, monkeypatch, capsy
     def killed(*args):
         if next(calls) == 6:
             patch.setattr(sft, "save_checkpoint", lambda *args: None)  # what is killed saves nothing
-            raise KeyboardInterrupt
+            raise RuntimeError("killed")
         return step(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(UserError):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(sft, "optimiser_step", killed)
         run_here(clone, patch, f"{command} --output runs/killed/{stage}")
     folder = clone / "runs/killed" / stage
-    assert {file.name for file in folder.iterdir()} == logs | {"checkpoint.pt", "checkpoint-before.pt"}
-    shutil.copytree(folder, clone / "runs/other" / stage)
+    assert {file.name for file in folder.iterdir()} == logs | {"checkpoint.pt"}
 
     capsys.readouterr()
     run_here(clone, monkeypatch, f"{command} --output runs/killed/{stage} --resume")
     text = capsys.readouterr().out
-    assert "Going on from step 4." in text and "Before, " not in text
-    said, again = (re.findall(r".*\b[12] (?:media )?skipped;.*", out) for out in (whole, text))
+    assert "Going on from step 4." in text
+    said, again = (re.findall(r"6 steps, [12] media skipped;.*", out) for out in (whole, text))
     assert [line.replace("whole", "killed") for line in said] == again and len(again) == 1
     assert not list(folder.glob("checkpoint*"))
     rows, again = (without_times(clone / "runs" / name / stage) for name in ("whole", "killed"))
@@ -189,12 +187,6 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(clone, monkeypatch, capsy
     weights, again = ((clone / "runs" / name / stage / "adapter_model.safetensors").read_bytes()
                       for name in ("whole", "killed"))
     assert weights == again
-
-    run_here(clone, monkeypatch, f"{command} --output runs/other/{stage} --resume --lr 5e-3")
-    text = capsys.readouterr().out
-    assert f"Before, lr was {float(command.split('--lr ')[1].split()[0])}; now it is 0.005." in text
-    other = without_times(clone / "runs/other" / stage)
-    assert other[:4] == rows[:4] and len(other) == 6 and other[4]["lr"] != rows[4]["lr"]
 
 
 def without_times(folder):
@@ -205,7 +197,7 @@ def without_times(folder):
 
 
 def test_a_judge_that_refuses_costs_no_update(clone, monkeypatch, capsys):
-    """What was learnt until then is kept, and the command that the sentence names asks it again where it
+    """What was learnt until then is kept, and the same command with --resume asks it again where it
     refused."""
     calls = itertools.count(1)
 
@@ -217,11 +209,11 @@ def test_a_judge_that_refuses_costs_no_update(clone, monkeypatch, capsys):
     monkeypatch.setattr(gen_cot, "judge_from", lambda *args, **options: refuses_once)
     command = ("pagrpo.py --model tiny --updates 4 --prompts-per-update 2 --num-generations 4 "
                "--max-completion-tokens 24 --output runs/refused")
-    with pytest.raises(UserError, match="The judge has had enough. runs/refused holds a checkpoint") as error:
+    with pytest.raises(UserError, match="The judge has had enough."):
         run_here(clone, monkeypatch, command)
     assert {file.name for file in (clone / "runs/refused").iterdir()} == {
         "checkpoint.pt", "metrics.jsonl", "rollouts.jsonl"}
-    run_here(clone, monkeypatch, re.search("`python (.*)`", str(error.value))[1])
+    run_here(clone, monkeypatch, command + " --resume")
     assert "Going on from step 2." in capsys.readouterr().out
     rows = gen_cot.read_json(clone / "runs/refused/metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and all(row["logprob_gap"] < 1e-4 for row in rows)
@@ -237,7 +229,8 @@ def free_port():
     ("1000", "", "1000"), ("001001", "", "001001"), ("0000", "--without perception", "1111")])
 def test_an_update_in_which_the_judge_never_answered_is_not_taken(
         clone, monkeypatch, answers, flags, taken):
-    """And three in a row end the run, where perception's reward is used: it would go on with reasoning alone."""
+    """And three in a row end the run, where perception's reward is used: else it would go on with reasoning
+    alone."""
     updates, weights, step = iter(answers), [], sft.optimiser_step
 
     def judge(records, observations):
@@ -254,10 +247,10 @@ def test_an_update_in_which_the_judge_never_answered_is_not_taken(
     monkeypatch.setattr(gen_cot, "judge_from", lambda *args, **options: judge)
     monkeypatch.setattr(sft, "optimiser_step", kept)
     ends = "000" in taken
-    stopped = pytest.raises(UserError, match="three updates in a row and gave no verdict. .* a checkpoint: go on")
+    stopped = pytest.raises(UserError, match="three updates in a row and gave no verdict")
     with stopped if ends else contextlib.nullcontext():
-        run_here(clone, monkeypatch, f"pagrpo.py --model tiny --updates {len(answers)} --prompts-per-update 4 "
-                 f"--num-generations 4 --max-completion-tokens 64 --output runs/silent {flags}")
+        run_here(clone, monkeypatch, f"pagrpo.py --model tiny --updates {len(answers)} --prompts-per-update "
+                 f"4 --num-generations 4 --max-completion-tokens 64 --output runs/silent {flags}")
     rows = gen_cot.read_json(clone / "runs/silent/metrics.jsonl")
     assert "".join("01"["loss" in row] for row in rows) == taken[:3 if ends else None]
     assert len(weights) == taken.count("1") and all(row["judge_unknown"] for row in rows if "loss" not in row)
@@ -266,12 +259,15 @@ def test_an_update_in_which_the_judge_never_answered_is_not_taken(
         assert saved["step"] == 3 and all(map(torch.equal, saved["weights"], weights[0]))
 
 
-@pytest.mark.parametrize("command", ["pagrpo.py", "evaluate.py --adapters none", "gen_cot.py --teacher openai:t@URL"])
-def test_a_judge_that_cannot_be_reached_ends_a_run_before_a_model_is_loaded(clone, monkeypatch, server, command):
+@pytest.mark.parametrize("command", [
+    "pagrpo.py", "evaluate.py --adapters none", "gen_cot.py --teacher openai:t@URL"])
+def test_a_judge_that_cannot_be_reached_ends_a_run_before_a_model_is_loaded(
+        clone, monkeypatch, server, command):
     server.behave = lambda prompt, attempt: Fault(404, "no such model")
     monkeypatch.setattr(sft, "load_base", lambda *args: pytest.fail("loaded"))
     with pytest.raises(UserError, match="model-1 refuses, HTTP 404, no such model"):
-        run_here(clone, monkeypatch, f"{command} --model tiny --judge {server.spec()}".replace("URL", server.url))
+        command = command.replace("URL", server.url)
+        run_here(clone, monkeypatch, f"{command} --model tiny --judge {server.spec()}")
     assert len(server.seen) == 1
 
 
@@ -283,23 +279,17 @@ def test_a_probe_measures_each_phase_and_leaves_nothing(clone, monkeypatch, caps
              "--prompts-per-update 2 --num-generations 2 --prompts-per-rollout 1 --max-completion-tokens 16")
     text = capsys.readouterr().out
     measured = re.findall(r"^(\w+) +([\d.]+) s +([\d.]+) GiB at most$", text, re.MULTILINE)
-    assert [phase for phase, _, _ in measured] == ["load", "rollout", "judge", "update"]
+    assert [phase for phase, _, _ in measured] == ["rollout", "judge", "update"]
     assert all(float(gib) > 0.1 for _, _, gib in measured)
-    assert re.search(r"50 such updates take [\d.]+ h", text) and sorted(clone.rglob("*.json*")) == before
+    assert sorted(clone.rglob("*.json*")) == before
 
 
-def test_memory_that_runs_out_is_one_sentence_with_the_flag_to_turn():
-    with pytest.raises(UserError, match="'update' does not fit into the memory: lower --lora-rank"):
-        with sft.measured("update", "lower --lora-rank"):
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-
-@pytest.mark.parametrize("processes, batch_size", [(1, 7), (2, 7), (3, 7), (8, 7), (2, 8), (4, 1)])
-def test_the_processes_share_every_batch(monkeypatch, processes, batch_size):
-    """Each item goes to one process, in the batch where one process alone would have it."""
+@pytest.mark.parametrize("ranks, batch_size", [(1, 7), (2, 7), (3, 7), (8, 7), (2, 8), (4, 1)])
+def test_the_ranks_share_every_batch(monkeypatch, ranks, batch_size):
+    """Each item goes to one rank, in the batch where one rank alone would have it."""
     shares = []
-    for rank in range(processes):
-        own = SimpleNamespace(num_processes=processes, process_index=rank)
+    for rank in range(ranks):
+        own = SimpleNamespace(num_processes=ranks, process_index=rank)
         monkeypatch.setattr(sft, "process", lambda: own)
         stream, size = sft.shard(range(3 * batch_size), batch_size), sft.shard_size(batch_size)
         shares.append([list(itertools.islice(stream, size)) for _ in range(3)])
@@ -309,19 +299,13 @@ def test_the_processes_share_every_batch(monkeypatch, processes, batch_size):
 
 
 @pytest.mark.parametrize("command, says", [
-    ("sft.py --model qwen-7b", "Unknown model 'qwen-7b': pass one of tiny, qwen2.5-vl-7b, qwen2.5-vl-3b"),
-    ("pagrpo.py --model qwen2.5-vl-7b", "No data file data/VideoP2R-263k_rl.part*.json.gz"),
+    ("pagrpo.py --model qwen2.5-vl-7b --device cpu", "No data file data/VideoP2R-263k_rl.part*.json.gz"),
     ("evaluate.py --model tiny --adapters none runs/nowhere", "No adapter in runs/nowhere"),
     ("pagrpo.py --model tiny --adapter runs/nowhere", "No adapter in runs/nowhere"),
     ("pagrpo.py --model tiny --lora-rank 8", "has rank 32: pass --lora-rank 32"),
     ("sft.py --model tiny --data data/toy/absent.jsonl", "No data file data/toy/absent.jsonl"),
-    ("sft.py --model tiny --data data/toy/cot.jsonl --media-root data/toy", "run gen_cot.py first"),
     ("pagrpo.py --model tiny --media-root nowhere", "has its medium below nowhere"),
     ("pagrpo.py --model tiny --judge mystery", "mystery"),
-    ("pagrpo.py --model tiny --algorithm grpo --without length", "leave out --without length"),
-    ("pagrpo.py --model tiny --memory-limit 8", "--memory-limit is for a GPU"),
-    ("pagrpo.py --model tiny --num-generations 1", "leaves nothing to compare a completion with"),
-    ("evaluate.py --model tiny --prompt-file nowhere.txt", "prompt file nowhere.txt"),
 ])
 def test_mistakes_get_one_sentence_and_leave_nothing(clone, command, says, monkeypatch):
     before = sorted(clone.rglob("*.json*"))
@@ -331,20 +315,26 @@ def test_mistakes_get_one_sentence_and_leave_nothing(clone, command, says, monke
     assert sorted(clone.rglob("*.json*")) == before
 
 
-@pytest.mark.parametrize("change, flags, says", [
-    (dict(output="", process=""), "", "cot.jsonl: the question .* has no trace to learn"),
-    (dict(output=None, observation=None), "", "has no trace to learn .*run gen_cot.py first"),
-    (dict(output="<think>t</think>"), "--process-agnostic", "lacks its think or its answer block"),
-    (dict(path="damaged.mp4"), "", "None of the media can be read"),
+@pytest.mark.parametrize("change, flags, error, says", [
+    (dict(output="", process=""), "", AssertionError, "trace"),
+    (dict(output="<think>t</think>"), "--process-agnostic", AssertionError, "without a think or an answer"),
+    (dict(path="damaged.mp4"), "", UserError, "Nothing was learnt"),
 ])
-def test_records_that_teach_nothing_leave_no_adapter(clone, monkeypatch, change, flags, says):
-    """Else one that has learnt nothing is saved, and the next stage blames the model's version."""
+def test_records_that_teach_nothing_leave_no_adapter(clone, monkeypatch, change, flags, error, says):
+    """Else one that has learnt nothing, or to think nothing, is saved."""
     rows = gen_cot.read_json(clone / "runs/tiny/gen_cot/cot.jsonl")[:3]
     gen_cot.write_jsonl(clone / "new-cot.jsonl", [row | change for row in rows])
     (clone / "data/toy/damaged.mp4").write_bytes(b"no video")
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(error, match=says):
         run_here(clone, monkeypatch, f"sft.py --model tiny --data new-cot.jsonl --output runs/none {flags}")
-    assert "\n" not in str(error.value) and not (clone / "runs/none/adapter_config.json").exists()
+    assert not (clone / "runs/none/adapter_config.json").exists()
+
+
+def test_no_records_are_an_error_before_a_model_is_loaded(clone, monkeypatch):
+    """pagrpo.py would look for the next of none for ever."""
+    monkeypatch.setattr(sft, "load_base", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(SystemExit):
+        run_here(clone, monkeypatch, "pagrpo.py --model tiny --limit 0 --output runs/none")
 
 
 @pytest.mark.parametrize("scoring, score", [("paper", 0.0), ("lenient", 1.0)])
@@ -361,15 +351,18 @@ def test_every_stage_takes_an_options_text_for_its_letter_where_scoring_is_lenie
 
 
 def test_a_mistake_on_the_command_line_shows_no_traceback(clone):
-    assert "--limit: 0 is no number from 1 on" in run(clone, "pagrpo.py --model tiny --limit 0", code=2)
-    text = run(clone, "sft.py --model qwen-7b", code=1)
-    assert text.startswith("Unknown model 'qwen-7b'") and len(text.splitlines()) == 1
+    text = run(clone, "pagrpo.py --model tiny --algorithm grpo --without length", code=2)
+    said = " ".join(text.replace("│", " ").split())  # it comes in a box
+    assert "leave out --without length" in said and "Traceback" not in said
+    text = run(clone, "pagrpo.py --model tiny --judge mystery", code=1)
+    assert text.startswith("Unknown judge 'mystery'") and len(text.splitlines()) == 1
 
 
 def test_what_the_first_hour_on_a_gpu_needs_runs_on_a_small_shape():
-    flags = "--shapes small --tokens 8 --num-frames 2 --max-pixels 4 --num-generations 2 --prompts-per-update 1"
-    done = subprocess.run([sys.executable, ROOT / "tests/bench_gpu.py", *flags.split()], cwd=ROOT,
-                          capture_output=True, text=True)
+    flags = ("--shapes small --tokens 8 --num-frames 2 --max-pixels 4 --num-generations 2 "
+             "--prompts-per-update 1").split()
+    done = subprocess.run([sys.executable, "tests/bench_gpu.py", *flags], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     table = re.findall(r"^(\w+) +[\d.]+ s +[\d.]+ GiB +([\d.]+) s +\d+% +([\d.]+) GiB$", done.stdout, re.M)
     assert [phase for phase, _, _ in table] == ["SFT", "rollout", "judge", "update"]

@@ -18,7 +18,7 @@ from conftest import ROOT
 BASE = ROOT / gen_cot.MODELS["tiny"]
 SPARE_ROWS = {"3B": 151936 - 151665, "7B": 152064 - 151665}  # of the head, behind the last token
 TIED = {"3B": True, "7B": False}
-DTYPE = {"3B": torch.float32, "7B": torch.bfloat16}  # of the stages' pass, both beside nf4
+DTYPE = {"3B": torch.float32, "7B": torch.bfloat16}  # of the stages' pass, both with nf4
 SPECIAL = [f"<|{name}|>" for name in """endoftext im_start im_end object_ref_start object_ref_end box_start
            box_end quad_start quad_end vision_start vision_end vision_pad image_pad video_pad""".split()]
 PLAIN = ["<tool_call>", "</tool_call>", *(f"<|{name}|>" for name in """fim_prefix fim_middle fim_suffix
@@ -130,7 +130,7 @@ def test_it_loads_whole_with_the_right_layers_in_four_bits(released, capsys):
     size, folder = released
     model, tokenizer = sft.load_base(str(folder))  # raises where a weight is missing
     said = capsys.readouterr().out
-    assert said.startswith(f"Loading {folder}.\n") and "28 linear layers in 4 bits, 13 not quantised" in said
+    assert f"{folder}: 28 linear layers in 4 bits, 13 not quantised" in said
     four_bit = [name for name, m in model.named_modules() if type(m).__name__ == "Linear4bit"]
     assert len(four_bit) == 28 and all("language_model.layers" in name for name in four_bit)
     table, head = model.get_input_embeddings().weight, model.lm_head.weight
@@ -173,7 +173,7 @@ def test_its_states_are_those_of_the_same_weights_in_the_new_form(released, toy_
 
 
 def run_stage(monkeypatch, command, folder, records):
-    """`python COMMAND` with the released models' own defaults but for sizes, in this process."""
+    """`python COMMAND` with the released models' own defaults but for sizes, in here."""
     root = Path(records[0]["media"]).parents[1]
     flags = ["--model", folder, "--data", root / "records.json", "--media-root", root, "--max-pixels", 4,
              "--num-frames", 4, "--workers", 1]

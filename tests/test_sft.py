@@ -5,13 +5,11 @@ import os
 import random
 import shutil
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
@@ -21,9 +19,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import gen_cot
 import pagrpo
 import sft
+from conftest import ROOT
 from rewards import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 BASE = str(ROOT / gen_cot.MODELS["tiny"])
 TEXT, IMAGE, VIDEO = 1, 2, 3  # token ids of made-up sequences
 
@@ -63,7 +61,7 @@ def positions(parts, tokens_per_second=2):
 
 
 def test_positions_by_hand():
-    """Two text tokens, a video of 3 × 1 × 2 tokens 1.25 s apart, two text tokens."""
+    """Two text tokens, a video of 3 × 1 × 2 tokens, 1.25 s each, two text tokens."""
     assert positions([2, (3, 1, 2, 1.25), 2]).tolist() == [
         [0, 1, 2, 2, 4, 4, 7, 7, 8, 9],  # 2 + floor(2.5 k); the text goes on at 1 + 7
         [0, 1, 2, 2, 2, 2, 2, 2, 8, 9],
@@ -206,7 +204,7 @@ def test_a_question_cannot_write_control_tokens(tiny):
 
 
 def test_prompts_without_a_medium(tiny):
-    """Plain counting positions; embedded alone or beside a prompt with a picture, the same."""
+    """Plain counting positions; embedded alone or together with a picture, the same."""
     model, tokenizer = tiny
     text = sft.encode_text("Is it?", tokenizer)
     assert tokenizer.decode(text.input_ids) == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -360,90 +358,50 @@ def test_a_saved_adapter_works_in_plain_peft_and_transformers(saved, toy_records
     assert ids[0][mask[0]].tolist() == theirs.tolist()
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda name, weight: (name.replace("language_model", "text_model"), weight),
-    lambda name, weight: (name.replace("layers.0", "block.0"), weight),
-    lambda name, weight: (name, weight * ("lora_A" in name)),
-    lambda name, weight: (name, torch.cat([weight, weight])),
-    lambda name, weight: (name.replace("0.self_attn.q_proj.lora_A", "40.self_attn.q_proj.lora_A"), weight),
-], ids=["all renamed", "one layer renamed", "no-op", "another size", "one A gone, one too many"])
+@pytest.mark.parametrize("spoil, says", [
+    (lambda name, weight: (name.replace("language_model", "text_model"), weight), "is of another model"),
+    (lambda name, weight: (name.replace("layers.0", "block.0"), weight), "is of another model"),
+    (lambda name, weight: (name, weight * ("lora_A" in name)), "changes nothing"),
+    (lambda name, weight: (name.replace("0.self_attn.q_proj.lora_A", "40.self_attn.q_proj.lora_A"), weight),
+     "is of another model"),
+], ids=["all renamed", "one layer renamed", "no-op", "one A gone, one too many"])
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
-def test_an_adapter_that_does_not_fit_is_an_error(saved, tmp_path, spoil):
+def test_an_adapter_that_does_not_fit_is_an_error(saved, tmp_path, spoil, says):
     """peft warns at most, and the run goes on from the bare base."""
     shutil.copytree(saved[2], tmp_path / "sft")
     file = tmp_path / "sft/adapter_model.safetensors"
     save_file(dict(spoil(name, weight) for name, weight in load_file(file).items()), file)
-    with pytest.raises(UserError, match="The adapter in .*sft (has no effect|does not fit)") as error:
+    with pytest.raises(AssertionError, match=says):
         sft.load_model(BASE, tmp_path / "sft")
-    assert "\n" not in str(error.value)
 
 
-def test_a_base_that_is_not_there_or_lacks_weights_is_an_error(tmp_path):
+def test_a_base_that_lacks_weights_is_an_error(tmp_path):
     """The library would go on with random ones in their places."""
-    with pytest.raises(UserError, match="nowhere/base can't be loaded"):
-        sft.load_model("nowhere/base")
-    with pytest.raises(UserError, match="The folder .* is no model: there is no config.json in it"):
-        sft.load_model(str(tmp_path))
     shutil.copytree(BASE, tmp_path / "base")
     (file,) = (tmp_path / "base").glob("*.safetensors")
     kept = {name: weight for name, weight in load_file(file).items() if "visual" not in name}
     save_file(kept, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="lacks 30 of Qwen2.5-VL's weights, for example model.visual"):
-        sft.load_base(tmp_path / "base")
-    file.write_bytes(file.read_bytes()[:99_999])
-    with pytest.raises(UserError, match="base can't be loaded: .*metadata") as error:
-        sft.load_base(tmp_path / "base")
-    assert "\n" not in str(error.value)
+    with pytest.raises(AssertionError, match="lacks 30 of Qwen2.5-VL's weights"):
+        sft.load_base(str(tmp_path / "base"))
 
 
-def test_without_a_network_a_base_that_is_not_here_ends_at_once(monkeypatch):
-    """The hub's library would try for a minute. The bars of a download stay on."""
-    monkeypatch.setattr(sft.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(sft.constants, "ENDPOINT", "http://127.0.0.1:9")
-    seen = []
-
-    def load(base, **options):
-        seen.append((options["local_files_only"], are_progress_bars_disabled()))
-        raise OSError("no such model\nhere, for two reasons")
-
-    monkeypatch.setattr(sft.AutoTokenizer, "from_pretrained", load)
-    with pytest.raises(UserError, match="Qwen/X can't be loaded: no such model here, for two reasons$"):
-        sft.load_base("Qwen/X")
-    assert seen == [(True, False)]
-
-
-def test_a_card_before_ampere_is_told_that_bf16_is_slow_there(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(sft, "process", lambda: SimpleNamespace(device="cuda:0"))
-    for capability, lines in (((7, 5), 1), ((8, 0), 0), ((12, 0), 0)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-        assert sft.pick_device() == ("cuda:0", torch.bfloat16)
-        assert capsys.readouterr().out.count("emulates bf16") == lines
-
-
-def test_an_adapters_dropout_is_off(saved, tmp_path):
+def test_an_adapter_that_drops_out_is_an_error(saved, tmp_path):
+    """π and π_old would be two policies."""
     shutil.copytree(saved[2], tmp_path / "sft")
     config = json.loads((tmp_path / "sft/adapter_config.json").read_text())
     (tmp_path / "sft/adapter_config.json").write_text(json.dumps(dict(config, lora_dropout=0.1)))
-    model, _ = sft.load_model(BASE, tmp_path / "sft")
-    rates = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
-    assert rates and set(rates) == {0.0}
+    with pytest.raises(AssertionError, match="sft drops out"):
+        sft.load_model(BASE, tmp_path / "sft")
 
 
-def test_a_missing_or_damaged_adapter_is_an_error(saved, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="No adapter in .*nowhere, which lacks .*: train one with sft.py"):
-        sft.load_model(BASE, tmp_path / "nowhere")
-    shutil.copytree(saved[2], tmp_path / "cut")
-    weights, config = tmp_path / "cut/adapter_model.safetensors", tmp_path / "cut/adapter_config.json"
-    half = weights.read_bytes()[:weights.stat().st_size // 2]
-    for damage in (lambda: weights.write_bytes(half), lambda: config.write_text("{}")):
-        damage()
-        with pytest.raises(UserError, match="The adapter in .*cut does not fit"):
-            sft.load_model(BASE, tmp_path / "cut")
-    weights.unlink()  # peft would ask the hub for somebody's repository of that name
-    monkeypatch.setattr(sft, "load_base", lambda *args: pytest.fail("loaded"))
-    with pytest.raises(UserError, match="No adapter in .*cut, which lacks adapter_model.safetensors"):
-        sft.load_model(BASE, tmp_path / "cut")
+def test_a_folder_without_an_adapter_or_with_one_of_another_rank_is_an_error(saved, tmp_path):
+    """For the first, peft would ask the hub for somebody's repository of that name."""
+    with pytest.raises(UserError, match=f"No adapter in {tmp_path}: train one with sft.py"):
+        sft.check_adapter(tmp_path)
+    with pytest.raises(UserError, match="has rank 16: pass --lora-rank 16"):
+        sft.check_adapter(saved[2], 8)
+    sft.check_adapter(saved[2], 16)
+    sft.check_adapter(saved[2])
 
 
 def test_an_interrupted_save_leaves_the_last_adapter_whole(saved, tmp_path, monkeypatch):
@@ -569,7 +527,7 @@ def test_a_run_may_end_with_a_medium_that_cannot_be_read(toy_records, tmp_path, 
     last = random.Random(0).sample(range(3), 3)[-1]
     records[last].update(media="nowhere.mp4", data_type="video")
     sft.train(*fresh(), records, settings(tmp_path / "sft", batch_size=1))
-    assert "SFT on 2 traces, 1 skipped" in capsys.readouterr().out
+    assert "3 steps, 1 media skipped" in capsys.readouterr().out
     assert [row["skipped_media"] for row in metrics(tmp_path / "sft")] == [0, 0, 1]
 
 
