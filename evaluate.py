@@ -12,13 +12,14 @@ command goes on where a killed run was; a file that was made with other settings
 Our choices:
 E1. Decoding is greedy, which is what the paper's temperature 0.01 with top-p 0.001 comes to.
 E2. The row "constant" gives to every question of a problem type the one answer that scores best on this very
-    test set, of the 20 most frequent gold answers and, for numbers, their median: what guessing could earn.
+    test set, of the 20 most frequent gold answers and, for numbers, the median of all: what guessing could
+    earn.
 E3. Intervals are 95 %, by a bootstrap over media: questions about one video are drawn together.
 E4. An output without a complete answer block is scored as a whole, here and nowhere else, as the peers do.
-    The table has their share.
+    The table has their share, as `no tag`.
 E5. Every question counts. One whose medium is missing or unreadable is answered wrongly, and the table has
     their number. Open-ended questions, which the paper doesn't score, are left out.
-E6. Think and answer mismatch (Table 6) where the option that the think segment settles on is not the answer.
+E6. A trace is a mismatch (Table 6) where the option that its think segment settles on is not its answer.
     A conclusion with one letter in it is read by rule; the rest by `--judge`, or is unknown without one.
 """
 import base64
@@ -73,7 +74,7 @@ def get_args():
     args = gen_cot.parse_args(Args, TINY, "evaluate", __doc__)
     stages = [str(args.run_dir / stage) for stage in ("sft", "pagrpo")]
     stages = [stage for stage in stages if Path(stage, "adapter_config.json").exists()]
-    args.adapters = [args.server] if args.server else list(args.adapters) or ["none", *stages]
+    args.adapters = [args.server] if args.server else (list(args.adapters) or ["none", *stages])
     return args
 
 
@@ -134,6 +135,9 @@ def write_results(summary, records, runs, args):
 
 # --- the benchmarks -----------------------------------------------------------------------------------------
 
+# A metric takes the columns of a file's scored rows (`columns_of`) and a weight for each row: all 1, or how
+# often a bootstrap has drawn the row's medium.
+
 def pooled(columns, weights):
     """Mean score over all questions."""
     return np.average(columns["score"], weights=weights) if weights.sum() else math.nan
@@ -155,8 +159,8 @@ def vsi_official(columns, weights):
 
 
 def vsi_paper(columns, weights):
-    """Video-R1's and the paper's number: (accuracy + MRA) / 2, MRA with a strict <. No question is of a third
-    type."""
+    """Video-R1's and the paper's number: (accuracy + MRA) / 2, MRA with a strict <. The mean over two groups:
+    regression, scored by MRA, and multiple choice."""
     return mean_of_groups(dict(score=columns["strict"], group=columns["problem_type"]), weights)
 
 
@@ -188,7 +192,7 @@ BENCHMARKS = {
                            {"accuracy": pooled}, (48.1, 55.0, 45.3)),
     "mmvu": Benchmark("eval_mmvu.json", field("subject"), {"accuracy": pooled}, (60.0, 65.4, 58.7)),
     "vcr": Benchmark("eval_vcrbench.json", field("dimension"), {"accuracy": pooled}, (44.3, 51.0, 45.3)),
-    "mvbench": Benchmark("eval_mvbench.json",  # its problem_ids are 1 to 4000, 200 for each task
+    "mvbench": Benchmark("eval_mvbench.json",  # problem_ids 1 to 4000, 200 for each task; others raise
                          lambda r: MVBENCH_TASKS[range(4000).index(int(r["problem_id"]) - 1) // 200],
                          {"mean of tasks": mean_of_groups}, (59.0, 68.1, 63.2)),
     "tempcompass": Benchmark("eval_tempcompass.json", field("dim"), {"accuracy": pooled}, (72.6, 74.5, 66.4)),
@@ -266,7 +270,8 @@ def complete_all(records, files, runs, args):
 
 
 def prompt_text(record, observations, args):
-    """The one prompt of all stages, after the observation that --observations has for this question."""
+    """The one prompt of all stages. The observation that --observations has for this question goes into it,
+    after the problem's text."""
     if observation := observations.get(key_of(record)):
         question = f"{record['problem']}\n\nWhat was observed in the {record['data_type']}: {observation}"
         record = dict(record, problem=question)
@@ -337,7 +342,7 @@ def relative_accuracy(answer, gold, strict=False):
 def score_row(row, scoring):
     """A row with its scores: `score`, `strict` (VSI in the paper's way), `no_tag`, `template`."""
     text, kind, gold = row["completion"] or "", row["problem_type"], gold_answer(row["solution"])
-    answer = gold_answer(text)  # E4: the answer block, or the whole where there is none, as of a solution
+    answer = gold_answer(text)  # E4: the answer block, else the whole
     score = strict = answer_score(kind, answer, gold, scoring, row["options"])
     if kind == "regression" and bench_of(row["file"]).mra:
         bare = without_units(answer, gold)
@@ -378,6 +383,7 @@ def interval(metric, columns, draws=1000):
     """(value, half of the 95 % interval) of a metric, by a bootstrap over media (E3)."""
     media, of_row = np.unique(columns["path"], return_inverse=True)
     rng, share = np.random.default_rng(0), np.full(len(media), 1 / len(media))
+    # a row weighs as often as its medium was drawn
     values = [metric(columns, rng.multinomial(len(media), share)[of_row]) for _ in range(draws)]
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return metric(columns, np.ones(len(of_row))), (high - low) / 2
@@ -405,7 +411,7 @@ def summarise(rows, bench, args, judge):
         values = [row[name] for row in rows if row.get(name) is not None]  # a server doesn't say what it cut
         summary[name] = round(100 * float(np.mean(values)), 2) if values else None
     unknown = sum(row["perception"] is None for row in rows)
-    summary["no verdict"] = 0 if unknown == len(rows) else unknown  # then nobody was asked
+    summary["no verdict"] = 0 if unknown == len(rows) else unknown  # without a judge all are None
     if args.mismatch:
         summary["mismatch"] = mismatch(rows, judge)
     return summary
@@ -437,8 +443,8 @@ def print_table(file, summaries):
 
 
 def row_names(adapters):
-    """{adapter: (the end of its file's name, its name in the table)}; those whose folders share a name go by
-    their paths."""
+    """{adapter: (the end of its file's name, its name in the table)}, such as {"runs/tiny/sft": ("sft",
+    "SFT")}. Adapters in folders of the same name go by their paths."""
     known = {"none": "base", "sft": "SFT", "pagrpo": "SFT + PA-GRPO"}
     ends = [Path(adapter.partition("@http")[0]).name for adapter in adapters]  # of a server, its model
     ends = [end if ends.count(end) == 1 else adapter for end, adapter in zip(ends, adapters)]
@@ -523,6 +529,7 @@ def print_comparison(a, b, scoring):
         some = [(x, y) for x, y in pairs if x["file"] == file]
         scores, bench = np.array([[x["score"], y["score"]] for x, y in some]), bench_of(file)
         sides, metric = [columns_of(side, bench) for side in zip(*some)], next(iter(bench.numbers.values()))
+        # both sides with the same drawn media
         gain, spread = interval(lambda a, weights: metric(sides[1], weights) - metric(a, weights), sides[0])
         only_a, only_b = (int((scores == pair).all(1).sum()) for pair in ([1, 0], [0, 1]))
         tail = sum(math.comb(only_a + only_b, k) for k in range(min(only_a, only_b) + 1))
@@ -571,7 +578,7 @@ def page_rollouts(folder):
 
 
 def page_sample(row, name):
-    """What the page tells of a scored completion; `pieces` are its text, [text, whose colour it has] each."""
+    """What the page tells of a scored completion; `pieces` are its text in parts, [text, colour] each."""
     trace, pieces = parse_trace(row["completion"] or ""), []
     letter = settled_by_rule(trace.think or "", row["options"])  # None where there are no options
     for piece in re.split("(?=<observation>|<think>|<answer>)", row["completion"] or ""):
@@ -587,8 +594,10 @@ def page_sample(row, name):
 
 def page_media(records, args):
     """{path: thumbnails, or a sentence on why there are none} of the records' media, each read once."""
-    root = args.media_root if os.path.exists(args.media_root) else TINY["media_root"]
-    todo = [dict(record, media=gen_cot.media_path(root, record["path"])) for record in records]
+    todo = []
+    for record in records:  # the toy's media are found without a flag
+        files = [gen_cot.media_path(root, record["path"]) for root in (args.media_root, TINY["media_root"])]
+        todo.append(dict(record, media=next(filter(os.path.exists, files), files[0])))
     found = tqdm(gen_cot.read_ahead(todo, args, thumbnails), "media", len(todo))
     return {record["path"]: str(pictures) if isinstance(pictures, gen_cot.MediaError) else pictures
             for record, pictures in found}

@@ -16,13 +16,13 @@ This file is also where every stage gets its flags, its records, its frames and 
 
 A run with a teacher can be killed at any moment and started again: every reply is written to traces.jsonl
 next to the output before anything is made of it, and is not asked for again. Steps 2 and 3 are a pure
-function of that file; what the judge said is in its cache.
+function of that file and of what the judge said, which is in its cache.
 
 Our choices where the paper is silent:
 G1. Frames are sampled at 2 per second, T of them, between 4 and `--num-frames`, never more than the clip has,
-    and rounded down to a multiple of two (a clip of one frame gives it twice): at T evenly spaced times from
-    the middle of the first frame to the middle of the last, each time the frame that a player shows then.
-    The sampled rate that later sets the positions is T over the duration of the pictures.
+    and rounded down to a multiple of two (a clip of one frame gives it twice). Their times are evenly spaced
+    from the middle of the first frame to the middle of the last. At each we take the frame that a player has
+    on screen. The sampled rate, from which S1 makes positions, is T over the duration of the pictures.
 G2. Both sides of a frame are rounded to multiples of 28 (patch 14 × merge 2) within the pixel budget, aspect
     kept.
 G3. The options appear once in the prompt: they are appended unless the question holds them as "A. text".
@@ -175,8 +175,8 @@ def generate(records, args):
     """Step 1: the raw trace (str) of each record; None without a reply, MediaError for an unreadable medium.
 
     Replies are kept in traces.jsonl next to the output, rows {question, problem_id, key, output}. `question`
-    and `problem_id` are for --traces. `key` also holds teacher, prompt and frames: what the file has for it
-    is not asked again, nor is its medium decoded.
+    and `problem_id` are for --traces. `key` is a hash of the teacher, the prompt, the path and the frames'
+    settings: what the file has for it is not asked again, nor is its medium decoded.
     """
     extra, template = json.loads(args.teacher_extra or "{}"), load_template(args)
     if args.teacher_extra is None and args.teacher.startswith("openai:") and "@" in args.teacher:
@@ -193,6 +193,7 @@ def generate(records, args):
         return teacher.reply([*media_parts(*media), build_prompt(record, template)], key=key,
                              question=question_key(record), problem_id=record.get("problem_id"))
 
+    # media are decoded ahead, and 2 x --teacher-concurrency questions are under way; replies come in order
     jobs = (teacher.pool.submit(ask, key, record, media)
             for key, (record, media) in zip(todo, read_ahead(todo.values(), args)))
     outputs = dict(teacher.replies)
@@ -215,7 +216,7 @@ def media_parts(frames, fps):
 
 def stamped_jpegs(frames, fps, quality=90, side=65_500):
     """(time stamp, JPEG) of each frame, made smaller where a side is over `side`, by default the most that a
-    JPEG can have. The stamps go evenly from 0 to the clip's end; that of a picture is ""."""
+    JPEG can have. The stamps go evenly from 0 to the clip's end, len(frames) / fps; a picture's is ""."""
     for i, frame in enumerate(frames):
         stamp = "" if fps is None else f"{i * len(frames) / fps / (len(frames) - 1):.1f} s"
         image, jpeg = Image.fromarray(frame), io.BytesIO()
@@ -231,7 +232,7 @@ def question_key(record):
 
 def load_traces(path, records):
     """The raw trace (str) of each record from a file of {problem_id, output}, or None. A row with the
-    `question` of `generate` is found by that. An id that two questions or two traces share tells nothing."""
+    `question` of `generate` is found by that. An id that two questions or two traces share is not used."""
     traces, ids = {}, collections.Counter(str(record.get("problem_id")) for record in records)
     for row in filter(lambda row: isinstance(row, dict), read_json(path)):  # no line that a kill tore
         own = re.fullmatch("[0-9a-f]{24}", str(row.get("question")))
@@ -247,7 +248,8 @@ def load_traces(path, records):
 # --- steps 2 and 3: what is kept ----------------------------------------------------------------------------
 
 def bare_trace(reply):
-    """The trace in a teacher's reply, without the thoughts, fence or stop token around it."""
+    """The trace in a teacher's reply, without what is around it: the teacher's own thoughts, which end in
+    </think> before the <observation>, a fence, a stop token."""
     found = re.fullmatch(r"(?:.*</think>)?(?:\s|```\w*)*(<observation>.*?</answer>)(?:\s|```|<\|\w+\|>)*",
                          reply, re.DOTALL)
     return found[1] if found else reply
@@ -322,6 +324,7 @@ def print_yield(records, reasons, kept, args):
 def parse_args(flags, tiny, output, description):
     """The command line as `flags`, a dataclass, with `tiny` for defaults where that is the model. Adds base,
     run_dir and, within it, the default output."""
+    # which tyro wants to know before it reads the command line
     default = flags(**tiny) if {"tiny", "--model=tiny"} & set(sys.argv) else None
     args = tyro.cli(flags, default=default, description=description.partition("\n\n")[0],
                     config=(tyro.conf.FlagCreatePairsOff,))
@@ -355,7 +358,8 @@ def judge_from(args, generate=None):
     Raises UserError where it gives no verdict."""
     make = functools.partial(make_judge, args.judge, args.judge_prompt_file, generate)
     trial = dict(problem="What colour is the car?", problem_type="free-form", solution="red")
-    if args.judge not in ("rule", "self") and make()([trial], ["The car is red."]) == [None]:
+    verdict = True if args.judge in ("rule", "self") else make()([trial], ["The car is red."])[0]
+    if verdict is None:
         raise UserError(f"The judge {args.judge} gave no verdict on a question of trial: see above.")
     cache = f"runs/judge-cache-{os.environ.get('RANK', 0)}.jsonl"  # one file a rank
     return make(cache=cache, max_calls=args.judge_max_calls)
@@ -379,7 +383,7 @@ def load_records(paths, media_root=None, left_out=()):
     Args:
         paths: a path or a glob pattern, whose files are read in sorted order.
         media_root: folder of the media; where given, each record gets `media`, its medium's path below it.
-        left_out: problem types of records that are left out.
+        left_out: problem types of records that are left out, in lower case.
 
     Returns:
         list of dict with the data set's field names: `problem_id, problem, data_type, problem_type, options`
@@ -412,11 +416,11 @@ def load_records(paths, media_root=None, left_out=()):
 def read_json(file):
     """The list of objects in a JSON or JSON Lines file, plain or gzip. A line that is no JSON comes as text,
     which is a bad record. Raises UserError where the file can't be read."""
-    load = functools.partial(json.loads, parse_constant=lambda nan: None)  # as pandas writes a gap
+    load = functools.partial(json.loads, parse_constant=lambda nan: None)  # pandas' gaps are NaN
     try:
         with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as f:
             text = f.read()
-        if text.lstrip()[:1] in ("[", ""):  # an empty file is what a download that broke off leaves
+        if text.lstrip()[:1] in ("[", ""):  # an empty one, which a broken download leaves, fails here
             return load(text)
     except Exception as error:  # of the system, gzip, zlib or json
         raise UserError(f"{file} can't be read ({error}): download or make it again.") from None
@@ -446,14 +450,14 @@ def parse_record(row, media_root=None):
 def parse_gold(record):
     """The gold answer without tags, from a text or number; an option's letter for its text."""
     gold = record.get("answer") if record.get("solution") in (None, "") else record["solution"]
-    if not isinstance(gold, (str, int, float)) or gold == "":
-        raise ValueError("it has no gold answer")
     if isinstance(gold, float) and gold.is_integer():  # as pandas writes 3 next to a gap
         gold = int(gold)
-    gold = gold_answer(strip_invisible(str(gold)))
+    gold = gold_answer(strip_invisible(str(gold))) if isinstance(gold, (str, int, float)) else ""
+    if not gold:
+        raise ValueError("it has no gold answer")
     if record["problem_type"] != "multiple choice":
         return gold
-    # without options these may be in the question
+    # without options, which may be in the question, any letter counts
     letter = correct_answer(dict(record, solution=gold))[0] if record["options"] else option_key(gold, [])
     return letter if re.fullmatch("[A-N]", letter) else gold
 
@@ -461,9 +465,9 @@ def parse_gold(record):
 def parse_options(options):
     """Options as a list of str, each with its letter, from a list, null, or a list printed as JSON or Python
     (as in the authors' RL file)."""
-    if isinstance(options, str) and options.strip():
+    if isinstance(options, str):
         try:
-            options = json.loads(options)
+            options = json.loads(options.strip() or "[]")
         except ValueError:
             if re.search(r"""['"]\s+['"]""", options):  # as numpy prints them, and Python would join them
                 raise ValueError("its options lack their commas") from None
@@ -486,8 +490,8 @@ def media_path(media_root, path):
 
 
 def select_records(args):
-    """The records that a stage works on: loaded, their media there, and of these --limit drawn. Raises
-    UserError where none is left."""
+    """The records that a stage works on: those whose media exist, and of them --limit, drawn. UserError where
+    none is left."""
     records = load_records(args.data, args.media_root)
     kept = [record for record in records if os.path.exists(record["media"])]
     drawn = draw(kept, args.limit, args.seed)
@@ -546,7 +550,8 @@ def sample_indices(starts, end, num_frames=16, fps=2.0, min_frames=4):
 
 
 def fit_size(height, width, max_pixels, min_pixels=IMAGE_PIXELS[0]):
-    """(height, width) as multiples of 28 within the two areas, the aspect kept (G2)."""
+    """(height, width) as multiples of 28 within the two areas, the aspect kept (G2). A very long shape can
+    exceed max_pixels, as no side is under 28."""
     h, w = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
     if h * w > max_pixels:
         scale = math.sqrt(max_pixels / (height * width))
@@ -598,7 +603,7 @@ def pictures_of(container):
 def pick_frames(path, stamps, num_frames, max_pixels):
     """(frames, fps) as in `read_frames`, from the (pts, duration, is keyframe) of all frames. Keyframes are
     sought; without them frames are counted. LookupError where a frame is not where its packet said."""
-    frames, at = [], -1  # the index of the frame that was decoded last; None: right after a seek
+    frames, at = [], -1  # at: the index of the frame that was decoded last. -1: none yet; None: after a seek
     with open_video(path) as container:
         stream = pictures_of(container)
 
@@ -623,7 +628,7 @@ def pick_frames(path, stamps, num_frames, max_pixels):
                 frame = next(decoded, None)
                 if frame is None or at is None and frame.pict_type != av.video.frame.PictureType.I:
                     raise LookupError("no frame, or no keyframe though its packet says so")
-                at = index[frame.pts] if keyframes else at + 1
+                at = index[frame.pts] if keyframes else at + 1  # KeyError: a time that no packet has
             if at > i:
                 raise LookupError("a frame beyond the one that is wanted")
             frames.append(to_pixels(frame, stream, frames[0].shape if frames else None, max_pixels))
@@ -635,6 +640,7 @@ def to_pixels(frame, stream, shape, max_pixels):
     of the clip's first one; a tilt counts as the nearest quarter."""
     image, matrix = frame.to_image(), frame.side_data.get("DISPLAYMATRIX")
     sides = [frame.height, frame.width * float(stream.sample_aspect_ratio or 1)]
+    # the pixel (x, y) is shown at (a x + c y, b x + d y), and moved into view
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
     if abs(b) > abs(a):
         image, a, d, sides = image.transpose(Image.TRANSPOSE), c, b, sides[::-1]
@@ -687,20 +693,20 @@ def read_media(record, num_frames=16, max_pixels=128):
 
 
 def init_worker():
-    """What a worker does first: no decoder chatter on the screen; Ctrl-C is its parent's to answer, and its
-    parent's end is its own, too."""
+    """What a worker does first: no decoder chatter on the screen. Ctrl-C is for its parent to answer. It dies
+    with its parent."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    gc.freeze()  # to free a decoder of the parent's would wait for threads that only the parent has
+    gc.freeze()  # else a decoder of the parent's is freed here, which waits for threads of the parent
 
 
 def read_ahead(records, args, read=read_media, timeout=None):
     """Decode the records' media in worker processes, ahead of whoever takes them; `records` may be endless.
 
-    A medium that hangs or crashes its decoder is tried once more, as a system out of memory or a clock that
-    jumps does the same to a good one. Then it costs its own record.
+    A medium that hangs or crashes its decoder is tried once more, since lack of memory or a clock that jumps
+    does the same to a good one. Then it costs its own record.
 
     Args:
         args: with num_frames, max_pixels (in units of 28×28), workers.

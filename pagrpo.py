@@ -24,11 +24,11 @@ no SFT (`add_reference`). Eq. 7 leaves the average over a segment's tokens open;
     python pagrpo.py --model qwen2.5-vl-7b     # one consumer GPU
 
 Why the loss is about 0: with one gradient step per rollout (μ = 1) ρ is exactly 1. So the mean of ρ A over a
-segment is its A, and over the group these add up to 0. (Not quite, if a completion lacks a segment, or if
-PA-GRPO averages over the completion: A_P and A_R are then weighted by the segments' lengths, which differ
-between completions.) What is left is β times the KL. The mean KLs of the two segments are added, so it is
-about 2β times the logged `kl`, which is one mean over all tokens. But the gradient of the policy term, the
-mean of A · ∇ log π, is not 0. Watch the rewards.
+segment is its A, and over the group these add up to 0. What is left is β times the KL: about 2β times the
+logged `kl`, as the means of the two segments are added and `kl` is one mean over all tokens. But the gradient
+of the policy term, the mean of A · ∇ log π, is not 0. Watch the rewards. The policy term's value is not quite
+0 in two cases: a completion lacks a segment; or PA-GRPO averages over the completion, where A_P and A_R are
+weighted by the lengths of their segments.
 
 Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (columns; at most the limit),
 S tokens of a packed sequence, D hidden, V vocabulary. "Process" means perception or reasoning; a process of
@@ -48,15 +48,15 @@ P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3
 P5. Completions are sampled at temperature 1. Of the added tokens (visual, chat control, tools) only
     `<|im_end|>` can be sampled, which ends a turn of the chat format. `<|endoftext|>` can't be sampled
     either, nor can ids that stand for no token. The sampled ids are kept and trained on as they are;
-    completions cut at the limit count as truncated. The ban changes what is sampled and nothing else: every
+    completions cut at the limit count as truncated. The ban changes what is sampled and nothing else. Every
     log-prob, the rollout's too, is normalised over the whole vocabulary, so that policy and reference stay
-    the model's own distributions. So ρ ignores that the banned tokens' probability, which is small, went to
-    the others.
+    the model's own distributions. A sampled token's log-prob is therefore a little below that of the
+    distribution that it was drawn from.
 P6. If the judge fails to give a verdict on a completion, R_P is NaN, never 0. The completion is left out of
     the mean and std of every reward that contains R_P, and its advantage for that reward is 0. The advantages
     that its tokens still get:
         value of --without       o_P's tokens  o_R's tokens  why
-        (none: PA-GRPO), length       0            A_R       each has its own
+        none (PA-GRPO), or length     0            A_R       each has its own
         perception (GRPO)            A_R           A_R       A_R needs no verdict
         reasoning, separation         0             0        the one reward contains R_P
         assignment (GDPO)            A_R           A_R       the sum, with A_P = 0
@@ -64,17 +64,17 @@ P6. If the judge fails to give a verdict on a completion, R_P is NaN, never 0. T
     that update (it is still one of the `--updates`). Three such updates in a row stop the run. Neither holds
     for `--without perception`, which needs no verdicts.
 P7. The rows of Table 2. In those marked * all tokens of a completion have one advantage, and the loss average
-    is the completion's (`get_args`). The judge is asked in any case, for the log. GDPO normalises each reward
-    apart, as PA-GRPO does, but assigns their sum to all tokens.
+    is the completion's (`get_args`). The judge is asked in any case, for the log. GDPO, which is not the
+    paper's, normalises each reward by itself, as PA-GRPO does, but assigns their sum to all tokens. For the
+    rows "SFT only" and "process-agnostic SFT" there is no RL: give `evaluate.py` the adapter of `sft.py`, or
+    of `sft.py --process-agnostic`.
         row of the table                      flag                                        what it changes
         process-agnostic RL = without R_P *   --algorithm grpo, or --without perception   process_advantages
         without R_R *                         --without reasoning                         process_advantages
         without separation *                  --without separation                        process_advantages
-        GDPO (not the paper's) *              --without assignment                        process_advantages
+        GDPO *                                --without assignment                        process_advantages
         without R_len                         --without length                            score_groups
         RL only                               --adapter none                    get_args, main, add_reference
-        SFT only, process-agnostic SFT        no RL: `evaluate.py` on the adapter of `sft.py`, or of `sft.py
-                                              --process-agnostic`
 """
 import contextlib
 import functools
@@ -105,7 +105,7 @@ from rewards import UserError, parse_trace, process_rewards, strip_invisible
 TINY = dict(data="data/toy/rl.jsonl", media_root="data/toy", max_pixels=4, judge="rule", updates=50,
             prompts_per_update=8, max_completion_tokens=112, perception_length=(16, 64),
             reasoning_length=(16, 64), lr=8e-4, lora_rank=32, checkpointing=False, show_every=10)
-FIXED = 48  # prompts held out for the `fixed/…` curves, at most a tenth; the same unless --limit draws others
+FIXED = 48  # prompts held out for the `fixed/…` curves, at most a tenth; the same for every --seed
 
 
 @dataclass
@@ -155,14 +155,15 @@ def get_args():
 
 
 def main(args):
+    sft.setup_process(args)
+    if sft.is_finished(args):
+        return None
     # For your own perception reward replace this statement by `judge = f`, with any f(records, observations)
     # -> list of True, False or None (P6), or of floats in [0, 1], which are then the accuracy in Eq. 3 (one
     # above 0 can earn the length bonus). A record is as `gen_cot.load_records` gives it, with `media`, the
     # path of its file; an observation is a str, or None where the block isn't complete.
+    # (The lambda finds `model`, which is loaded below, when it is called.)
     judge = gen_cot.judge_from(args, generate=lambda prompts: self_judge(model, tokenizer, prompts, args))
-    sft.setup_process(args)
-    if sft.is_finished(args):
-        return None
     with sft.process().main_process_first():  # which may prepare the toy data
         records = [] if args.probe else gen_cot.select_records(args)
     folder = None if args.adapter == "none" else args.adapter  # of the SFT adapter
@@ -181,16 +182,17 @@ def train(model, tokenizer, records, judge, args):
     groups every `--show-every` updates), curves.png and the adapter."""
     template, config = gen_cot.load_template(args), sft.unwrap(model).config
     optimizer = sft.setup_training(model, args)
-    start, unanswered = sft.load_checkpoint(model, optimizer, args), 0  # updates in a row
+    start = sft.load_checkpoint(model, optimizer, args)
+    unanswered = 0  # updates in a row
     # prompts that are only looked at; the others, over and over
     fixed, records = hold_out(records)
-    fixed, _ = sft.encode_batch(gen_cot.read_ahead(sft.shard(fixed, FIXED), args), len(fixed), template,
-                                tokenizer, config)
+    fixed_media = gen_cot.read_ahead(sft.shard(fixed, len(fixed)), args)
+    fixed, _ = sft.encode_batch(fixed_media, len(fixed), template, tokenizer, config)
     media = gen_cot.read_ahead(endless(records, args.seed, args.prompts_per_update, start), args)
     with (sft.open_log(args.output / "metrics.jsonl", start) as log,
           sft.open_log(args.output / "rollouts.jsonl", start) as rollouts):
         for step in sft.resumable("PA-GRPO", start, args.updates, model, optimizer, args):
-            # take a few questions, whose media were decoded while the last update ran
+            # take a few questions: their media were decoded while the last update ran
             encoded, media_log = sft.encode_batch(media, args.prompts_per_update, template, tokenizer, config)
             row = {"step": step, "lr": sft.cosine_lr(step, args.updates, args.lr), "scoring": args.scoring}
             row |= media_log  # sec/media, and skipped_media of all ranks
@@ -255,7 +257,7 @@ class Group:
     replies: list = None  # G of str, the judge's words, or None
     perception_advantages: torch.Tensor = None  # (G,)
     reasoning_advantages: torch.Tensor = None  # (G,)
-    # these two are set by `update_policy`, on the pieces of the group alone
+    # `update_policy` sets these two, on what `split` returns
     old_logprobs: torch.Tensor = None  # (G, T) of π_old, if μ > 1
     ref_logprobs: torch.Tensor = None  # (G, T)
 
@@ -275,7 +277,8 @@ def update(model, tokenizer, optimizer, encoded, judge, lr, args):
     with sft.measured("judge", metrics):
         # gather_object joins the lists of all ranks; on one GPU it gives back its argument
         verdicts = gather_object(score_groups(groups, tokenizer, judge, args))
-    if args.without == "perception" or not verdicts or any(verdict is not None for verdict in verdicts):
+    silent = bool(verdicts) and all(verdict is None for verdict in verdicts)  # the judge, though it was asked
+    if args.without == "perception" or not silent:
         with sft.measured("update", metrics):
             metrics |= update_policy(model, optimizer, groups, lr, args)
     metrics["peak_gib"] = max(value for key, value in metrics.items() if key.startswith("gib/"))
@@ -289,15 +292,15 @@ def sample_groups(model, encoded, tokenizer, args, greedy=False):
     """Sample G completions of each prompt, for `--prompts-per-rollout` prompts at a time, and find the
     segment of each token. greedy: one completion of each, for G times as many prompts. encoded: pairs
     (record, Prompt)."""
-    groups, shape = [], (1 if greedy else args.num_generations, args.max_completion_tokens)  # (G, T)
-    batch = args.prompts_per_rollout * args.num_generations // shape[0]  # prompts at a time
+    groups, G, T = [], 1 if greedy else args.num_generations, args.max_completion_tokens
+    batch = args.prompts_per_rollout * args.num_generations // G  # prompts at a time
     for i in range(0, len(encoded), batch):
         records, prompts = zip(*encoded[i:i + batch])
-        uniforms = None if greedy else torch.cat([draw_uniforms(args.seed, record["sample_index"], *shape)
+        uniforms = None if greedy else torch.cat([draw_uniforms(args.seed, record["sample_index"], G, T)
                                                   for record in records])
-        sampled = rollout(model, prompts, tokenizer, *shape, uniforms)  # (B·G, T) each
-        for record, prompt, ids, mask, logprobs in zip(
-                records, prompts, *(t.split(shape[0]) for t in sampled)):
+        sampled = rollout(model, prompts, tokenizer, G, T, uniforms)  # (B·G, T) each
+        of_prompts = [tensor.split(G) for tensor in sampled]  # B of (G, T) each
+        for record, prompt, ids, mask, logprobs in zip(records, prompts, *of_prompts):
             longest = int(mask.sum(1).max())  # of this group
             ids = ids[:, :longest]
             groups.append(Group(record, prompt, ids, mask[:, :longest], logprobs[:, :longest],
@@ -311,11 +314,12 @@ def score_groups(groups, tokenizer, judge, args):
     # ask the judge about all observations at once
     records, observations = [], []
     for group in groups:
-        group.texts = tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)  # padding is one
+        group.texts = tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)  # as padding is
         records += [group.record] * len(group.texts)
         observations += [parse_trace(text).observation for text in group.texts]
     verdicts = judge(records, observations)
-    of_completions = zip(verdicts, getattr(judge, "replies", [None] * len(verdicts)))  # a function has none
+    # what it said of each completion, in this order; a judge that is a function has no words
+    of_completions = zip(verdicts, getattr(judge, "replies", [None] * len(verdicts)))
 
     # reward the two processes of each completion, and compare them within its group
     bonus = 0.0 if args.without == "length" else 0.2
@@ -349,7 +353,8 @@ def update_policy(model, optimizer, groups, lr, args):
     size = args.completions_per_pass or args.num_generations
     pieces = [piece for group in groups for piece in group.split(size)]
     sizes = [(len(piece.completion_ids), int(piece.completion_mask.sum())) for piece in pieces]
-    all_completions, all_tokens = map(sum, zip(*gather_object(sizes)))  # of all ranks
+    everywhere = gather_object(sizes)  # of all ranks
+    all_completions, all_tokens = sum(n for n, _ in everywhere), sum(tokens for _, tokens in everywhere)
 
     def logprobs_of(piece):
         return token_logprobs(model, piece.prompt, piece.completion_ids, piece.completion_mask)
@@ -390,7 +395,8 @@ def update_policy(model, optimizer, groups, lr, args):
 def segment_masks(completion_ids, tokenizer):
     """Which tokens are perception's and which are reasoning's (P1).
 
-    Of the tokens `red.</obs`, `ervation>`, `<think>` the second is the last of o_P.
+    Of the tokens `red.</obs`, `ervation>`, `<think>` the second is the last of o_P: they end at characters 9,
+    18 and 25, the closing tag at 18, and one token ends before that.
 
     Tokens are decoded one by one. A character that is split over several tokens is then decoded wrongly. The
     tags are plain ASCII, so they are found all the same.
@@ -495,14 +501,14 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
         prompt: Prompt with embeds (P, D). completion_ids (G, T) int64, completion_mask (G, T) bool.
     """
     language, device, P = sft.unwrap(model).model.language_model, prompt.embeds.device, len(prompt.input_ids)
-    # By this name each layer looks up `shared_prefix_attention`, and does so again when checkpointing runs it
-    # once more in the backward pass, so the name stays set. Without `lengths` that function is the library's.
+    # By this name each layer looks up `shared_prefix_attention`. The name stays set, as checkpointing runs
+    # the layers once more in the backward pass. Without `lengths` that function is the library's.
     language.config._attn_implementation = "shared_prefix"
     tokens = completion_ids[completion_mask]  # (S - P,), completion after completion
     embeds = torch.cat([prompt.embeds, language.embed_tokens(tokens)])  # (S, D)
 
-    # A completion's tokens count on from the prompt's largest position, the same on all three axes. (It is
-    # below P, as many tokens of a clip share theirs.)
+    # A completion's tokens count on from the prompt's largest position, the same on all three axes. (That
+    # position is below P, as many tokens of a clip share theirs.)
     offsets = completion_mask.nonzero()[:, 1]  # (S - P,) of each token within its own completion: 0, 1, …
     after = (prompt.next_position + offsets).expand(3, -1)
     positions = torch.cat([prompt.positions.to(device), after], dim=1)  # (3, S)
@@ -510,7 +516,8 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
                       attention_mask={"full_attention": None},  # a dict is taken as it is: no mask is built
                       lengths=[P, *completion_mask.sum(1).tolist()]).last_hidden_state[0]  # (S, D)
 
-    # a token is predicted from the state of the one before it: of a completion's first, the prompt's last
+    # A token is predicted from the state of the one before it. For a completion's first that is the prompt's
+    # last, at P - 1; for the others it is the one before in the packed sequence.
     before = torch.where(offsets == 0, P - 1, P - 1 + torch.arange(len(tokens), device=device))
     logprobs = sft.logprobs_from_hidden(model, hidden[before], tokens)
     return torch.zeros(completion_ids.shape, device=device).masked_scatter(completion_mask, logprobs)
@@ -544,9 +551,17 @@ AttentionMaskInterface.register("shared_prefix", sdpa_mask)  # for plain forward
 @dataclass
 class RolloutCache:
     """Keys and values of a decode loop, written in place: growing the tensors would copy all of them at every
-    token. `replace(cache, rows=…, columns=…)` shares the memory and selects a part: a prompt's G rows, while
-    it is prefilled, or all rows, while they decode. The last of its columns take the tokens that are fed now.
-    As we pass masks and positions, the library calls nothing but `update` on it."""
+    token. Two prompts and G = 2, after two decoded tokens:
+
+        row 0    ppppp cc....    the columns of prompt 0, then of its first completion
+        row 1    ppppp cc....    prompt 0, its second completion
+        row 2    --ppp cc....    prompt 1 is shorter: padding first
+        row 3    --ppp cc....
+
+    `replace(cache, rows=…, columns=…)` shares the memory and selects a part: the G rows and the own columns
+    of a prompt, while it is prefilled; all rows and the columns so far, while they decode. The tokens that
+    are fed now go into the part's last columns. As we pass masks and positions, the library calls nothing but
+    `update` on it."""
     layers: list  # for each layer its keys and values, (rows, key-value heads, columns, d) each
     rows: slice
     columns: slice
@@ -606,7 +621,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
         # prefill each prompt once, for all rows of its group
         hidden = []
         for b, prompt in enumerate(prompts):
-            # a prompt stands at the right of columns [0, width), in all G rows of its group at once
+            # without its padding, which needs no mask here; in all G rows of its group at once
             part = replace(cache, rows=slice(b * G, (b + 1) * G), columns=slice(int(padding[b]), width))
             hidden.append(feed(prompt.embeds[None], prompt.positions[:, None].to(device), part))
         hidden = torch.cat(hidden).repeat_interleave(G, dim=0)  # (B·G, D)
@@ -638,9 +653,9 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
 
 
 def sample_from(logits, uniforms):
-    """One token a row (N,): the first whose cumulative probability exceeds the row's uniform number. In
-    float64: in float32 a number just below 1 could round up to the total, and the last id, a banned one, be
-    taken. NaN logits give the last id; the loss is NaN then, too, and `sft.optimiser_step` skips the step."""
+    """One token a row (N,): the first with a cumulative probability above the row's uniform number. In
+    float64, as in float32 a number just below 1 could round up to the total and draw the last id, which is
+    banned. NaN logits give the last id; the loss is NaN then, too: `sft.optimiser_step` skips the step."""
     cumulative = logits.double().softmax(-1).cumsum(-1)  # (N, V)
     drawn = uniforms.to(logits.device)[:, None] * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, drawn, right=True)[:, 0]
@@ -676,7 +691,7 @@ def merged(model):
         yield
     finally:
         for layer in layers:
-            vars(layer).pop("forward", None)  # the class has its own
+            vars(layer).pop("forward", None)  # the instance's; the class has its own
 
 
 # --- the reference, the self judge, the probe ---------------------------------------------------------------
@@ -720,7 +735,9 @@ def probe(model, tokenizer, args):
     optimizer = sft.setup_training(model, args)
     sft.optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # gradients of 0: allocates AdamW's moments
     record, prompt = worst_prompt(tokenizer, sft.unwrap(model).config, args)
-    tokenizer.eos_token = None  # its id is None, and no token equals that: completions run to their limit
+    # Its id is None then. No token equals that in `rollout`, `segment_masks` and `score_groups`: completions
+    # run to their limit.
+    tokenizer.eos_token = None
     encoded = [(dict(record, sample_index=i), replace(prompt))
                for i in range(sft.shard_size(args.prompts_per_update))]
     if len(encoded) > 1:  # prompts of unequal lengths are decoded under a mask: make one a token shorter
@@ -742,7 +759,7 @@ def probe(model, tokenizer, args):
 
 def worst_prompt(tokenizer, config, args, words=300):
     """(record, Prompt) of a clip with as many visual tokens as these settings allow, and a long question."""
-    rows, factor = math.gcd(args.max_pixels, 8), gen_cot.FACTOR
+    rows, factor = math.gcd(args.max_pixels, 8), gen_cot.FACTOR  # of blocks: an area of exactly max_pixels
     shape = args.num_frames, rows * factor, args.max_pixels // rows * factor, 3
     pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     record = dict(problem="the " * words, problem_type="free-form", solution="the", options=[])
@@ -806,6 +823,7 @@ def rollout_row(group, tokenizer, args):
     """A group as rollouts.jsonl holds it: all that `show` and the page of `evaluate.py --html` tell of it.
     Its advantages, ((G,), (G,)), are those under this run's algorithm and under the ALGORITHMS."""
     rewards = [torch.tensor([s[k] for s in group.scores]) for k in ("perception", "reasoning")]
+    # those of the switch, and this run's own
     names = ALGORITHMS | {args.without: ALGORITHMS.get(args.without, f"without {args.without}")}
     advantages = {name: torch.stack(process_advantages(*rewards, without)).tolist()
                   for without, name in names.items()}
@@ -821,11 +839,12 @@ def rollout_row(group, tokenizer, args):
 
 def token_pieces(ids, perception, tokenizer):
     """[text, "P" or "R"] of each sampled token (T,), end-of-sequence included; the texts join to the
-    completion. If several tokens form one character, they are one piece, of the first token's segment."""
+    completion. If several tokens form one character, they are one piece, of the first token's segment: of
+    tokens 0 to 3, where 1 and 2 are halves of an é, the pieces are [0:1], [1:3], [3:4]."""
     start = 0
     for stop in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:stop])
-        if stop == len(ids) or not text.endswith("\ufffd"):  # which stands for part of a character
+        if stop == len(ids) or not text.endswith("\ufffd"):  # part of a character
             yield [text, "P" if perception[start] else "R"]
             start = stop
 

@@ -13,18 +13,18 @@ Our choices where the paper is silent:
 R1. Format: the stripped completion is the three blocks in order, each once, none empty, only white space
     between. Each half is judged on its own: perception on exactly one observation block, at the start;
     reasoning on exactly one think, then one answer block, nothing after it, and nothing else between the
-    observation and them. An observation that is left open costs perception only. A tag quoted inside a block
-    costs that block's half and the half that the tag belongs to. Tags are case-sensitive.
+    observation and them. An observation that is never closed costs perception only. A tag that is quoted
+    inside a block costs that block's half and the half that the tag belongs to. Tags are case-sensitive.
 R2. The answer is the first answer block after the think block; without a complete think block, the first of
     all, so that `<answer>B</answer>` alone is B. No answer, or an empty one, scores 0 whatever the gold is.
-R3. Scoring "paper" agrees with the metric of Video-R1 and its successors unless that can be exploited:
-    NaN, infinities and empty texts score 0. A regression's error is relative to the gold; 0 for 0 scores 1.
+R3. Scoring "paper" agrees with the metric of Video-R1 and its successors unless that can be exploited.
+    Unlike there, NaN, infinities and empty texts score 0, and a regression's 0 for a gold of 0 scores 1.
     Characters that show nothing count nowhere.
 R4. Scoring "lenient" never gives less, and also accepts b, B., (B), B. text, **B**, "… the answer is B.",
     \\boxed{B} and the option's text for B; thousands separators; a trailing unit or per-cent sign (any if
     both sides have the same, one of UNITS if only one side has one); and any answer that is the gold.
-R5. A judge that gives no verdict, after its retries if it is remote, says None, "unknown", never False. A
-    missing or empty observation is False, and the judge is not asked.
+R5. A judge that gives no verdict (a remote one is asked again where that can help) says None, "unknown",
+    never False. A missing or empty observation is False, and the judge is not asked.
 R6. The observation is written by a policy that is paid for a Yes. So whatever enters a prompt loses its tags
     and invisible characters and is fenced by lines with a hash of all that is fenced. No text can hold its
     own hash, so none can fake the line that ends it. And only the last judgement of the judge's own reply
@@ -96,15 +96,16 @@ def format_rewards(completion):
     """(perception, reasoning), each 1.0 if its half is as in the template, else 0.0 (R1).
 
     Both are read off a sketch of the completion: a letter for each tag, a dot for text that shows something,
-    a dash for invisible characters, nothing for white space. The template's sketch is `O.oT.tA.a`.
+    a dash for invisible characters, nothing for white space. The template's sketch is `O.oT.tA.a`. An
+    observation that is never closed gives `O.T.tA.a`, which is (0, 1).
     """
     sketch = ""
     for piece in re.split("(</?(?:observation|think|answer)>)", completion):
-        text = "." if strip_invisible(piece) else "-" if piece.strip() else ""
-        sketch += LETTERS.get(piece, text)
-    perception = re.fullmatch(r"O\.o[^Oo]*", sketch)
-    # nothing before the thoughts, or an observation; one that is left open is perception's fault alone
-    reasoning = re.fullmatch(r"(|[^TtAa]*o|[^TtAaOo]*O[^TtAao]*)T\.tA\.a", sketch)
+        if piece.strip():
+            sketch += LETTERS.get(piece, "." if strip_invisible(piece) else "-")
+    perception = re.fullmatch(r"O\.o[^Oo]*", sketch)  # one observation block, at the start
+    before = "|".join(["", "[^TtAa]*o", "[^TtAaOo]*O[^TtAao]*"])  # nothing; a closed observation; an open one
+    reasoning = re.fullmatch(rf"({before})T\.tA\.a", sketch)
     return float(bool(perception)), float(bool(reasoning))
 
 
@@ -135,8 +136,8 @@ def length_reward(num_tokens, accuracy, format, low, high, bonus=0.2):
 def accuracy_reward(problem_type, completion, solution, scoring="paper", options=None):
     """Score in [0, 1] of a completion's answer block by the metric of the problem type (Eq. 4, Sec. 7.2).
 
-    `solution` is the gold answer, with <answer> tags or without; `scoring` is "paper" (R3) or "lenient" (R4),
-    which takes the text of one of `options`, a list of "A. text", for its letter. Any completion is allowed.
+    `solution` is the gold answer, with <answer> tags or without. `scoring` is "paper" (R3) or "lenient" (R4).
+    `options` is a list of "A. text": lenient takes an option's text for its letter.
     """
     assert problem_type in PROBLEM_TYPES, f"unknown problem type {problem_type!r}"
     assert scoring in ("paper", "lenient"), f"unknown scoring {scoring!r}"
@@ -151,7 +152,8 @@ def answer_score(problem_type, answer, gold, scoring="paper", options=None):
     if answer == gold and (lenient or problem_type == "multiple choice"):
         return 1.0
     if problem_type == "multiple choice":
-        return float(lenient and option_key(answer, options) == option_key(gold, options) != "")
+        key = option_key(answer, options)
+        return float(lenient and key != "" and key == option_key(gold, options))
     if problem_type == "OCR":
         return word_accuracy(answer.split(), gold.split())
     if problem_type == "free-form":
@@ -196,8 +198,9 @@ def word_accuracy(hypothesis, reference):
 # --- both processes' rewards of a completion ----------------------------------------------------------------
 
 def process_rewards(record, completion, verdict, num_tokens, length_ranges, bonus=0.2, scoring="paper"):
-    """All rewards of one completion (Eq. 3-5), a dict: `reward`, the sum of `perception` and `reasoning`; of
-    each of the two its parts, `perception_accuracy`, `_format` and `_length`, and `perception_tokens`.
+    """All rewards of one completion (Eq. 3-5), a dict: `reward` is the sum of `perception` and `reasoning`.
+    Each of these is the sum of its parts, `perception_accuracy`, `perception_format`, `perception_length` and
+    so on. `perception_tokens` and `reasoning_tokens` are for the log.
 
     verdict: the judge's on the observation, True, False, a float in [0, 1], or None (unknown, R5: NaN).
     num_tokens: the two segments' lengths, perception's first; length_ranges: their (low, high) that earn the
@@ -215,7 +218,7 @@ def process_rewards(record, completion, verdict, num_tokens, length_ranges, bonu
     reasoning_length = length_reward(reasoning_tokens, reasoning_accuracy, reasoning_format,
                                      *reasoning_range, bonus)
     if math.isnan(perception_accuracy):
-        perception_length = math.nan  # unknown as well, so that the mean of the bonuses leaves it out
+        perception_length = math.nan  # unknown as well: `pagrpo.reward_metrics` leaves it out of its means
 
     perception = perception_accuracy + perception_format + perception_length  # Eq. 5
     reasoning = reasoning_accuracy + reasoning_format + reasoning_length
@@ -274,14 +277,16 @@ def make_judge(spec, prompt_file=None, generate=None, **client_options):
 
 
 class Judge:
-    """A language model as judge: `ask(prompts, lacks)` gives a reply to each prompt, or None for it. After a
-    call, `replies` holds its words on each pair, None where it wasn't asked or said nothing."""
+    """A language model as judge: `ask(prompts, lacks)` gives a reply to each prompt, or None for it, where
+    `lacks(reply)` says what a reply lacks. After a call, `replies` holds its words on each pair, None where
+    it wasn't asked or said nothing."""
 
     def __init__(self, ask, prompt, stats=None):
         self.ask, self.prompt, self.stats, self.replies = ask, prompt, stats, []
 
     def __call__(self, records, observations):
-        self.replies, verdicts, prompts = [None] * len(records), [False] * len(records), {}
+        self.replies, verdicts = [None] * len(records), [False] * len(records)
+        prompts = {}  # of the pairs that are asked about, by their index
         for i, (record, observation) in enumerate(zip(records, observations, strict=True)):
             if strip_invisible(observation or ""):  # else it is False unasked (R5)
                 prompts[i] = judge_prompt(self.prompt, record, observation)
@@ -299,8 +304,8 @@ def judge_prompt(template, record, observation):
 
 
 def read_verdict(reply):
-    """True or False, as the last <judgement> of a reply says, its thoughts apart; None where it says neither
-    (R6)."""
+    """True or False, as the last <judgement> of a reply says outside <think>…</think>; None where it says
+    neither (R6)."""
     reply = reply.lower().rpartition("</think>")[2].partition("<think>")[0]
     said = re.findall(r"<judgement>(.*?)</judgement>", reply, re.DOTALL)
     return {"yes": True, "no": False}.get(re.sub(r"[\W_]", "", said[-1])) if said else None
@@ -333,11 +338,13 @@ def fill_prompt(template, **fields):
     return re.sub(r"\{(%s)\}" % "|".join(fields), lambda match: fenced[match[1]], template)
 
 
+OPTION = re.compile(r"\s*\(?([A-N])[).:]\s*(.*)", re.DOTALL | re.IGNORECASE)  # "A. text", "A) ", "(A) "
+
+
 def label_options(options):
-    """Options with letters before them, such as "A. red"; where all have one, it becomes a capital. Initials,
-    as in "J. Smith", are none."""
+    """Options with letters before them, such as "A. red". Letters that are there stay, as capitals."""
     labels = [label and label[1] for label in map(OPTION.fullmatch, options)]
-    if all(labels) and "A" in "".join(labels).upper():
+    if all(labels) and "A" in "".join(labels).upper():  # without an A they are initials, as in "J. Smith"
         return [option.replace(label, label.upper(), 1) for option, label in zip(options, labels)]
     return [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
 
@@ -353,9 +360,10 @@ def question_text(record):
 def correct_answer(record):
     """(letter, text) of the gold answer, such as ("B", "a red car"), with letter "" for all but options."""
     gold, options = gold_answer(record["solution"]), record.get("options") or []
-    for option in filter(None, map(OPTION.fullmatch, options)):
-        if option[1].upper() == option_key(gold, options):
-            return option[1].upper(), option[2].strip()
+    for match in filter(None, map(OPTION.fullmatch, options)):
+        letter, text = match[1].upper(), match[2].strip()
+        if letter == option_key(gold, options):
+            return letter, text
     return "", gold
 
 
@@ -390,12 +398,12 @@ def without_units(answer, gold):
     a, b = (NUMBER_UNIT.fullmatch(unwrap_answer(text).replace("\u2212", "-")) for text in (answer, gold))
     units = [(match[2] or "").strip(" .") for match in (a, b) if match]
     units = {unit if len(unit) == 1 else unit.lower() for unit in units}  # M is no m
-    if not a or not b or len(units) > 1 and not ("" in units and units <= UNITS | {""}):
+    same, one_is_bare = len(units) == 1, "" in units and units <= UNITS | {""}
+    if not a or not b or not (same or one_is_bare):
         return "", ""
     return tuple(re.sub("[, ]", "", match[1]).removesuffix(".") for match in (a, b))
 
 
-OPTION = re.compile(r"\s*\(?([A-N])[).:]\s*(.*)", re.DOTALL | re.IGNORECASE)  # "A. text", "A) ", "(A) "
 NEGATION = re.compile(r"not\b|n['’]t\b|\b(?:wrong|incorrect|false|neither|nor|unlike|except|without|rather|"
                       r"instead)\b", re.IGNORECASE)
 
@@ -403,7 +411,7 @@ NEGATION = re.compile(r"not\b|n['’]t\b|\b(?:wrong|incorrect|false|neither|nor|
 def option_key(answer, options):
     """What a multiple-choice answer picks: an option's letter, else its own words, else "" (R4).
 
-    Tried in turn: a bare letter; an option's whole text; "B. …"; "the answer is B" at the end.
+    Tried in turn: a bare letter; an option's whole text; "the answer is B" at the end; "B. …".
     """
     answer = unwrap_answer(answer)
     words, label = normalise_text(answer), OPTION.fullmatch(answer)
@@ -456,7 +464,7 @@ class ChatClient:
 
     def __init__(self, spec, cache=os.devnull, concurrency=8, timeout=60.0, max_calls=None, max_tokens=1024,
                  extra=None, backoff=0.5):
-        # no password in the URL, which is written into files
+        # openai:MODEL, openai:MODEL@20250514, openai:MODEL@http://HOST/v1; no password, as files name the URL
         match = re.fullmatch(r"(anthropic|openai):((?!@http).[^@]*(?:@\d+)?)(?:@(https?://[^@?#]+))?", spec)
         if not match:
             raise UserError("A remote model is written anthropic:MODEL or openai:MODEL@http://HOST/v1.")
@@ -528,7 +536,7 @@ class ChatClient:
         return UserError(f"{self.model} {what}.")
 
     def try_for_reply(self, content, lacks):
-        """(reply, ""), or (None, the last trouble in words), which is "" once `stop` is set."""
+        """(reply, ""), or (None, the last trouble in words), or (None, "") once `stop` is set."""
         pause, trouble = 0.0, ""
         for attempt in range(1 + RETRIES):
             if self.stop.wait(pause):
@@ -562,7 +570,7 @@ class ChatClient:
             content = [self.content_part(part) for part in content]
         body = self.body | {"messages": [{"role": "user", "content": content}]}
         deadline, data = time.monotonic() + self.timeout, b""
-        # the library's own limit is one for each piece; a redirect could carry the key elsewhere
+        # in pieces, as the library's own limit is one for each; no redirect, which could carry the key away
         with self.session.post(self.url, json=body, timeout=self.timeout, stream=True,
                                allow_redirects=False) as response:
             while piece := response.raw.read1(2**16, decode_content=True):  # as much as has come
@@ -596,7 +604,7 @@ class ChatClient:
 
 def seconds_to_wait(retry_after):
     """The seconds that a Retry-After header (number or date) asks for, at most 120; 0 for anything else."""
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):  # a date becomes a number
         retry_after = parsedate_to_datetime(retry_after).timestamp() - time.time()
     with contextlib.suppress(TypeError, ValueError):
         return min(max(0.0, float(retry_after)), 120.0)
@@ -611,7 +619,7 @@ def digest(value):
 
 
 def json_line(row):
-    """A row of a JSON Lines file. Half a surrogate pair, which no file can hold, is written as in JSON."""
+    """A row of a JSON Lines file. Half a surrogate pair, which no file can hold, is written as \\udXXX."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
 
 

@@ -8,7 +8,7 @@ cross-entropy on the assistant's completion only.
     python sft.py --model tiny                 # a laptop's CPU: under a minute, 0.6 GiB
     python sft.py --model qwen2.5-vl-7b        # one consumer GPU
 
-`train`, `sft_step` and `sft_loss` come first. Below the double line stands what later stages borrow: the
+`train`, `sft_step` and `sft_loss` come first. Below the double line is what later stages borrow: the
 model, the way from a record to its tensors, and what the two trainers have in common.
 
 Shapes: B samples, S tokens of a sequence, P prompt tokens, T completion tokens, D hidden size, V vocabulary,
@@ -116,11 +116,11 @@ def train(model, tokenizer, records, args):
     media = read_ahead(shard(order[start * args.batch_size:], args.batch_size), args)
     with open_log(args.output / "metrics.jsonl", start) as log:
         for step in resumable("SFT", start, steps, model, optimizer, args):
-            # take a batch, whose media were decoded while the last step ran
+            # take a batch: its media were decoded while the last step ran
             size = min(args.batch_size, len(order) - step * args.batch_size)
             encoded, media_log = encode_batch(media, size, template, tokenizer, unwrap(model).config)
             row = {"step": step, "lr": cosine_lr(step, steps, args.lr)} | media_log
-            # learn
+            # learn, unless all ranks together have skipped all of it
             if row["skipped_media"] < size:
                 with measured("step", row):
                     row |= sft_step(model, tokenizer, optimizer, encoded, row["lr"], args)
@@ -133,7 +133,8 @@ def sft_step(model, tokenizer, optimizer, encoded, lr, args):
     tokens of all ranks (S2), and those of `optimiser_step`."""
     encoded = sorted(encoded, key=lambda pair: len(pair[1].input_ids))  # like lengths together pad less
     targets = [target_ids(record, tokenizer, args.process_agnostic) for record, _ in encoded]
-    tokens, loss = sum(gather_object([sum(map(len, targets))])), 0.0
+    tokens = sum(gather_object([sum(map(len, targets))]))  # gather_object joins the lists of all ranks
+    loss = 0.0
     model.train()
     for i in range(0, len(encoded), args.micro_batch):
         prompts = [prompt for _, prompt in encoded[i:i + args.micro_batch]]
@@ -160,12 +161,14 @@ def sft_loss(model, prompts, completions):
     for prompt, completion in zip(prompts, completions):
         after = prompt.next_position + torch.arange(len(completion))
         embeds.append(torch.cat([prompt.embeds, qwen.language_model.embed_tokens(completion.to(device))]))
-        positions.append(torch.cat([prompt.positions, after.expand(3, -1)], dim=1).T)
+        positions.append(torch.cat([prompt.positions, after.expand(3, -1)], dim=1).T)  # (S, 3)
     attention_mask = pad_sequence([e.new_ones(len(e), dtype=torch.bool) for e in embeds], batch_first=True)
     hidden = qwen.language_model(  # (B, S, D)
         inputs_embeds=pad_sequence(embeds, batch_first=True), attention_mask=attention_mask,  # (B, S)
+        # (longest S, B, 3) -> (3, B, longest S)
         position_ids=pad_sequence(positions).permute(2, 1, 0).to(device), use_cache=False).last_hidden_state
-    before = [h[len(p.input_ids) - 1:len(e) - 1] for h, p, e in zip(hidden, prompts, embeds)]  # of the labels
+    # a label is predicted from the state of the token before it
+    before = [h[len(p.input_ids) - 1:len(e) - 1] for h, p, e in zip(hidden, prompts, embeds)]
     labels = torch.cat(completions).to(device)
     return -logprobs_from_hidden(model, torch.cat(before), labels).sum()
 
@@ -206,8 +209,10 @@ def pick_device():
 def load_base(base, four_bit=True):
     """The frozen base and its tokenizer; 4-bit linear layers in the language model only."""
     device, dtype = pick_device()
-    if base == MODELS["tiny"]:  # on matrices this small a second thread gains 0 to 20 % on an idle machine,
-        torch.set_num_threads(1)  # and is three to eight times slower on a busy one: they wait for each other
+    # On matrices this small a second thread gains 0 to 20 % on an idle machine. On a busy one two threads are
+    # three to eight times slower than one, as they wait for each other.
+    if base == MODELS["tiny"]:
+        torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's use of an old name
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -216,9 +221,10 @@ def load_base(base, four_bit=True):
         base, dtype=dtype, quantization_config=quantization, attn_implementation="sdpa",
         device_map={"": device}, output_loading_info=True)
     assert not info["missing_keys"], f"{base} lacks {len(info['missing_keys'])} of Qwen2.5-VL's weights"
-    # else, on a CPU with bf16 instructions, a pass without gradients repacks the 4-bit weights, and no later
-    # pass with gradients works
+    # Without this, on a CPU with bf16 instructions, a pass without gradients repacks the 4-bit weights, and
+    # no later pass with gradients works.
     model.apply(lambda module: setattr(module, "support_avx512bf16_for_cpu", False))
+    # which linear layers are in 4 bits, and which should be
     linears = {name: "4bit" in type(module).__name__ for name, module in model.named_modules()
                if isinstance(module, torch.nn.Linear)}
     in_place = {name: four_bit and "language_model.layers" in name for name in linears}
@@ -247,7 +253,7 @@ def add_adapter(model, adapter=None, lora_rank=64, trainable=True):
         assert load_peft_weights(str(adapter), "cpu").keys() == expected, f"{adapter} is of another model"
         changes = [p.any() for name, p in model.named_parameters() if "lora_B" in name]
         assert all(changes), f"{adapter} changes nothing: it is of another model, or learnt nothing"
-        assert not model.peft_config["policy"].lora_dropout, f"{adapter} drops out: ρ wants one policy twice"
+        assert not model.peft_config["policy"].lora_dropout, f"{adapter} has dropout: two passes would differ"
         check_finite(model)
     model.requires_grad_(False)
     model.set_requires_grad("policy", trainable)  # its weights are float32, which is peft's default
@@ -314,13 +320,14 @@ def pack_frames(frames):
     """Frames uint8 (T, H, W, 3) → the tower's patches float32 (N, 1176) and their grid (t, h, w).
 
     Two frames make a temporal patch (an odd last one counts twice, so a still image is two equal frames); the
-    patches of one visual token (2 × 2) stand together, which is the order of the library's image processor.
+    patches of one visual token (2 × 2) follow each other, as in the library's image processor.
     """
     if len(frames) % TEMPORAL:
         frames = np.concatenate([frames, frames[-1:]])
     pixels = (frames.astype(np.float32) / 255 - PIXEL_MEAN) / PIXEL_STD  # (T, H, W, 3)
     t, h, w = len(frames) // TEMPORAL, frames.shape[1] // PATCH, frames.shape[2] // PATCH
     pixels = pixels.reshape(t, TEMPORAL, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
+    # axes 0 t, 1 frame, 2 h/2, 3 row of two, 4 y, 5 w/2, 6 column of two, 7 x, 8 channel
     pixels = pixels.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/2, w/2, 2, 2, channel, 2 frames, 14, 14)
     return torch.from_numpy(pixels.reshape(t * h * w, -1).copy()), (t, h, w)
 
@@ -354,6 +361,7 @@ def rope_positions(input_ids, grid_thw, second_per_grid, config):
             block = torch.stack(torch.meshgrid(times, torch.arange(h), torch.arange(w),
                                                indexing="ij")).flatten(1)
         else:
+            # of text, up to the next visual token
             length = int(visual[i:].int().argmax()) if visual[i:].any() else len(input_ids) - i
             block = torch.arange(length).expand(3, -1)
         blocks.append(block + start)
@@ -386,7 +394,8 @@ def token_ids(text, tokenizer):
 
 
 def defuse(text, tokenizer):
-    """A text that can't write a control token, such as <|im_end|> or <tool_call>: each gets a space."""
+    """A text that can't write a control token, such as <|im_end|> or <tool_call>: each gets a space after its
+    first character."""
     for token in tokenizer.added_tokens_decoder.values():
         text = text.replace(token.content, f"{token.content[0]} {token.content[1:]}")
     return text
@@ -453,7 +462,7 @@ def shard(items, batch_size):
 
 
 def shard_size(batch_size):
-    """How many items of a batch are this rank's."""
+    """How many items of a batch are this rank's, as `shard` deals them."""
     return len(range(process().process_index, batch_size, process().num_processes))
 
 
@@ -464,7 +473,7 @@ WARMUP, WEIGHT_DECAY = 0.03, 0.01  # share of the steps with linear warm-up; of 
 
 def setup_process(args):
     """What a rank does before it loads a model. Raises UserError where a large one would run on a CPU."""
-    PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())  # from now on `process`
+    PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())  # `process` returns this one
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # one voice is enough
     torch.manual_seed(args.seed)  # of a fresh adapter; all else draws from generators of its own
@@ -476,13 +485,14 @@ def setup_process(args):
 
 
 def setup_training(model, args):
-    """AdamW over the LoRA weights; checkpointing as asked for, in the variant that keeps gradients alive.
+    """AdamW over the LoRA weights; checkpointing as asked for, not reentrant, as the inputs need no gradient.
 
     Hugging Face checkpoints only in training mode, so `model.train()` turns it on for gradient passes and
     `model.eval()` off for sampling, where it would disable the key-value cache. Nothing here has dropout.
     """
     if args.checkpointing:
         unwrap(model).activation_checkpointing_enable({"use_reentrant": False})
+    # the two counters are in the group so that they are saved with the optimiser
     group = dict(params=trainable_parameters(model), skipped_steps=0, skipped_in_a_row=0)
     return torch.optim.AdamW([group], lr=args.lr, weight_decay=WEIGHT_DECAY)
 
@@ -528,12 +538,12 @@ def encode_batch(media, size, template, tokenizer, config):
     for media, and `skipped_media` of all ranks.
     """
     since, share, encoded = time.time(), shard_size(size), []
-    for record, frames in islice(media, share):
-        if isinstance(frames, MediaError):
-            tqdm.write(f"skipped: {frames}", file=sys.stderr)  # which all ranks have
+    for record, medium in islice(media, share):  # a medium is (frames, fps)
+        if isinstance(medium, MediaError):
+            tqdm.write(f"skipped: {medium}", file=sys.stderr)  # stdout is rank 0's alone
         else:
             text = build_prompt(record, template)
-            encoded.append((record, encode_prompt(text, *frames, tokenizer, config)))
+            encoded.append((record, encode_prompt(text, *medium, tokenizer, config)))
     lost = sum(gather_object([share - len(encoded)]))  # which joins the lists of all ranks
     return encoded, {"sec/media": time.time() - since, "skipped_media": lost}
 
@@ -541,7 +551,7 @@ def encode_batch(media, size, template, tokenizer, config):
 # === keeping a run alive: skip on a first reading ===========================================================
 
 def is_finished(args):
-    """Whether the output holds a finished run that --resume would go on with."""
+    """Whether --resume has nothing left to do, as the output holds a finished run."""
     finished = (args.output / "adapter_model.safetensors").exists()
     if args.resume and finished and not (args.output / "checkpoint.pt").exists():
         print(f"{args.output} holds a finished run: nothing to do.")
@@ -589,7 +599,7 @@ def resumable(name, start, steps, model, optimizer, args):
     """
     asked, adamw_steps = [], lambda: sum(int(state["step"]) for state in optimizer.state.values())
 
-    def receive(number, frame):  # raises nothing: an exception could vanish in a destructor
+    def receive(number, frame):  # raises nothing: an exception inside a __del__ would be swallowed
         asked.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -604,19 +614,19 @@ def resumable(name, start, steps, model, optimizer, args):
         before = adamw_steps()
         try:
             yield step
-        except GeneratorExit:  # the body failed, or was left
+        except GeneratorExit:  # Python closes the generator as soon as the loop's body fails
             if adamw_steps() == before:
                 save_checkpoint(step, model, optimizer, args.output)
             raise
-        stopped = asked and step + 1 < steps
-        if stopped or (step + 1) % args.save_every == 0 or step + 1 == steps:
+        if (step + 1) % args.save_every == 0 or step + 1 == steps:
             save_checkpoint(step + 1, model, optimizer, args.output)
-        if stopped:
+        if any(gather_object([bool(asked)])) and step + 1 < steps:  # as ranks may hear of it one by one
+            save_checkpoint(step + 1, model, optimizer, args.output)
             raise UserError(f"Stopped. {args.output} holds a checkpoint: go on with `{again}`.")
 
 
 def open_log(path, start):
-    """A log for the rows from this step on: what a killed run wrote of them goes, the rest stays."""
+    """A log for the rows from this step on. Rows of these steps, which a killed run wrote, are dropped."""
     if not is_first():
         return open(os.devnull, "a")
     write_jsonl(path, [row for row in read_jsonl(path) if row["step"] < start])
@@ -639,7 +649,8 @@ def finish(model, curves, folder):
             raise UserError("Nothing was learnt in any step: see above.")
         save_adapter(model, folder)
         plot_curves(rows, curves, folder)
-        for path in sorted(folder.glob("checkpoint*")):  # what a kill tore, and at the end checkpoint.pt
+        # what a kill left of `save_adapter` and `save_checkpoint`, and at the end checkpoint.pt
+        for path in sorted(folder.glob("checkpoint*")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         lost = sum(row["skipped_media"] for row in rows)
         print(f"{len(rows)} steps, {lost} media skipped; adapter, metrics.jsonl and curves.png in {folder}")
