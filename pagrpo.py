@@ -853,15 +853,17 @@ def show(row):
     """A group (`rollout_row`) on screen, two paragraphs per completion: perception in cyan, reasoning in
     yellow."""
     cyan, yellow, plain = ("\033[36m", "\033[33m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
-    tqdm.write(f"\n{row['record']['problem']} {' '.join(row['record']['options'])}  gold "
-               f"{row['record']['solution']}\nreward, advantage: perception, reasoning")
+    record = row["record"]
+    lines = ["", f"{record['problem']} {' '.join(record['options'])}  gold {record['solution']}",
+             "reward, advantage: perception, reasoning"]
     for i, completion in enumerate(row["completions"]):
         for k, process, colour in ((0, "perception", cyan), (1, "reasoning", yellow)):
             text = "".join(piece for piece, segment in completion["tokens"] if segment == process[0].upper())
             advantage = row["advantages"][row["algorithm"]][k][i]
             head = f"{'' if k else i + 1:>2}{completion['scores'][process]:6.2f}, {advantage:+5.2f}  "
-            tqdm.write(colour + textwrap.fill(strip_invisible(text) or "-", 80, initial_indent=head,
-                                              subsequent_indent=" " * len(head)) + plain)
+            lines.append(colour + textwrap.fill(strip_invisible(text) or "-", 80, initial_indent=head,
+                                                subsequent_indent=" " * len(head)) + plain)
+    tqdm.write("\n".join(lines))
 
 
 if __name__ == "__main__":
