@@ -155,15 +155,15 @@ def get_args():
 
 
 def main(args):
-    sft.setup_process(args)
-    if sft.is_finished(args):
-        return None
     # For your own perception reward replace this statement by `judge = f`, with any f(records, observations)
     # -> list of True, False or None (P6), or of floats in [0, 1], which are then the accuracy in Eq. 3 (one
     # above 0 can earn the length bonus). A record is as `gen_cot.load_records` gives it, with `media`, the
     # path of its file; an observation is a str, or None where the block isn't complete.
     # (The lambda finds `model`, which is loaded below, when it is called.)
     judge = gen_cot.judge_from(args, generate=lambda prompts: self_judge(model, tokenizer, prompts, args))
+    sft.setup_process(args)
+    if sft.is_finished(args):
+        return None
     with sft.process().main_process_first():  # which may prepare the toy data
         records = [] if args.probe else gen_cot.select_records(args)
     folder = None if args.adapter == "none" else args.adapter  # of the SFT adapter

@@ -148,6 +148,7 @@ def test_evaluation_paths_with_and_without_their_first_folder(tmp_path, path, fo
     changed(problem=None), changed(problem=" <image>\n"), changed(path=None),
     changed(problem_type=None), changed(problem_type="essay"), changed(data_type="audio"),
     changed(solution=None), changed(solution=["B"], problem_type="OCR"),  # or every answer would be wrong
+    changed(solution="<answer> </answer>", problem_type="OCR"),
     changed(options="A. 1, B. 2"), changed(options={"A": "1"}), changed(options="['a\0b']"),
     changed(options="['A. a red car' 'B. a blue car']"),  # as numpy prints them
     changed(options=[str(i) for i in range(15)]), "What falls?", ["What falls?"],
