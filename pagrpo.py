@@ -25,12 +25,12 @@ no SFT (`add_reference`). Eq. 7 leaves the average over a segment's tokens open;
 
 Why the loss is about 0: with one gradient step per rollout (μ = 1) ρ is exactly 1. So the mean of ρ A over a
 segment is its A, and over the group these add up to 0. What is left is β times the KL: about 2β times the
-logged `kl`, as the means of the two segments are added and `kl` is one mean over all tokens. But the gradient
-of the policy term, the mean of A · ∇ log π, is not 0. Watch the rewards. The policy term's value is not quite
-0 in two cases: a completion lacks a segment; or PA-GRPO averages over the completion, where A_P and A_R are
-weighted by the lengths of their segments.
+logged `kl`, as the means of the two segments are added and `kl` is one mean over all tokens (β times it under
+`--loss-average completion`). But the gradient of the policy term, the mean of A · ∇ log π, is not 0. Watch
+the rewards. The policy term's value is not quite 0 in two cases: a completion lacks a segment; or PA-GRPO is
+run with `--loss-average completion`, where A_P and A_R are weighted by the lengths of their segments.
 
-Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (columns; at most the limit),
+Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (at most the limit),
 S tokens of a packed sequence, D hidden, V vocabulary. "Process" means perception or reasoning; a process of
 the operating system, of which there is one for each GPU, is called a rank.
 
@@ -129,7 +129,7 @@ class Args(sft.TrainingFlags):
     reasoning_length: tuple[int, int] = (320, 512)  # tokens of o_R (P1) that earn the length bonus (paper)
     lr: float = 1e-5  # peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)
     show_every: int = 25  # every N updates: a group on screen, accuracies on FIXED held-out prompts
-    probe: bool = False  # run one update in the worst case, print its seconds and peak memory, train nothing
+    probe: bool = False  # run one update in the worst case, print its seconds and peak memory, save nothing
 
     def __post_init__(self):
         super().__post_init__()
@@ -156,9 +156,9 @@ def get_args():
 
 def main(args):
     # For your own perception reward replace this statement by `judge = f`, with any f(records, observations)
-    # -> list of True, False or None (P6), or of floats in [0, 1], which are then the accuracy in Eq. 3 (one
-    # above 0 can earn the length bonus). A record is as `gen_cot.load_records` gives it, with `media`, the
-    # path of its file; an observation is a str, or None where the block isn't complete.
+    # -> list of True, False or None (P6), or of floats in [0, 1], which are then the accuracy in Eq. 3 (an
+    # accuracy above 0 can earn the length bonus). A record is as `load_records` gives it, with `media`,
+    # the path of its file; an observation is a str, or None where the block isn't complete.
     # (The lambda finds `model`, which is loaded below, when it is called.)
     judge = gen_cot.judge_from(args, generate=lambda prompts: self_judge(model, tokenizer, prompts, args))
     sft.setup_process(args)
@@ -184,7 +184,7 @@ def train(model, tokenizer, records, judge, args):
     optimizer = sft.setup_training(model, args)
     start = sft.load_checkpoint(model, optimizer, args)
     unanswered = 0  # updates in a row
-    # prompts that are only looked at; the others, over and over
+    # Prompts that are held out for the curves. All others are trained on, over and over.
     fixed, records = hold_out(records)
     fixed_media = gen_cot.read_ahead(sft.shard(fixed, len(fixed)), args)
     fixed, _ = sft.encode_batch(fixed_media, len(fixed), template, tokenizer, config)
@@ -284,14 +284,14 @@ def update(model, tokenizer, optimizer, encoded, judge, lr, args):
     metrics["peak_gib"] = max(value for key, value in metrics.items() if key.startswith("gib/"))
     flat = [not (g.perception_mask * g.perception_advantages[:, None]
                  + g.reasoning_mask * g.reasoning_advantages[:, None]).any() for g in groups]
-    metrics["frac_no_gradient"] = nan_mean(gather_object(flat))  # not counting the KL term (Fig. 6c)
+    metrics["frac_no_gradient"] = nan_mean(gather_object(flat))  # but for the KL term (the paper's Fig. 6c)
     return groups, reward_metrics(gather_object([group.scores for group in groups])) | metrics
 
 
 def sample_groups(model, encoded, tokenizer, args, greedy=False):
     """Sample G completions of each prompt, for `--prompts-per-rollout` prompts at a time, and find the
-    segment of each token. greedy: one completion of each, for G times as many prompts. encoded: pairs
-    (record, Prompt)."""
+    segment of each token. greedy: one completion of each, for --num-generations times as many prompts at a
+    time. encoded: pairs (record, Prompt)."""
     groups, G, T = [], 1 if greedy else args.num_generations, args.max_completion_tokens
     batch = args.prompts_per_rollout * args.num_generations // G  # prompts at a time
     for i in range(0, len(encoded), batch):
@@ -314,7 +314,7 @@ def score_groups(groups, tokenizer, judge, args):
     # ask the judge about all observations at once
     records, observations = [], []
     for group in groups:
-        group.texts = tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)  # as padding is
+        group.texts = tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)  # so is padding
         records += [group.record] * len(group.texts)
         observations += [parse_trace(text).observation for text in group.texts]
     verdicts = judge(records, observations)
@@ -395,8 +395,8 @@ def update_policy(model, optimizer, groups, lr, args):
 def segment_masks(completion_ids, tokenizer):
     """Which tokens are perception's and which are reasoning's (P1).
 
-    Of the tokens `red.</obs`, `ervation>`, `<think>` the second is the last of o_P: they end at characters 9,
-    18 and 25, the closing tag at 18, and one token ends before that.
+    After an opened observation, of the tokens `red.</obs`, `ervation>`, `<think>` the second is the last of
+    o_P: it is the first one that does not end before the closing tag's end.
 
     Tokens are decoded one by one. A character that is split over several tokens is then decoded wrongly. The
     tags are plain ASCII, so they are found all the same.
@@ -502,13 +502,14 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
     """
     language, device, P = sft.unwrap(model).model.language_model, prompt.embeds.device, len(prompt.input_ids)
     # By this name each layer looks up `shared_prefix_attention`. The name stays set, as checkpointing runs
-    # the layers once more in the backward pass. Without `lengths` that function is the library's.
+    # the layers once more in the backward pass. Called without `lengths`, as in `rollout`, that function
+    # hands over to the library's own attention.
     language.config._attn_implementation = "shared_prefix"
     tokens = completion_ids[completion_mask]  # (S - P,), completion after completion
     embeds = torch.cat([prompt.embeds, language.embed_tokens(tokens)])  # (S, D)
 
-    # A completion's tokens count on from the prompt's largest position, the same on all three axes. (That
-    # position is below P, as many tokens of a clip share theirs.)
+    # A completion's tokens count on from the prompt's largest position, the same on all three axes. (Not from
+    # P, as the tokens of a clip share positions.)
     offsets = completion_mask.nonzero()[:, 1]  # (S - P,) of each token within its own completion: 0, 1, …
     after = (prompt.next_position + offsets).expand(3, -1)
     positions = torch.cat([prompt.positions.to(device), after], dim=1)  # (3, S)
@@ -543,7 +544,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, lengths=N
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
-AttentionMaskInterface.register("shared_prefix", sdpa_mask)  # for plain forward passes, not ours
+AttentionMaskInterface.register("shared_prefix", sdpa_mask)  # for others' passes from then on
 
 
 # --- rollout ------------------------------------------------------------------------------------------------
@@ -558,9 +559,9 @@ class RolloutCache:
         row 2    --ppp cc....    prompt 1 is shorter: padding first
         row 3    --ppp cc....
 
-    `replace(cache, rows=…, columns=…)` shares the memory and selects a part: the G rows and the own columns
-    of a prompt, while it is prefilled; all rows and the columns so far, while they decode. The tokens that
-    are fed now go into the part's last columns. As we pass masks and positions, the library calls nothing but
+    `replace(cache, rows=…, columns=…)` shares the memory and selects a part. While a prompt is prefilled,
+    that is its G rows and its own columns. While all decode, it is all rows and the columns so far. What is
+    fed now goes into the part's last columns. As we pass masks and positions, the library calls nothing but
     `update` on it."""
     layers: list  # for each layer its keys and values, (rows, key-value heads, columns, d) each
     rows: slice
@@ -613,7 +614,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
     cache = RolloutCache.empty(prompts[0].embeds, qwen.config.text_config, *shape)
 
     def feed(embeds, positions, part, mask=None):  # (n, tokens, D), (3, n, tokens) -> (n, D) of the last
-        # `cache` was called past_key_values before transformers 5.24
+        # `cache` was called past_key_values before transformers 5.24, the pinned version
         return qwen.language_model(inputs_embeds=embeds, position_ids=positions, cache=part,
                                    attention_mask={"full_attention": mask}).last_hidden_state[:, -1]
 
@@ -709,12 +710,14 @@ def add_reference(model, args):
 @contextlib.contextmanager
 def use_adapter(model, name):
     """Within the block the adapter `name` is active (None: none, i.e. the bare base); afterwards `policy`
-    again. No try: where a pass fails, the run ends."""
+    again, also where a pass fails: `resumable` saves what is trainable then."""
     with model.disable_adapter() if name is None else contextlib.nullcontext():
         if name:
             model.set_adapter(name, inference_mode=True)
-        yield
-    model.set_adapter("policy")
+        try:
+            yield
+        finally:
+            model.set_adapter("policy")
 
 
 def self_judge(model, tokenizer, prompts, args, max_tokens=256):
@@ -735,8 +738,8 @@ def probe(model, tokenizer, args):
     optimizer = sft.setup_training(model, args)
     sft.optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # gradients of 0: allocates AdamW's moments
     record, prompt = worst_prompt(tokenizer, sft.unwrap(model).config, args)
-    # Its id is None then. No token equals that in `rollout`, `segment_masks` and `score_groups`: completions
-    # run to their limit.
+    # `eos_token_id` is None after this. No token equals that in `rollout`, `segment_masks`, `score_groups`:
+    # completions run to their limit.
     tokenizer.eos_token = None
     encoded = [(dict(record, sample_index=i), replace(prompt))
                for i in range(sft.shard_size(args.prompts_per_update))]
@@ -759,7 +762,7 @@ def probe(model, tokenizer, args):
 
 def worst_prompt(tokenizer, config, args, words=300):
     """(record, Prompt) of a clip with as many visual tokens as these settings allow, and a long question."""
-    rows, factor = math.gcd(args.max_pixels, 8), gen_cot.FACTOR  # of blocks: an area of exactly max_pixels
+    rows, factor = math.gcd(args.max_pixels, 8), gen_cot.FACTOR  # rows of blocks; max_pixels counts blocks
     shape = args.num_frames, rows * factor, args.max_pixels // rows * factor, 3
     pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     record = dict(problem="the " * words, problem_type="free-form", solution="the", options=[])
@@ -823,7 +826,7 @@ def rollout_row(group, tokenizer, args):
     """A group as rollouts.jsonl holds it: all that `show` and the page of `evaluate.py --html` tell of it.
     Its advantages, ((G,), (G,)), are those under this run's algorithm and under the ALGORITHMS."""
     rewards = [torch.tensor([s[k] for s in group.scores]) for k in ("perception", "reasoning")]
-    # those of the switch, and this run's own
+    # those of the page's switch, and this run's own
     names = ALGORITHMS | {args.without: ALGORITHMS.get(args.without, f"without {args.without}")}
     advantages = {name: torch.stack(process_advantages(*rewards, without)).tolist()
                   for without, name in names.items()}

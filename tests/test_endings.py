@@ -237,6 +237,7 @@ ADAMW = torch.optim.AdamW  # before `step` its weights are those of the last upd
     # an error before AdamW's step: the updates until then are saved
     ("sft", 3, [(sft, "sft_loss", 4, fail)]),
     ("pagrpo", 3, [(pagrpo, "score_groups", 5, fail)]),  # the first is of the fixed prompts
+    ("pagrpo", 3, [(pagrpo, "token_logprobs", 13, fail)]),  # while `ref` is active: two groups, two passes each
     ("mu2", 3, [(pagrpo, "pa_grpo_loss", 13, fail)]),  # two groups, two steps: four calls an update
     # an error in it or after it: which weights has it changed? The last checkpoint stays
     ("sft", 2, [(ADAMW, "zero_grad", 4, fail)]),
