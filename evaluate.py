@@ -408,7 +408,7 @@ def summarise(rows, bench, args, judge):
     for group in np.unique(columns["group"]):
         summary["groups"][str(group)] = round(100 * columns["score"][columns["group"] == group].mean(), 2)
     for name in ("perception", "template", "no_tag", "truncated"):
-        values = [row[name] for row in rows if row.get(name) is not None]  # a server doesn't say what it cut
+        values = [row[name] for row in rows if row.get(name) is not None]  # a server's have no `truncated`
         summary[name] = round(100 * float(np.mean(values)), 2) if values else None
     unknown = sum(row["perception"] is None for row in rows)
     summary["no verdict"] = 0 if unknown == len(rows) else unknown  # without a judge all are None

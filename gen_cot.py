@@ -27,8 +27,8 @@ G2. Both sides of a frame are rounded to multiples of 28 (patch 14 × merge 2) w
     kept.
 G3. The options appear once in the prompt: they are appended unless the question holds them as "A. text".
 G4. The teacher gets each sampled frame as a JPEG after its time stamp, then the prompt of all stages. A
-    question that it refuses or does not answer is "no trace", one on which the judge gives no verdict is
-    "judge unknown", and the next run asks again.
+    question that its server refuses or does not answer is "no trace". One on which the judge gives no verdict
+    is "judge unknown". The next run asks both again.
 """
 import ast
 import collections
@@ -120,7 +120,7 @@ def main(args):
         records = select_records(args)
         outputs = generate(records, args)
     else:
-        records = load_records(args.data, args.media_root)
+        records = load_records(args.data, args.media_root)  # no media are needed
         traces = load_traces(args.traces, records)
         records, outputs = zip(*draw(list(zip(records, traces)), args.limit, args.seed))
 
@@ -179,7 +179,7 @@ def generate(records, args):
     settings: what the file has for it is not asked again, nor is its medium decoded.
     """
     extra, template = json.loads(args.teacher_extra or "{}"), load_template(args)
-    if args.teacher_extra is None and args.teacher.startswith("openai:") and "@" in args.teacher:
+    if args.teacher_extra is None and args.teacher.startswith("openai:") and "@http" in args.teacher:
         extra = {"temperature": 0}  # the paper's; newer models of the hosted APIs refuse it
     teacher = ChatClient(args.teacher, args.output.with_name("traces.jsonl"), args.teacher_concurrency, 600,
                          args.teacher_max_calls, max_tokens=2048, extra=extra)
@@ -324,7 +324,7 @@ def print_yield(records, reasons, kept, args):
 def parse_args(flags, tiny, output, description):
     """The command line as `flags`, a dataclass, with `tiny` for defaults where that is the model. Adds base,
     run_dir and, within it, the default output."""
-    # which tyro wants to know before it reads the command line
+    # tyro needs the defaults before it reads the command line
     default = flags(**tiny) if {"tiny", "--model=tiny"} & set(sys.argv) else None
     args = tyro.cli(flags, default=default, description=description.partition("\n\n")[0],
                     config=(tyro.conf.FlagCreatePairsOff,))
@@ -390,7 +390,7 @@ def load_records(paths, media_root=None, left_out=()):
         (list of str), `solution` (with its answer tags), `path`, and whatever else the file carries.
 
     Raises:
-        UserError: no such file, none that can be read, or more than MAX_BAD of the records are bad.
+        UserError: no such file, one that can't be read, or more than MAX_BAD of the records are bad.
     """
     if str(paths).startswith("data/toy/") and not os.path.exists("data/toy/test.jsonl"):
         print("The toy data is not there yet: preparing it.", flush=True)

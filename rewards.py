@@ -25,9 +25,9 @@ R4. Scoring "lenient" never gives less, and also accepts b, B., (B), B. text, **
     both sides have the same, one of UNITS if only one side has one); and any answer that is the gold.
 R5. A judge that gives no verdict (a remote one is asked again where that can help) says None, "unknown",
     never False. A missing or empty observation is False, and the judge is not asked.
-R6. The observation is written by a policy that is paid for a Yes. So whatever enters a prompt loses its tags
-    and invisible characters and is fenced by lines with a hash of all that is fenced. No text can hold its
-    own hash, so none can fake the line that ends it. And only the last judgement of the judge's own reply
+R6. The observation is written by a policy that is paid for a Yes. So what enters a judge's prompt loses its
+    tags and invisible characters and is fenced by lines with a hash of all that is fenced. No text can hold
+    its own hash, so none can fake the line that ends it. And only the last judgement of the judge's own reply
     counts. This catches neither evidence that the observation makes up (the judge sees no video) nor plain
     persuasion that a weak judge falls for.
 """
@@ -152,7 +152,7 @@ def answer_score(problem_type, answer, gold, scoring="paper", options=None):
     if answer == gold and (lenient or problem_type == "multiple choice"):
         return 1.0
     if problem_type == "multiple choice":
-        key = option_key(answer, options)
+        key = option_key(answer, options)  # for paper only the letter itself counts, above
         return float(lenient and key != "" and key == option_key(gold, options))
     if problem_type == "OCR":
         return word_accuracy(answer.split(), gold.split())
@@ -204,7 +204,7 @@ def process_rewards(record, completion, verdict, num_tokens, length_ranges, bonu
 
     verdict: the judge's on the observation, True, False, a float in [0, 1], or None (unknown, R5: NaN).
     num_tokens: the two segments' lengths, perception's first; length_ranges: their (low, high) that earn the
-    bonus.
+    bonus. Of an unknown verdict `perception` and `reward` are NaN, too (`pagrpo.py`, P6).
     """
     perception_tokens, reasoning_tokens = num_tokens
     perception_range, reasoning_range = length_ranges
@@ -425,7 +425,7 @@ def option_key(answer, options):
     said = re.search(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice|[Ii]t)\W*(?:is|'s)?\W+([A-N])\W*\Z", answer)
     if said and len(re.findall(r"\b[A-N]\b", answer)) == 1 and not NEGATION.search(answer):
         return said[1]
-    listed = label and re.search(r"\b[A-N][).:]\s", label[2])  # the options once more
+    listed = label and re.search(r"\b[A-N][).:]\s", label[2])  # a list of options picks none
     return label[1].upper() if label and not listed else words
 
 
@@ -457,7 +457,7 @@ class ChatClient:
         cache: JSON Lines file of replies, {key, output, …}. What it holds is not asked for again.
         concurrency: requests in flight at most. timeout: seconds of a request, to the end of its reply.
         max_calls: questions that may be sent, however often each is tried.
-        max_tokens: of a reply, which the Messages API wants to know.
+        max_tokens: of a reply, for the Messages API, which wants to know it.
         extra: more fields of the body, such as {"temperature": 0} where the server takes it.
         backoff: seconds before the first retry. They double, with jitter. Retry-After can lengthen them.
     """

@@ -534,8 +534,8 @@ def encode_batch(media, size, template, tokenizer, config):
     """This rank's share of a batch of so many records, from its pairs of `read_ahead`. What can't be read is
     left out, never replaced.
 
-    Returns (pairs, log): list of (record, Prompt), and a dict with `sec/media`, the seconds that were waited
-    for media, and `skipped_media` of all ranks.
+    Returns (pairs, log): list of (record, Prompt), and a dict with `sec/media`, the seconds that this took,
+    waiting for media included, and `skipped_media` of all ranks.
     """
     since, share, encoded = time.time(), shard_size(size), []
     for record, medium in islice(media, share):  # a medium is (frames, fps)
@@ -571,8 +571,8 @@ def save_checkpoint(step, model, optimizer, folder):
 
 
 def load_checkpoint(model, optimizer, args):
-    """The step to go on with, weights and AdamW's moments being put back; 0 for a run that begins, which
-    moves an earlier one aside."""
+    """The step to go on with, weights and AdamW's moments being put back; 0 for a run that begins. Without
+    --resume that moves an earlier one aside."""
     path = args.output / "checkpoint.pt"
     if args.resume and path.exists():
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -594,8 +594,8 @@ def resumable(name, start, steps, model, optimizer, args):
     them and after the last.
 
     On Ctrl-C, SIGTERM, or SIGHUP where it isn't ignored (nohup), the step in hand is finished and saved, and
-    the run ends with the command that goes on. A second one ends it at once, with the last checkpoint. An
-    error in the loop's body saves, too, unless AdamW has begun its step.
+    the run ends with the command that goes on. A second Ctrl-C or SIGTERM ends it at once, with the last
+    checkpoint. An error in the loop's body saves, too, unless AdamW has begun its step.
     """
     asked, adamw_steps = [], lambda: sum(int(state["step"]) for state in optimizer.state.values())
 
@@ -642,7 +642,7 @@ def log_row(file, row):
 
 def finish(model, curves, folder):
     """What a run leaves: the adapter, metrics.jsonl and curves.png, but no checkpoint. Raises UserError where
-    no medium could be read."""
+    no step has learnt anything."""
     if is_first():
         rows = read_jsonl(folder / "metrics.jsonl")
         if not any("loss" in row for row in rows):
