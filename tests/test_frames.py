@@ -325,7 +325,6 @@ def test_a_damaged_video_is_a_media_error_that_names_it(tmp_path):
         silence.sample_rate = 44100
         container.mux(sound.encode(silence))
         container.mux(stream.encode(None) + sound.encode(None))
-    fast = (tmp_path / "fast.mp4").read_bytes()
     assert read_frames(tmp_path / "fast.mp4")[0].shape[0] == 8
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         sound = container.add_stream("aac", rate=44100, layout="mono")
