@@ -49,6 +49,7 @@ import re
 import signal
 import subprocess
 import sys
+import unicodedata
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,9 @@ from pebble import ProcessExpired, ProcessPool
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from rewards import (PROBLEM_TYPES, ChatClient, UserError, accuracy_reward, correct_answer, digest,
-                     format_rewards, gold_answer, label_options, load_prompt, make_judge, option_key,
-                     parse_trace, question_text, strip_invisible, write_jsonl, write_text)
+from rewards import (LETTERS, PROBLEM_TYPES, RIGHT, ChatClient, UserError, accuracy_reward, ask_judge,
+                     digest, format_rewards, gold_answer, label_options, load_prompt, make_judge,
+                     option_index, parse_trace, question_text, strip_invisible, write_jsonl, write_text)
 
 MODELS = {"tiny": "data/toy/base", "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
           "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct"}
@@ -102,7 +103,7 @@ class Args(Flags):
     teacher_concurrency: int = 64  # questions in flight at most
     teacher_max_calls: int | None = None  # the run stops after so many questions
     teacher_extra: str | None = None  # more fields of a request (default with a URL: {"temperature": 0})
-    threshold: float = 0.6  # least answer score that is kept (paper: 0.6)
+    threshold: float = RIGHT  # least answer score that is kept (paper: 0.6)
 
 
 def get_args():
@@ -230,17 +231,22 @@ def question_key(record):
     return digest([record["problem"], record["options"], record["path"]])
 
 
+def id_of(number):
+    """A problem_id as a text. pandas writes 7.0 for 7 next to a gap."""
+    return str(number).strip().removesuffix(".0")
+
+
 def load_traces(path, records):
     """The raw trace (str) of each record from a file of {problem_id, output}, or None. A row with the
     `question` of `generate` is found by that. An id that two questions or two traces share is not used."""
-    traces, ids = {}, collections.Counter(str(record.get("problem_id")) for record in records)
+    traces, ids = {}, collections.Counter(id_of(record.get("problem_id")) for record in records)
     for row in filter(lambda row: isinstance(row, dict), read_json(path)):  # no line that a kill tore
         own = re.fullmatch("[0-9a-f]{24}", str(row.get("question")))
-        key = own[0] if own else str(row["problem_id"])
+        key = own[0] if own else id_of(row["problem_id"])
         traces[key] = row["output"] if traces.get(key, row["output"]) == row["output"] else None
     outputs = []
     for record in records:
-        number = str(record.get("problem_id"))
+        number = id_of(record.get("problem_id"))
         outputs.append(traces.get(question_key(record)) or (traces.get(number) if ids[number] == 1 else None))
     return outputs
 
@@ -259,7 +265,7 @@ REASONS = ["unreadable medium", "no trace", "broken template", "wrong answer", "
            "judge unknown"]
 
 
-def verify(records, outputs, judge, threshold=0.6, scoring="paper"):
+def verify(records, outputs, judge, threshold=RIGHT, scoring="paper"):
     """Steps 2 and 3 (Sec. 3.1): why each record's trace is rejected, None where it is kept; and the answer
     scores.
 
@@ -283,8 +289,11 @@ def verify(records, outputs, judge, threshold=0.6, scoring="paper"):
             reasons.append(None if scores[-1] >= threshold else "wrong answer")
     left = [i for i, reason in enumerate(reasons) if reason is None]
     observations = [parse_trace(bare_trace(outputs[i])).observation for i in left]
-    for i, verdict in zip(left, judge([records[i] for i in left], observations)):
-        reasons[i] = {True: None, False: "insufficient observation", None: "judge unknown"}[verdict]
+    for i, verdict in zip(left, ask_judge(judge, [records[i] for i in left], observations)):
+        if verdict is None:
+            reasons[i] = "judge unknown"
+        elif verdict < RIGHT:  # of a judge that gives floats
+            reasons[i] = "insufficient observation"
     return reasons, scores
 
 
@@ -374,9 +383,17 @@ def print_stats(name, client):
 # --- records ------------------------------------------------------------------------------------------------
 
 MAX_BAD = 0.05  # share of bad records that is left out; more says that something else is wrong with the file
+FOLDER_FPS = 3.0  # of a folder of frames whose record names no rate (TVQA's in MVBench)
+# fields by which others name a part of a clip: start, video_start, clip_start_time, …
+PART_FIELDS = {f"{what}{end}{unit}" for what in ("", "video_", "clip_", "segment_") for end in ("start", "end")
+               for unit in ("", "_time", "_sec", "_seconds", "_frame")} | {"timestamps", "time_range"}
+PADDING = re.compile(r"([(（]?[A-Na-n][.:)）．：]\s*)?(nan)?")  # with its label or without
+# where the medium is: at either end of the question, or Qwen's own tokens
+PLACEHOLDER = re.compile(r"\A(\s*<(image|video)>)+|(<(image|video)>\s*)+\Z|"
+                         r"<\|vision_start\|>.*?<\|vision_end\|>", re.DOTALL)
 
 
-def load_records(paths, media_root=None, left_out=()):
+def load_records(paths, media_root=None, left_out=(), lost_golds=False):
     """Read records from JSON lists or JSON Lines, plain or gzip. A record that can't be used is left out; the
     first is named, and their number.
 
@@ -384,6 +401,7 @@ def load_records(paths, media_root=None, left_out=()):
         paths: a path or a glob pattern, whose files are read in sorted order.
         media_root: folder of the media; where given, each record gets `media`, its medium's path below it.
         left_out: problem types of records that are left out, in lower case.
+        lost_golds: whether records stay whose gold is none of their options.
 
     Returns:
         list of dict with the data set's field names: `problem_id, problem, data_type, problem_type, options`
@@ -400,16 +418,25 @@ def load_records(paths, media_root=None, left_out=()):
     if not files:
         raise UserError(f"No data file {paths}: pass --data, run the stage before, or download it (README).")
     for file in files:
-        for i, row in enumerate(read_json(file)):
+        for i, row in enumerate(tqdm(read_json(file), Path(file).name, delay=1)):
             try:
                 if row["problem_type"].strip().lower() not in left_out:
-                    records.append(parse_record(row, media_root))
+                    records.append(parse_record(row, media_root, lost_golds))
             except (LookupError, ValueError, TypeError, AttributeError, SyntaxError) as error:
                 bad.append(f"{file}, record {i}: {type(error).__name__} {error}")
     if bad:
         print(strip_invisible(f"{len(bad)} records are left out. The first one is {bad[0]}"))
     if not records or len(bad) > MAX_BAD * (len(records) + len(bad)):
         raise UserError(f"{paths}: {len(records)} records are good, {len(bad)} are bad. Mend the file.")
+    # fields that change what is seen, where no stage follows them
+    parts = [record for record in records if not PART_FIELDS.isdisjoint(record)]
+    rates = [record for record in records if media_root and not frame_rate(record)
+             and record["data_type"] == "video" and os.path.isdir(record["media"])]
+    if parts:
+        print(f"{len(parts)} records name a part of their clip ({', '.join(sorted(PART_FIELDS & parts[0].keys()))}), "
+              "which is not used: the whole clip is seen.")
+    if rates:
+        print(f"{len(rates)} folders of frames have no fps or sample_fps: {FOLDER_FPS:g} per second is assumed.")
     return records
 
 
@@ -431,24 +458,27 @@ def read_json(file):
     return rows
 
 
-def parse_record(row, media_root=None):
+def parse_record(row, media_root=None, lost_golds=False):
     """One record with every field in its one form. Raises ValueError and its like."""
     types = {name.lower(): name for name in PROBLEM_TYPES}
     media = {"image": "image", "video": "video", "frame": "video"}  # MVBench's word for a folder of frames
+    options = parse_options(row.get("options"))
     record = dict(row, problem_type=types[row["problem_type"].strip().lower()],
                   data_type=media[row["data_type"].strip().lower()],
-                  problem=strip_invisible(re.sub("<(image|video)>", "", row["problem"])),
-                  options=parse_options(row.get("options")))
+                  problem=strip_invisible(PLACEHOLDER.sub("", row["problem"])),
+                  options=label_options(list(options.values())))
     if not record["problem"]:
         raise ValueError("it holds no question")
-    record["solution"] = f"<answer>{parse_gold(record)}</answer>"
+    record["solution"] = f"<answer>{parse_gold(record, options, lost_golds)}</answer>"
     if media_root is not None:
-        record["media"] = media_path(media_root, row["path"])
+        record["path"] = path_below(media_root, row["path"])
+        record["media"] = media_path(media_root, record["path"])
     return record
 
 
-def parse_gold(record):
-    """The gold answer without tags, from a text or number; an option's letter for its text."""
+def parse_gold(record, options, lost_golds):
+    """The gold answer without tags, from a text or number; an option's new letter for its old one or its
+    text."""
     gold = record.get("answer") if record.get("solution") in (None, "") else record["solution"]
     if isinstance(gold, float) and gold.is_integer():  # as pandas writes 3 next to a gap
         gold = int(gold)
@@ -458,13 +488,15 @@ def parse_gold(record):
     if record["problem_type"] != "multiple choice":
         return gold
     # without options, which may be in the question, any letter counts
-    letter = correct_answer(dict(record, solution=gold))[0] if record["options"] else option_key(gold, [])
-    return letter if re.fullmatch("[A-N]", letter) else gold
+    index = option_index(gold, list(options.values()), list(options or LETTERS))
+    if index is None and options and not lost_golds:
+        raise ValueError(f"its gold {gold!r} names none of its options")
+    return gold if index is None else LETTERS[index]
 
 
 def parse_options(options):
-    """Options as a list of str, each with its letter, from a list, null, or a list printed as JSON or Python
-    (as in the authors' RL file)."""
+    """{letter: option}, by the places in a list, null, or a list printed as JSON or Python (as in the
+    authors' RL file). What only fills a table up is left out: empty texts, null, NaN."""
     if isinstance(options, str):
         try:
             options = json.loads(options.strip() or "[]")
@@ -474,30 +506,47 @@ def parse_options(options):
             options = ast.literal_eval(options)  # parses literals only, evaluates nothing
     if isinstance(options, dict) or len(options or []) > 14:
         raise ValueError("its options are no list of at most 14, A to N")
-    return label_options([strip_invisible(str(option)) for option in options or []])
+    texts = ["" if option is None else strip_invisible(str(option)) for option in options or []]
+    return {letter: text for letter, text in zip(LETTERS, texts) if not PADDING.fullmatch(text)}
+
+
+def path_below(media_root, path):
+    """A record's path below the media root, from one that may be absolute, a file:// URL or of Windows."""
+    path = path.strip().removeprefix("file://").replace("\\", "/")
+    path = os.path.normpath(path.removeprefix(os.path.abspath(media_root) + "/").lstrip("/"))
+    if path.startswith(".."):
+        raise ValueError("its path leaves the media root")
+    return path
 
 
 def media_path(media_root, path):
-    """The record's path below the media root, with or without a leading `Evaluation/`, or a folder of frames
-    of that name without its suffix."""
-    path = os.path.normpath(path.lstrip("/"))
-    if path.startswith(".."):
-        raise ValueError("its path leaves the media root")
+    """The file of a path below the media root, with or without a leading `Evaluation/`, in either form of
+    Unicode; or a folder of frames of that name without its suffix."""
     names = [path, path.removeprefix("Evaluation/"), f"Evaluation/{path}"]
     names += [os.path.splitext(name)[0] for name in names]
+    if not path.isascii():
+        names += [unicodedata.normalize(form, name) for form in ("NFC", "NFD") for name in names]
     media = [f"{media_root}/{name}" for name in names]
     return next(filter(os.path.exists, media), media[0])
+
+
+def frame_rate(record):
+    """The frames per second that a record names, or None."""
+    return record.get("fps") or record.get("sample_fps")
 
 
 def select_records(args):
     """The records that a stage works on: those whose media exist, and of them --limit, drawn. UserError where
     none is left."""
     records = load_records(args.data, args.media_root)
-    kept = [record for record in records if os.path.exists(record["media"])]
+    kept, missing = [], []
+    for record in records:
+        (kept if os.path.exists(record["media"]) else missing).append(record)
+    example = f", the first one {missing[0]['media']}" if missing else ""
     drawn = draw(kept, args.limit, args.seed)
     if not drawn:
-        raise UserError(f"No record has its medium below {args.media_root}: pass --media-root (see README).")
-    print(f"{len(drawn)} of {len(records)} records of {args.data}; {len(records) - len(kept)} have no medium")
+        raise UserError(f"No record has its medium below {args.media_root}{example}: pass --media-root (README).")
+    print(f"{len(drawn)} of {len(records)} records of {args.data}; {len(missing)} have no medium{example}")
     return drawn
 
 
@@ -512,7 +561,7 @@ def draw(records, limit, seed):
 
 FACTOR = 28  # one visual token covers 28 × 28 pixels: patches of 14, merged two by two
 IMAGE_PIXELS = (4 * FACTOR**2, 256 * FACTOR**2)  # least and most pixels of a still image
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # others could start programs
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # others could start programs
 VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,asf,flv,ogg,gif,h264,hevc,ivf,dv,mxf,rm"
 SEEK_OVER = 32  # frames; to jump over fewer costs more than to decode them
 DECODE_TIMEOUT = 60  # seconds for one medium
@@ -668,9 +717,10 @@ def read_image(path, max_pixels=IMAGE_PIXELS[1]):
 
 
 @media_errors
-def read_folder(path, num_frames, max_pixels, rate=3.0):
+def read_folder(path, num_frames, max_pixels, rate=FOLDER_FPS):
     """As `read_frames`, of a folder of pictures at `rate` per second in the order of their names, in which 10
     comes after 9."""
+    rate = float(rate)  # records have it as a text, too
     formats = Image.registered_extensions()
     names = [name for name in os.listdir(path) if not name.startswith(".")  # .DS_Store, ._1.jpg
              and formats.get(Path(name).suffix.lower()) in IMAGE_FORMATS]
@@ -688,8 +738,10 @@ def read_media(record, num_frames=16, max_pixels=128):
     MediaError."""
     if record["data_type"] == "image":
         return read_image(record["media"]), None
-    read = read_folder if os.path.isdir(record["media"]) else read_frames
-    return read(record["media"], num_frames, max_pixels * FACTOR**2)
+    if os.path.isdir(record["media"]):
+        return read_folder(record["media"], num_frames, max_pixels * FACTOR**2,
+                           frame_rate(record) or FOLDER_FPS)
+    return read_frames(record["media"], num_frames, max_pixels * FACTOR**2)
 
 
 def init_worker():

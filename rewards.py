@@ -11,10 +11,10 @@ type (Eq. 4). Every stage imports this file, which needs no torch.
 
 Our choices where the paper is silent:
 R1. Format: the stripped completion is the three blocks in order, each once, none empty, only white space
-    between. Each half is judged on its own: perception on exactly one observation block, at the start;
-    reasoning on exactly one think, then one answer block, nothing after it, and nothing else between the
-    observation and them. An observation that is never closed costs perception only. A tag that is quoted
-    inside a block costs that block's half and the half that the tag belongs to. Tags are case-sensitive.
+    between. Neither process pays for the other. Perception is judged on the text up to and including the
+    first </observation>, which must be one observation block. Reasoning is judged on what comes after that,
+    which must be one think and one answer block. Without any </observation> perception gets 0, and reasoning
+    is judged on the text from its first <think> on. Tags are case-sensitive.
 R2. The answer is the first answer block after the think block; without a complete think block, the first of
     all, so that `<answer>B</answer>` alone is B. No answer, or an empty one, scores 0 whatever the gold is.
 R3. Scoring "paper" agrees with the metric of Video-R1 and its successors unless that can be exploited.
@@ -57,6 +57,7 @@ TAGS = ("observation", "think", "answer")
 OBSERVATION_OPENING = "Based on the question, I need to notice"
 THINK_OPENING = "Based on the observations,"
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
+RIGHT = 0.6  # least score of a right answer, and of a sufficient observation where a judge gives floats
 ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
 
 
@@ -88,8 +89,8 @@ def cut_block(text, tag):
     return (content.strip(), rest) if closing else (None, text)
 
 
-LETTERS = {"<observation>": "O", "</observation>": "o", "<think>": "T", "</think>": "t", "<answer>": "A",
-           "</answer>": "a"}
+SKETCH = {"<observation>": "O", "</observation>": "o", "<think>": "T", "</think>": "t", "<answer>": "A",
+          "</answer>": "a"}
 
 
 def format_rewards(completion):
@@ -102,11 +103,11 @@ def format_rewards(completion):
     sketch = ""
     for piece in re.split("(</?(?:observation|think|answer)>)", completion):
         if piece.strip():
-            sketch += LETTERS.get(piece, "." if strip_invisible(piece) else "-")
-    perception = re.fullmatch(r"O\.o[^Oo]*", sketch)  # one observation block, at the start
-    before = "|".join(["", "[^TtAa]*o", "[^TtAaOo]*O[^TtAao]*"])  # nothing; a closed observation; an open one
-    reasoning = re.fullmatch(rf"({before})T\.tA\.a", sketch)
-    return float(bool(perception)), float(bool(reasoning))
+            sketch += SKETCH.get(piece, "." if strip_invisible(piece) else "-")
+    before, closing, after = sketch.partition("o")
+    if not closing:  # no observation, or one that is left open
+        after = re.sub("^[^TtAa]*O[^TtAa]*", "", sketch)
+    return float(before == "O." and closing == "o"), float(after == "T.tA.a")
 
 
 BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe00-\ufe0f\uffa0"
@@ -115,8 +116,8 @@ BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe00-\ufe0f\uff
 
 def strip_invisible(text):
     """`text` without characters that show nothing, stripped: Unicode's control and format ones, half a
-    surrogate pair, BLANK."""
-    text = BLANK.sub("", re.sub(r"\r\n?|[\x0b\x0c\x85]", "\n", text))  # other line ends
+    surrogate pair, BLANK. An é is one character, however it was written (NFC)."""
+    text = BLANK.sub("", re.sub(r"\r\n?|[\x0b\x0c\x85]", "\n", unicodedata.normalize("NFC", text)))
     if not text.isprintable():
         text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
     return text.strip()
@@ -149,11 +150,13 @@ def answer_score(problem_type, answer, gold, scoring="paper", options=None):
     lenient, answer, gold = scoring == "lenient", strip_invisible(answer or ""), strip_invisible(gold or "")
     if not answer or not gold:
         return 0.0
-    if answer == gold and (lenient or problem_type == "multiple choice"):
-        return 1.0
     if problem_type == "multiple choice":
-        key = option_key(answer, options)  # for paper only the letter itself counts, above
-        return float(lenient and key != "" and key == option_key(gold, options))
+        key = option_key(gold, options)
+        if options and key not in LETTERS:  # a gold that is none of the options
+            return 0.0
+        return float(answer == gold or lenient and option_key(answer, options) == key != "")
+    if answer == gold and lenient:
+        return 1.0
     if problem_type == "OCR":
         return word_accuracy(answer.split(), gold.split())
     if problem_type == "free-form":
@@ -304,21 +307,31 @@ def judge_prompt(template, record, observation):
 
 
 def read_verdict(reply):
-    """True or False, as the last <judgement> of a reply says outside <think>…</think>; None where it says
-    neither (R6)."""
+    """True or False, as the first word in the last <judgement> of a reply says, outside <think>…</think>;
+    None where it says neither (R6)."""
     reply = reply.lower().rpartition("</think>")[2].partition("<think>")[0]
-    said = re.findall(r"<judgement>(.*?)</judgement>", reply, re.DOTALL)
-    return {"yes": True, "no": False}.get(re.sub(r"[\W_]", "", said[-1])) if said else None
+    said = re.findall(r"<judge?ment>(.*?)</judge?ment>", reply, re.DOTALL)
+    word = re.match(r"[\W_]*(yes|no)(?![a-z]|\s*(?:or\b|[/|<]))", said[-1]) if said else None  # no "Yes or No"
+    return word and word[1] == "yes"
+
+
+def ask_judge(judge, records, observations):
+    """The judge's verdicts. NaN and infinities, which a function of one's own may give, are unknown, too."""
+    verdicts = judge(records, observations)
+    return [None if verdict is None or not math.isfinite(verdict) else verdict for verdict in verdicts]
 
 
 def rule_judge(records, observations):
-    """The judge `rule`: whether all evidence of a record, else every word of its answer, is observed."""
+    """The judge `rule`: whether all evidence of a record, else every word of its answer, is observed, and
+    nothing of its `counter_evidence`, which is false and would change the answer."""
     verdicts = []
     for record, observation in zip(records, observations, strict=True):
         evidence = record.get("evidence") or normalise_text(correct_answer(record)[1]).split()
         phrases = [normalise_text(item) for item in ([evidence] if isinstance(evidence, str) else evidence)]
         words = f" {normalise_text(observation or '')} "
-        verdicts.append(bool(phrases) and all(phrase and f" {phrase} " in words for phrase in phrases))
+        refuted = any(f" {normalise_text(item)} " in words for item in record.get("counter_evidence") or [])
+        enough = bool(phrases) and all(phrase and f" {phrase} " in words for phrase in phrases)
+        verdicts.append(enough and not refuted)
     return verdicts
 
 
@@ -338,15 +351,33 @@ def fill_prompt(template, **fields):
     return re.sub(r"\{(%s)\}" % "|".join(fields), lambda match: fenced[match[1]], template)
 
 
-OPTION = re.compile(r"\s*\(?([A-N])[).:]\s*(.*)", re.DOTALL | re.IGNORECASE)  # "A. text", "A) ", "(A) "
+LETTERS = list("ABCDEFGHIJKLMN")
+LABEL = r"[(（\[]?([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2})"  # of an option; one that is written in full-width signs, too
+BARE_LABEL = re.compile(r"""["“‘({【\s]*""" + LABEL + r"""["”’)}\]）】.,:;!、．：\s]*""")
+OPTION = re.compile(LABEL + r"(?:[)）\]、]|[.:．：](?!\d))\s*(.*)", re.DOTALL)  # "A. text", "(2) text", no "1.5 m"
+
+
+def read_labels(options):
+    """[(label, text)] of options that carry labels, such as [("A", "red"), ("B", "blue")], else []. That is a
+    property of the set: all have one, all letters or all numbers, in ascending order. "J. Smith" next to
+    "B. Jones" is a name."""
+    found = [OPTION.fullmatch(option) for option in options]
+    labels = [unicodedata.normalize("NFKC", match[1]).upper() for match in found if match]
+    ascending = sorted(set(labels), key=lambda label: label.zfill(2)) == labels
+    if len(labels) < len(options) or not ascending or len(set(map(str.isdigit, labels))) > 1:
+        return []
+    return [(label, match[2].strip()) for label, match in zip(labels, found)]
 
 
 def label_options(options):
-    """Options with letters before them, such as "A. red". Letters that are there stay, as capitals."""
-    labels = [label and label[1] for label in map(OPTION.fullmatch, options)]
-    if all(labels) and "A" in "".join(labels).upper():  # without an A they are initials, as in "J. Smith"
-        return [option.replace(label, label.upper(), 1) for option, label in zip(options, labels)]
-    return [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
+    """Options with the letters A, B, … before them, such as "A. red". Where all have these, they stay as they
+    are written, in capitals; other labels, such as numbers, are replaced."""
+    labelled = read_labels(options)
+    if [label for label, _ in labelled] == LETTERS[:len(options)]:
+        written = [OPTION.fullmatch(option)[1] for option in options]
+        return [option.replace(old, new, 1) for option, old, new in zip(options, written, LETTERS)]
+    texts = [text for _, text in labelled] or options
+    return [f"{letter}. {text}" for letter, text in zip(LETTERS, texts)]
 
 
 def question_text(record):
@@ -359,9 +390,8 @@ def question_text(record):
 
 def correct_answer(record):
     """(letter, text) of the gold answer, such as ("B", "a red car"), with letter "" for all but options."""
-    gold, options = gold_answer(record["solution"]), record.get("options") or []
-    for match in filter(None, map(OPTION.fullmatch, options)):
-        letter, text = match[1].upper(), match[2].strip()
+    gold, options = gold_answer(record["solution"]), label_options(record.get("options") or [])
+    for letter, text in read_labels(options):
         if letter == option_key(gold, options):
             return letter, text
     return "", gold
@@ -409,24 +439,38 @@ NEGATION = re.compile(r"not\b|n['’]t\b|\b(?:wrong|incorrect|false|neither|nor|
 
 
 def option_key(answer, options):
-    """What a multiple-choice answer picks: an option's letter, else its own words, else "" (R4).
+    """What a multiple-choice answer picks: the letter of an option by its place, else its own words, else ""
+    (R4). Without options it can pick any letter."""
+    index = option_index(answer, options or [], LETTERS[:len(options or LETTERS)])
+    return normalise_text(unwrap_answer(answer)) if index is None else LETTERS[index]
 
-    Tried in turn: a bare letter; an option's whole text; "the answer is B" at the end; "B. …".
+
+def option_index(answer, options, letters):
+    """The index of the option that an answer picks, or None. `letters` are those of options without labels.
+
+    Tried in turn: a bare label (where the options carry none, their texts as written go before it); an
+    option's whole text; "the answer is B" at the end; "B. …".
     """
-    answer = unwrap_answer(answer)
-    words, label = normalise_text(answer), OPTION.fullmatch(answer)
-    labelled = [option for option in map(OPTION.fullmatch, options or []) if option]
-    if re.fullmatch("[a-n]", words) and (not labelled or words.upper() in {o[1].upper() for o in labelled}):
-        return words.upper()
-    for form in (str.lower, option_words):  # as written first: a sign can be all that differs
-        letters = [o[1].upper() for o in labelled if form(o[2].strip()) == form(answer) != ""]
-        if letters:
-            return letters[0] if len(letters) == 1 else words
+    labelled = read_labels(options)
+    labels, texts = zip(*labelled) if labelled else (letters, options)
+    answer = answer if answer in texts else unwrap_answer(answer)
+
+    def labelled_by(match):
+        label = match and unicodedata.normalize("NFKC", match[1]).upper()
+        return labels.index(label) if label in labels else None
+
+    index = labelled_by(BARE_LABEL.fullmatch(answer))
+    if index is not None and (labelled or answer not in texts):
+        return index
+    for form in (str, str.lower, option_words):  # as written first: a sign can be all that differs
+        if found := [i for i, text in enumerate(texts) if form(text) == form(answer) != ""]:
+            return found[0] if len(found) == 1 else None
     said = re.search(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice|[Ii]t)\W*(?:is|'s)?\W+([A-N])\W*\Z", answer)
     if said and len(re.findall(r"\b[A-N]\b", answer)) == 1 and not NEGATION.search(answer):
-        return said[1]
+        return labelled_by(said)
+    label = OPTION.fullmatch(answer)
     listed = label and re.search(r"\b[A-N][).:]\s", label[2])  # a list of options picks none
-    return label[1].upper() if label and not listed else words
+    return None if listed else labelled_by(label)
 
 
 def option_words(text):
@@ -435,8 +479,9 @@ def option_words(text):
 
 
 def normalise_text(text):
-    """`text` in lower case with one space for every run of anything but letters and digits, none outside."""
-    return re.sub(r"[\W_]+", " ", text.lower()).strip()
+    """`text` in lower case with one space for every run of anything but letters and digits, none outside.
+    Signs of one meaning, such as full-width ones, are one (NFKC)."""
+    return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).lower()).strip()
 
 
 # --- remote models ------------------------------------------------------------------------------------------

@@ -39,7 +39,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages are a
 import gen_cot  # noqa: E402
 from rewards import answer_score, correct_answer, gold_answer, strip_invisible, write_jsonl  # noqa: E402
 
-PARTS = ("video_start", "video_end", "start", "end", "start_time", "end_time", "clip_start", "clip_end")
 LOST = 0.05  # share of a clip that may be missing at its end
 
 
@@ -72,14 +71,15 @@ def main(args):
         for i, row in enumerate(gen_cot.read_json(file)):
             where, used = f"{file}, record {i}", len(records)
             try:
-                record = gen_cot.parse_record(row, args.media_root)
+                record = gen_cot.parse_record(row, args.media_root, lost_golds=True)
                 if unmatched(record, args.scoring):
                     tell("unmatched gold", f"{where}, {record['problem_type']}: {record['solution']!r}")
                 else:
                     records.append(record)
             except (LookupError, ValueError, TypeError, AttributeError, SyntaxError) as error:
                 tell("bad record", f"{where}: {type(error).__name__} {error}")
-            if len(records) > used and (fields := [name for name in PARTS if row.get(name) is not None]):
+            fields = [name for name in gen_cot.PART_FIELDS.intersection(row) if row[name] is not None]
+            if len(records) > used and fields:
                 tell("part of a clip", f"{where}: {', '.join(fields)}")
 
     # their media, each once

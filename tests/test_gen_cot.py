@@ -6,15 +6,18 @@ import random
 import re
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 import gen_cot
 import prepare
 from gen_cot import build_prompt, load_records
-from rewards import PROBLEM_TYPES, UserError, make_judge, write_jsonl
+from rewards import (PROBLEM_TYPES, UserError, correct_answer, gold_answer, make_judge, question_text,
+                     write_jsonl)
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = dict(problem_id=7, problem="What falls?", data_type="video", problem_type="multiple choice",
@@ -70,11 +73,16 @@ def test_all_file_forms_load_alike(tmp_path):
     ("('A) 1', 'B) 2')", ["A) 1", "B) 2"]),
     ([1, 2.5, True], ["A. 1", "B. 2.5", "C. True"]),
     ("['red', 'blue']", ["A. red", "B. blue"]),
-    (["A. c", "B) x: y"], ["A. c", "B) x: y"]), (["B. y", "a. x"], ["B. y", "A. x"]),
+    (["A. c", "B) x: y"], ["A. c", "B) x: y"]), (["a. y", "B. x"], ["A. y", "B. x"]),
     (["J. Smith", "B. Doe"], ["A. J. Smith", "B. B. Doe"]),  # initials
+    (["(2) red", "(3) blue"], ["A. red", "B. blue"]), (["B. y", "A. x"], ["A. B. y", "B. A. x"]),
+    (["red", "", "blue", None, float("nan"), "nan"], ["A. red", "B. blue"]),  # a table's empty cells
+    (["A. red", "B. None", "C. ", "D: nan"], ["A. red", "B. None"]),
+    ("['A. red', 'B. blue', None]", ["A. red", "B. blue"]),
 ])
 def test_options_come_in_many_forms(tmp_path, options, expected):
-    row = {k: str(v) for k, v in RECORD.items()} | {"options": options}  # all strings, as in the RL file
+    row = {k: str(v) for k, v in RECORD.items()} | {"options": options, "problem_type": "OCR"}
+    # all strings, as in the RL file
     [record] = load_records(dump(tmp_path / "rl.json", [row]))
     assert record["options"] == expected and record["problem_id"] == "7"
 
@@ -92,6 +100,71 @@ def test_a_gold_answer_is_the_letter_that_the_prompt_asks_for(options, solution,
     record = gen_cot.parse_record(changed(options=options, solution=solution))
     assert record["solution"] == f"<answer>{expected}</answer>"
     assert record["options"] == ([] if options is None else ["A) red", "B) blue"])
+
+
+@pytest.mark.parametrize("options, gold, text", [
+    (["B. cat", "C. dog", "D. cow"], "B", "cat"), (["B. cat", "C. dog", "D. cow"], "D. cow", "cow"),
+    (["C) left", "D) right"], "<answer>D</answer>", "right"), (["(1) cat", "(2) dog"], 2, "dog"),
+    (["0. cat", "1. dog"], 0, "cat"), (["Ｂ．cat", "Ｃ．dog"], "C", "dog"), (["A. cat", "C. dog"], "C", "dog"),
+    (["A. C", "B. G", "C. A"], "A", "C"), (["C", "G", "A"], "A", "A"), (["O+", "A+", "B+"], "A+", "A+"),
+    (["", "cat", "dog"], "C", "dog"), (["A. cat", "", "C. dog"], "C", "dog"), (["cat", None, "dog"], "C", "dog"),
+    (["1.5", "2.5"], "2.5", "2.5"), (["3", "1", "2"], 1, "1"), (["cafe\u0301", "tea"], "caf\u00e9", "caf\u00e9")])
+def test_a_gold_answer_stays_what_it_is_in_its_own_file(options, gold, text):
+    """However the options are labelled there, the letter in the prompt stands for the same text."""
+    record = gen_cot.parse_record(changed(options=options, solution=gold))
+    assert correct_answer(record)[1] == text
+    assert f"{gold_answer(record['solution'])}. {text}" in question_text(record).replace(") ", ". ").splitlines()
+
+
+def test_golds_that_name_no_option_are_bad_records_where_one_learns_from_them(tmp_path, capsys):
+    rows = [changed(options=["3 s", "9 s", "12 s"], solution=i % 3) for i in range(12)]
+    file = dump(tmp_path / "indices.json", rows)
+    assert "12 are bad" in error_of(load_records, file)
+    assert "its gold '0' names none of its options" in capsys.readouterr().out
+    assert [record["solution"] for record in load_records(file, lost_golds=True)[:2]] == [
+        "<answer>0</answer>", "<answer>1</answer>"]
+
+
+def test_fields_that_no_stage_follows_are_told(tmp_path, capsys):
+    rows = [changed(start_time=6.0, end_time=8.0), RECORD, changed(video_start=0.5)]
+    load_records(dump(tmp_path / "parts.json", rows))
+    said, = capsys.readouterr().out.splitlines()
+    assert said.startswith("2 records name a part of their clip (end_time, start_time)")
+    load_records(dump(tmp_path / "whole.json", [RECORD]))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("field, rate, seconds", [("fps", 1.0, 12), ("sample_fps", "2", 6), (None, None, 4)])
+def test_a_folder_of_frames_has_its_record_s_rate(tmp_path, capsys, field, rate, seconds):
+    (tmp_path / "clip").mkdir()
+    for i in range(12):
+        Image.new("L", (56, 56), 20 * i).save(tmp_path / "clip" / f"{i}.png")
+    [record] = load_records(dump(tmp_path / "a.json", [changed(path="clip", **{field or "x": rate})]), tmp_path)
+    frames, fps = gen_cot.read_media(record, 8)
+    assert len(frames) / fps == pytest.approx(seconds)
+    assert ("1 folders of frames have no fps" in capsys.readouterr().out) == (field is None)
+
+
+def test_paths_of_other_tools_are_read(tmp_path, capsys):
+    (tmp_path / "STAR").mkdir()
+    names = ["STAR/a.png", unicodedata.normalize("NFD", "STAR/caf\u00e9.png")]
+    for name in names:
+        Image.new("RGB", (56, 56)).save(tmp_path / name)
+    paths = [".\\STAR\\a.png", f"file://{tmp_path}/STAR/a.png", f"{tmp_path}/STAR/a.png", " STAR/a.png ",
+             "STAR/caf\u00e9.png", names[1]]
+    file = dump(tmp_path / "a.json", [changed(problem_id=i, path=path) for i, path in enumerate(paths)])
+    assert selected(file, tmp_path) == list(range(6)) and "; 0 have no medium\n" in capsys.readouterr().out
+    dump(file, [changed(path=path) for path in (names[0], "STAR/b.png")])
+    assert len(selected(file, tmp_path)) == 1
+    assert f"1 have no medium, the first one {tmp_path}/STAR/b.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("problem, expected", [
+    ("<video>\nWhat falls?", "What falls?"), ("<image> <image>What falls?", "What falls?"),
+    ("What falls?<video>", "What falls?"), ("Is it a <video> or an <image> tag?", None),
+    ("<|vision_start|><|video_pad|><|vision_end|>What falls?", "What falls?")])
+def test_where_the_medium_is_goes_and_what_is_asked_stays(problem, expected):
+    assert gen_cot.parse_record(changed(problem=problem))["problem"] == (expected or problem)
 
 
 def test_what_pandas_writes_for_nothing_is_nothing(tmp_path):
@@ -194,7 +267,7 @@ def test_an_empty_file_among_others_is_an_error(tmp_path):
 
 
 def test_types_and_placeholders_are_read_as_what_they_are(tmp_path):
-    row = changed(problem="<image>\nWhat <video>falls\x1b[2J? \ud83d", problem_type=" Multiple Choice",
+    row = changed(problem="<image>\nWhat falls\x1b[2J? \ud83d", problem_type=" Multiple Choice",
                   data_type="Video", solution="<answer>\x07B</answer>")
     [record] = load_records(dump(tmp_path / "a.json", [row]))
     assert record == changed(problem="What falls[2J?")

@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from rewards import PROBLEM_TYPES, Trace, accuracy_reward, format_rewards, length_reward, parse_trace
+from rewards import (PROBLEM_TYPES, Trace, accuracy_reward, format_rewards, length_reward, option_key,
+                     parse_trace)
 
 GOOD = "<observation>a red car</observation> <think>so red</think><answer>B</answer>"
 
@@ -59,8 +60,11 @@ def test_parse_trace(text, expected):
     (GOOD.replace("observation>", "Observation>"), (0, 0)),  # then it is text before the thoughts
     (GOOD.replace("</observation>", ""), (0, 1)),
     (f"Sure! {GOOD}", (0, 1)),
-    (f"<observation>one more</observation>{GOOD}", (0, 1)),
+    (GOOD.replace("a red car", "a <think> tag"), (0, 1)),
+    (GOOD.replace("a red car", "</think><answer>"), (0, 1)),
     # reasoning's own faults
+    (f"<observation>one more</observation>{GOOD}", (1, 0)),
+    (GOOD.replace("<think>", "</observation><think>"), (1, 0)),
     (GOOD.replace("<think>so red</think>", ""), (1, 0)),
     (GOOD.replace("so red", ""), (1, 0)),
     (GOOD.replace("so red", "\u00ad\ufeff"), (1, 0)),
@@ -76,9 +80,9 @@ def test_parse_trace(text, expected):
     ("<observation>o</answer> <think>t</think><answer>B", (0, 0)),  # closed before it is opened
     (GOOD.replace("so red", "the <answer> tag"), (1, 0)),
     (GOOD.replace("so red", "a </think> tag"), (1, 0)),
-    # a tag of the other half, quoted, breaks both
-    (GOOD.replace("a red car", "a <think> tag"), (0, 0)),
-    (GOOD.replace("so red", "the <observation> tag"), (0, 0)),
+    # a tag of perception's, quoted in the thoughts, is the thoughts' fault
+    (GOOD.replace("so red", "the <observation> tag"), (1, 0)),
+    (GOOD.replace("</think>", "</observation></think>"), (1, 0)),
     ("<think>t</think><answer>B</answer><observation>o</observation>", (0, 0)),
 ])
 def test_format_rewards(text, expected):
@@ -186,7 +190,7 @@ OPTIONS = ["A. a red car", "B) a blue van", "C. 12", "D. A. Smith"]
     ("a blue van", "B. a blue van", 1), ("12", "C", 1), ("A. Smith", "D", 1), ("A. Smith", "A", 0),
     ("A", "B", 0), ("a red car", "B", 0), ("A. a blue van", "B", 0), ("A or B", "B", 0), ("a car", "A", 0),
     ("BB", "B", 0),
-    ("B, C", "B", 0), ("?!", "!?", 0), ("yes", "Yes.", 1),
+    ("B, C", "B", 0), ("?!", "!?", 0), ("yes", "Yes.", 0),  # golds that are none of the options
     ("The answer is B.", "B", 1), ("Option B", "B", 1),
     ("Answer: (B)", "B", 1), ("The final answer is: **(B)**", "B", 1), (r"\boxed{B}", "B", 1),
     (r"So \boxed{\text{B}}.", "B", 1), ("B or not B: B", "B", 0),
@@ -203,6 +207,37 @@ OPTIONS = ["A. a red car", "B) a blue van", "C. 12", "D. A. Smith"]
 ])
 def test_lenient_multiple_choice(answer, gold, expected):
     assert score("multiple choice", answer, gold, "lenient", OPTIONS) == expected
+
+
+@pytest.mark.parametrize("options, answer, letter", [
+    # an answer that is one of the labels is that option, whatever the texts are
+    (["A. C", "B. G", "C. D", "D. A"], "A", "A"), (["A. C", "B. G", "C. D", "D. A"], "D.", "D"),
+    (["1) C", "2) G"], "2", "B"), (["Ａ．left", "Ｂ．right"], "Ｂ", "B"), (["C: left", "D: right"], "d", "B"),
+    # without labels the texts as written go first, then the letter of the place
+    (["C", "G", "D", "A"], "A", "D"), (["O+", "A+", "B+"], "A+", "B"), (["O+", "A+", "B+"], "A", "A"),
+    (["C", "C++", "C#", "D"], "C++", "B"), (["C", "C++", "C#", "D"], "C", "A"), (["f*", "f"], "f*", "A"),
+    (["J. Smith", "B. Jones"], "B. Jones", "B"), (["1.5 m", "2.5 m"], "2", "2"), (["10:30", "11:15"], "b", "B"),
+    (["left", "right"], "C", "c"), (["cafe\u0301", "cake"], "caf\u00e9", "A"), (["5 m²", "6 m²"], "6 m2", "B"),
+    # labels are a property of the set
+    (["A. cat", "C. dog"], "C", "B"), (["B. cat", "A. dog"], "B", "B"), (["A. cat", "dog"], "B", "B"),
+    ([], "b", "B"), ([], "red", "red"),
+])
+def test_an_option_is_picked_by_its_label_or_by_its_text(options, answer, letter):
+    assert option_key(answer, options) == letter
+
+
+def test_a_gold_that_is_none_of_the_options_is_matched_by_nothing():
+    for scoring in ("paper", "lenient"):
+        assert score("multiple choice", "0", "0", scoring, ["A. 3 s", "B. 9 s"]) == 0
+        assert score("multiple choice", "B", "B", scoring, ["A. 3 s", "B. 9 s"]) == 1
+        assert score("multiple choice", "red", "red", scoring) == 1  # the options may be in the question
+
+
+@pytest.mark.parametrize("scoring", ["paper", "lenient"])
+def test_one_text_has_one_form_of_unicode(scoring):
+    """An é of one character or of two; for lenient full-width signs, too."""
+    assert score("OCR", "cafe\u0301", "caf\u00e9", scoring) == 1
+    assert score("multiple choice", "（Ｂ）", "B", scoring, OPTIONS) == (scoring == "lenient")
 
 
 @pytest.mark.parametrize("scoring", ["paper", "lenient"])
