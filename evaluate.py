@@ -29,10 +29,8 @@ import math
 import os
 import re
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -43,12 +41,12 @@ from tqdm import tqdm
 import gen_cot
 import sft
 from pagrpo import rollout
-from rewards import (NEGATION, ChatClient, UserError, answer_score, digest, fill_prompt, format_rewards,
-                     gold_answer, json_line, open_append, option_key, parse_trace, question_text, read_jsonl,
-                     rule_judge, to_number, without_units, write_text)
+from rewards import (NEGATION, RIGHT, ChatClient, UserError, answer_score, ask_judge, correct_answer, digest,
+                     fill_prompt, format_rewards, gold_answer, json_line, open_append, option_key, parse_trace,
+                     question_text, read_jsonl, rule_judge, to_number, without_units, write_text)
 
 TINY = dict(data="data/toy/test.jsonl", media_root="data/toy", max_pixels=4, max_completion_tokens=112,
-            batch_size=50)
+            batch_size=50, held_out=0.05)
 
 
 @dataclass
@@ -59,9 +57,11 @@ class Args(sft.ModelFlags):
     server: str | None = None  # openai:MODEL@BASE_URL, which decodes in place of base and adapters
     bench: tuple[str, ...] = ()  # vsi, videommmu, mmvu, vcr, mvbench, tempcompass, videomme, all
     bench_root: str = "data/Video-R1-eval"  # folder of their question files
+    only_held_out: bool = False  # only questions about the media that the trainers hold out (--held-out)
     input: Literal["video", "text"] = "video"  # text: the question without its medium (Table 5)
     observations: str | None = None  # completions whose observations go into the prompt (Table 5)
     max_completion_tokens: int = 1024  # completions are cut here
+    max_prompt_tokens: int | None = None  # longer prompts are not answered, and count as wrong
     batch_size: int = 4  # questions decoded together
     rescore: bool = False  # score the completions that are there, and decode none
     mismatch: bool = False  # compare think and answer (Table 6)
@@ -72,9 +72,11 @@ class Args(sft.ModelFlags):
 
 def get_args():
     args = gen_cot.parse_args(Args, TINY, "evaluate", __doc__)
-    stages = [str(args.run_dir / stage) for stage in ("sft", "pagrpo")]
-    stages = [stage for stage in stages if Path(stage, "adapter_config.json").exists()]
-    args.adapters = [args.server] if args.server else (list(args.adapters) or ["none", *stages])
+    args.adapters = [args.server] if args.server else list(args.adapters)
+    if not args.adapters:
+        default = [str(args.run_dir / stage) for stage in ("sft", "pagrpo")]
+        args.adapters = ["none", *(folder for folder in default if Path(folder, "adapter_config.json").exists())]
+        print(f"Models: {', '.join(args.adapters)} ({', '.join(default)} as far as they hold an adapter).")
     return args
 
 
@@ -86,6 +88,7 @@ def main(args):
         return print_agreement(args.judge_agreement, judge)
     if args.html:
         return write_page(args.html, judge, args)
+    gen_cot.lock(args.output)
 
     # answer the questions, as far as they aren't answered yet
     records, names = load_questions(args), row_names(args.adapters)
@@ -96,7 +99,7 @@ def main(args):
         if not (args.rescore or args.server or adapter == "none"):
             sft.check_adapter(adapter)
     if not args.rescore:
-        complete_all(records, files, runs, args)
+        complete_all(records, files, names, runs, args)
 
     # score the answers
     results = {"constant": constant_answers(records, args.scoring)}
@@ -122,10 +125,8 @@ def main(args):
 
 def write_results(summary, records, runs, args):
     """results.json: the figures with all that they came from, settings, versions, commit and hashes."""
-    hashes = runs | dict(data=digest([[*key_of(record), record["solution"]] for record in records]))
-    commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
-    settings = dict(vars(args), hashes=hashes, commit=commit.stdout.decode().strip(),
-                    versions={name: version(name) for name in ("torch", "transformers", "peft", "av")})
+    run = sft.describe_run("evaluation", records, args)
+    settings = run.pop("flags") | run | dict(completions=runs)
     rows = json.loads(json.dumps(summary), parse_constant=lambda nan: None)  # a group without questions: null
     text = json.dumps(dict(rows=rows, settings=settings), indent=1, default=str)
     write_text(args.output / "results.json", text)
@@ -212,9 +213,15 @@ def load_questions(args):
     paths = [Path(args.bench_root, BENCHMARKS[name].file) for name in names]
     records = []
     for path in paths if args.bench or not args.data else [args.data]:
-        for record in gen_cot.load_records(path, args.media_root, left_out=("open-ended",)):
+        for record in gen_cot.load_records(path, args.media_root, ("open-ended",), lost_golds=True):
             records.append(dict(record, file=Path(path).name))
             bench_of(Path(path).name).group(records[-1])  # an error here, not after hours of decoding
+    if args.only_held_out:
+        records, _ = gen_cot.hold_out(records, args.held_out)
+    lost = sum(bool(r["options"]) and r["problem_type"] == "multiple choice" and not correct_answer(r)[0]
+               for r in records)
+    if lost:
+        print(f"{lost} questions have a gold answer that is none of their options, and count as wrong.")
     missing = sum(not os.path.exists(record["media"]) for record in records)
     print(f"{len(records)} questions, of which {missing} have no medium below {args.media_root}.")
     if missing == len(records) and not args.rescore and args.input == "video":
@@ -226,19 +233,18 @@ def load_questions(args):
 
 def key_of(row):
     """What names a question: its file, its id, and what it asks."""
-    return row["file"], str(row.get("problem_id")), gen_cot.question_key(row)
+    return row["file"], gen_cot.id_of(row.get("problem_id")), gen_cot.question_key(row)
 
 
 def run_digest(adapter, args):
-    """What tells completions of these settings from others."""
-    weights = Path(adapter, "adapter_model.safetensors")
-    return digest([args.base, adapter, weights.read_bytes() if weights.exists() else "",
+    """What tells completions of these settings from others, wherever models lie."""
+    return digest([sft.base_digest(args.base), args.server or sft.weights_digest(adapter),
                    Path(args.observations).read_bytes() if args.observations else "",
                    gen_cot.load_template(args), args.num_frames, args.max_pixels, args.max_completion_tokens,
-                   args.no_4bit, args.input])
+                   args.max_prompt_tokens, args.no_4bit, args.input])
 
 
-def complete_all(records, files, runs, args):
+def complete_all(records, files, names, runs, args):
     """Write what is missing of each adapter's completions, as they come; the base is loaded once."""
     # the observations of another run, by their questions
     observations, base = {}, None
@@ -264,9 +270,10 @@ def complete_all(records, files, runs, args):
             model = sft.add_adapter(base[0], None if adapter == "none" else adapter, trainable=False)
             rows = local_rows(model, base[1], todo, observations, args)
         with open_append(path) as file:
-            for record, row in tqdm(rows, path.stem, len(todo)):
-                row = {k: v for k, v in record.items() if k != "media"} | row | dict(run=runs[adapter])
-                file.write(json_line(row))
+            name = names[adapter][1]
+            for record, row in tqdm(rows, name, len(todo)):
+                row = {k: v for k, v in record.items() if k != "media"} | row
+                file.write(json_line(row | dict(run=runs[adapter], model=name)))
 
 
 def prompt_text(record, observations, args):
@@ -290,15 +297,15 @@ def local_rows(model, tokenizer, records, observations, args):
     config, media = sft.unwrap(model).config, with_media(records, args)
     while batch := list(islice(media, args.batch_size)):
         prompts, read = [], []
-        for record, frames in batch:
-            if isinstance(frames, gen_cot.MediaError):
-                tqdm.write(f"skipped: {frames}", file=sys.stderr)
-                yield record, dict(completion=None, unread=str(frames))
-                continue
+        for record, medium in batch:
             text = prompt_text(record, observations, args)
-            prompts.append(sft.encode_text(text, tokenizer) if frames is None else
-                           sft.encode_prompt(text, *frames, tokenizer, config))
-            read.append((record, frames and frames[1]))
+            prompt = sft.encode_medium(record, medium, text, tokenizer, config, args.max_prompt_tokens)
+            if isinstance(prompt, gen_cot.MediaError):
+                tqdm.write(f"skipped: {prompt}", file=sys.stderr)
+                yield record, dict(completion=None, unread=str(prompt))
+            else:
+                prompts.append(prompt)
+                read.append((record, medium and medium[1]))
         if not read:
             continue
         ids, mask, _ = rollout(model, prompts, tokenizer, 1, args.max_completion_tokens)
@@ -357,7 +364,7 @@ def score_rows(rows, judge, scoring):
     rows = [score_row(row, scoring) for row in rows]
     judged = [row for row in rows if judge or row.get("evidence")]
     observations = [parse_trace(row["completion"] or "").observation for row in judged]
-    for row, verdict in zip(judged, (judge or rule_judge)(judged, observations)):
+    for row, verdict in zip(judged, ask_judge(judge or rule_judge, judged, observations)):
         row["perception"] = verdict
     return rows
 
@@ -379,14 +386,19 @@ def constant_answers(records, scoring):
     return rows
 
 
-def interval(metric, columns, draws=1000):
-    """(value, half of the 95 % interval) of a metric, by a bootstrap over media (E3)."""
+def bootstrap(metric, columns, draws=1000):
+    """A metric's values, (draws,), on media drawn with replacement (E3)."""
     media, of_row = np.unique(columns["path"], return_inverse=True)
     rng, share = np.random.default_rng(0), np.full(len(media), 1 / len(media))
     # a row weighs as often as its medium was drawn
-    values = [metric(columns, rng.multinomial(len(media), share)[of_row]) for _ in range(draws)]
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return metric(columns, np.ones(len(of_row))), (high - low) / 2
+    return np.array([metric(columns, rng.multinomial(len(media), share)[of_row]) for _ in range(draws)])
+
+
+def interval(metric, columns):
+    """(value, half of the 95 % interval) of a metric (E3). The half is NaN where all draws are equal, as with
+    a single medium or equal scores."""
+    low, high = np.nanpercentile(bootstrap(metric, columns), [2.5, 97.5])
+    return metric(columns, np.ones(len(columns["path"]))), round((high - low) / 2, 9) or math.nan
 
 
 def columns_of(rows, bench):
@@ -426,6 +438,7 @@ def print_table(file, summaries):
           + "".join(f"{name.replace('_', ' '):>14}" for name in rates))
     for name, s in summaries.items():
         numbers = "".join(f"{value:>15.1f} ± {spread:<4.1f}" for value, spread in s["numbers"].values())
+        numbers = numbers.replace("± nan ", "      ")
         print(f"{name:<30}{numbers}"
               + "".join(f"{'-' if s[rate] is None else format(s[rate], '.1f'):>14}" for rate in rates))
         if s["unread"]:
@@ -444,12 +457,18 @@ def print_table(file, summaries):
 
 def row_names(adapters):
     """{adapter: (the end of its file's name, its name in the table)}, such as {"runs/tiny/sft": ("sft",
-    "SFT")}. Adapters in folders of the same name go by their paths."""
-    known = {"none": "base", "sft": "SFT", "pagrpo": "SFT + PA-GRPO"}
+    "SFT")}. A name is what the adapter's run.json says; one that two share has its folder behind it."""
     ends = [Path(adapter.partition("@http")[0]).name for adapter in adapters]  # of a server, its model
-    ends = [end if ends.count(end) == 1 else adapter for end, adapter in zip(ends, adapters)]
-    return {adapter: (re.sub(r"[^\w.]+", "-", end).strip("-"), known.get(end, end))
-            for adapter, end in zip(adapters, ends)}
+    names = ["base" if adapter == "none" else end if ":" in adapter else sft.read_run(adapter)["name"]
+             for end, adapter in zip(ends, adapters)]
+    folders = [end if ends.count(end) == 1 else adapter for end, adapter in zip(ends, adapters)]
+    stems = [re.sub(r"[^\w.]+", "-", folder).strip("-") for folder in folders]
+    return dict(zip(adapters, zip(stems, tell_apart(names, folders))))
+
+
+def tell_apart(names, folders):
+    """The names; those that are not the only ones have their folder behind them."""
+    return [name if names.count(name) == 1 else f"{name} ({folder})" for name, folder in zip(names, folders)]
 
 
 # === skip on a first reading ================================================================================
@@ -516,40 +535,39 @@ def print_agreement(file, judge):
 
 
 def print_comparison(a, b, scoring):
-    """Two runs on the same questions, by file: the paper's metric, the difference with its interval, and the
-    exact test of McNemar on the questions that only one of them has right."""
+    """Two runs on the same questions, by file: the paper's metric, the difference with its interval, and twice
+    the share of the bootstrap's draws in which it has the other sign, p (E3)."""
     first = {key_of(row): score_row(row, scoring) for row in read_jsonl(a)}
     second = {key_of(row): score_row(row, scoring) for row in read_jsonl(b)}
     pairs = [(first[key], second[key]) for key in first if key in second]
     if not pairs:
         raise UserError(f"{a} and {b} have no question in common.")
-    print(f"A is {a}, B is {b}\n\n| file | questions | A | B | B − A | only A right | only B right | "
-          "p (McNemar) |\n|---|---|---|---|---|---|---|---|")
+    print(f"A is {a}, B is {b}. {len(first) - len(pairs)} questions are in A only, {len(second) - len(pairs)} "
+          "in B only.\n\n| file | questions | A | B | B − A | p |\n|---|---|---|---|---|---|")
     for file in sorted({row["file"] for row, _ in pairs}):
         some = [(x, y) for x, y in pairs if x["file"] == file]
-        scores, bench = np.array([[x["score"], y["score"]] for x, y in some]), bench_of(file)
+        bench, weights = bench_of(file), np.ones(len(some))
         sides, metric = [columns_of(side, bench) for side in zip(*some)], next(iter(bench.numbers.values()))
-        # both sides with the same drawn media
-        gain, spread = interval(lambda a, weights: metric(sides[1], weights) - metric(a, weights), sides[0])
-        only_a, only_b = (int((scores == pair).all(1).sum()) for pair in ([1, 0], [0, 1]))
-        tail = sum(math.comb(only_a + only_b, k) for k in range(min(only_a, only_b) + 1))
-        p = min(1, 2 * tail / 2 ** (only_a + only_b))
-        means = " | ".join(f"{100 * metric(side, np.ones(len(some))):.1f}" for side in sides)
-        print(f"| {file} | {len(some)} | {means} | {100 * gain:+.1f} ± {100 * spread:.1f} | {only_a} | "
-              f"{only_b} | {p:.3g} |")
+
+        def gain(columns, weights):  # on both sides with the same drawn media
+            return metric(sides[1], weights) - metric(columns, weights)
+
+        (mean, spread), draws = interval(gain, sides[0]), bootstrap(gain, sides[0])
+        p = max(1 / len(draws), min(1, 2 * min((draws <= 0).mean(), (draws >= 0).mean())))
+        means = " | ".join(f"{100 * metric(side, weights):.1f}" for side in sides)
+        cells = f"{100 * mean:+.1f} ± {100 * spread:.1f} | {p:.3g}".replace(" ± nan", "")
+        print(f"| {file} | {len(some)} | {means} | {cells if len(set(sides[0]['path'])) > 1 else '- | -'} |")
 
 
 # --- the page -----------------------------------------------------------------------------------------------
 
-RIGHT = 0.6  # least score of a right answer, as in gen_cot.py
-
-
 def write_page(folder, judge, args):
     """Writes traces.html: every rollout and completion below the folder, with thumbnails, in one file."""
     rollouts, samples = page_rollouts(folder), []
-    for path in sorted(folder.rglob("completions-*.jsonl")):
-        name = str(path.relative_to(folder)).removesuffix(".jsonl")
-        rows = score_rows(read_jsonl(path), judge, args.scoring)
+    paths = sorted(folder.rglob("completions-*.jsonl"))
+    sets = [score_rows(read_jsonl(path), judge, args.scoring) for path in paths]
+    names = [rows[-1].get("model", path.stem) if rows else "" for path, rows in zip(paths, sets)]
+    for rows, name in zip(sets, tell_apart(names, [path.relative_to(folder) for path in paths])):
         samples += [page_sample(row, name) for row in rows]
     if not rollouts and not samples:
         raise UserError(f"There is no rollouts.jsonl and no completions-*.jsonl below {folder}.")
@@ -565,9 +583,11 @@ def write_page(folder, judge, args):
 def page_rollouts(folder):
     """The rows of every rollouts.jsonl with their `run`, the gold answer, and (mean, std) of each reward."""
     rows = []
-    for path in sorted(folder.rglob("rollouts.jsonl")):
-        for row in read_jsonl(path):
-            row["run"], row["moments"] = str(path.parent.relative_to(folder)), {}
+    folders = [path.parent for path in sorted(folder.rglob("rollouts.jsonl"))]
+    names = [sft.read_run(folder)["name"] for folder in folders]
+    for path, name in zip(folders, tell_apart(names, [path.relative_to(folder) for path in folders])):
+        for row in read_jsonl(path / "rollouts.jsonl"):
+            row["run"], row["moments"] = name, {}
             row["record"]["gold"] = gold_answer(row["record"]["solution"])
             for key in ("perception", "reasoning", "reward"):
                 rewards = [completion["scores"][key] for completion in row["completions"]]

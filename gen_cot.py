@@ -49,6 +49,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import unicodedata
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ from typing import Literal
 import av
 import numpy as np
 import tyro
+from filelock import FileLock, Timeout
 from pebble import ProcessExpired, ProcessPool
 from PIL import Image, ImageOps
 from tqdm import tqdm
@@ -115,6 +117,7 @@ def main(args):
         raise UserError("gen_cot.py needs a teacher and a judge: pass --teacher or --traces, and --judge.")
     assert args.output.name != "traces.jsonl", "--output would replace the raw traces: name another file"
     judge = judge_from(args)
+    lock(args.output)
 
     # step 1: a raw trace for each question
     if args.teacher:
@@ -342,17 +345,39 @@ def parse_args(flags, tiny, output, description):
     return args
 
 
+RANK = int(os.environ.get("RANK", 0))  # among those that `accelerate launch` started; alone: 0
+LOCKS = contextlib.ExitStack()  # of this run's outputs, until its end
+
+
 def run_script(main, get_args):
-    """A script from its command line on. Ctrl-C and SIGTERM end it in a sentence. A terminal that lacks a
-    character shows another."""
+    """A script from its command line on. Ctrl-C and SIGTERM end it in a sentence, which one rank says for
+    all. A terminal that lacks a character shows another."""
     for screen in (sys.stdout, sys.stderr):
         screen.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main(get_args())
+        with contextlib.redirect_stderr(io.StringIO() if RANK else sys.stderr):  # tyro's box
+            args = get_args()
+        with LOCKS:
+            main(args)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one doesn't wait for requests on their way
         raise UserError("Stopped.") from None
+    except UserError:
+        if RANK:  # time in which the launcher ends this rank, as the first one has most often failed, too
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        raise
+
+
+def lock(path):
+    """Keep all other runs from writing to this file or folder until this one ends. UserError where another
+    does so already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:  # a process may take it twice
+        LOCKS.enter_context(FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True).acquire(timeout=0))
+    except Timeout:
+        raise UserError(f"Another run writes to {path}: wait for its end, or pass another --output.") from None
 
 
 def move_aside(path):
@@ -410,9 +435,12 @@ def load_records(paths, media_root=None, left_out=(), lost_golds=False):
     Raises:
         UserError: no such file, one that can't be read, or more than MAX_BAD of the records are bad.
     """
-    if str(paths).startswith("data/toy/") and not os.path.exists("data/toy/test.jsonl"):
+    toy = str(paths).startswith("data/toy/")
+    if toy and not RANK and not os.path.exists("data/toy/test.jsonl"):
         print("The toy data is not there yet: preparing it.", flush=True)
         subprocess.run([sys.executable, "data/toy/prepare.py"], check=True)
+    while toy and not os.path.exists("data/toy/test.jsonl"):  # another rank prepares it
+        time.sleep(1)
     records, bad = [], []
     files = [str(paths)] if os.path.exists(paths) else sorted(glob.glob(str(paths)))
     if not files:
@@ -433,10 +461,10 @@ def load_records(paths, media_root=None, left_out=(), lost_golds=False):
     rates = [record for record in records if media_root and not frame_rate(record)
              and record["data_type"] == "video" and os.path.isdir(record["media"])]
     if parts:
-        print(f"{len(parts)} records name a part of their clip ({', '.join(sorted(PART_FIELDS & parts[0].keys()))}), "
-              "which is not used: the whole clip is seen.")
+        fields = ", ".join(sorted(PART_FIELDS.intersection(parts[0])))
+        print(f"{len(parts)} records name a part of their clip ({fields}), but the whole clip is used.")
     if rates:
-        print(f"{len(rates)} folders of frames have no fps or sample_fps: {FOLDER_FPS:g} per second is assumed.")
+        print(f"{len(rates)} folders of frames have no fps or sample_fps: {FOLDER_FPS:g} frames per second assumed.")
     return records
 
 
@@ -470,8 +498,9 @@ def parse_record(row, media_root=None, lost_golds=False):
     if not record["problem"]:
         raise ValueError("it holds no question")
     record["solution"] = f"<answer>{parse_gold(record, options, lost_golds)}</answer>"
+    if media_root is not None or "path" in row:
+        record["path"] = path_below(media_root or ".", row["path"])
     if media_root is not None:
-        record["path"] = path_below(media_root, row["path"])
         record["media"] = media_path(media_root, record["path"])
     return record
 
@@ -542,12 +571,22 @@ def select_records(args):
     kept, missing = [], []
     for record in records:
         (kept if os.path.exists(record["media"]) else missing).append(record)
-    example = f", the first one {missing[0]['media']}" if missing else ""
+    example = strip_invisible(f", the first one {missing[0]['media']}") if missing else ""
     drawn = draw(kept, args.limit, args.seed)
     if not drawn:
         raise UserError(f"No record has its medium below {args.media_root}{example}: pass --media-root (README).")
     print(f"{len(drawn)} of {len(records)} records of {args.data}; {len(missing)} have no medium{example}")
     return drawn
+
+
+def hold_out(records, share=0.02):
+    """(records of the media that are held out, all others). A `share` of the media is held out, by a hash of
+    their paths: the same ones in every stage and file. At least one is, from ten on; none, where it is 0."""
+    ranks = sorted((int(digest(path), 16) / 16**24, path) for path in {record["path"] for record in records})
+    count = max(sum(rank < share for rank, _ in ranks), share > 0 and len(ranks) >= 10)
+    chosen = {path for _, path in ranks[:count]}
+    return ([record for record in records if record["path"] in chosen],
+            [record for record in records if record["path"] not in chosen])
 
 
 def draw(records, limit, seed):

@@ -84,6 +84,7 @@ import sys
 import textwrap
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -100,12 +101,13 @@ import gen_cot
 import sft  # before peft, whose import it keeps quiet
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
-from rewards import UserError, parse_trace, process_rewards, strip_invisible
+from rewards import UserError, ask_judge, parse_trace, process_rewards, read_jsonl, strip_invisible
 
 TINY = dict(data="data/toy/rl.jsonl", media_root="data/toy", max_pixels=4, judge="rule", updates=50,
             prompts_per_update=8, max_completion_tokens=112, perception_length=(16, 64),
-            reasoning_length=(16, 64), lr=8e-4, lora_rank=32, checkpointing=False, show_every=10)
-FIXED = 48  # prompts held out for the `fixed/…` curves, at most a tenth; the same for every --seed
+            reasoning_length=(16, 64), lr=8e-4, lora_rank=32, checkpointing=False, show_every=10,
+            held_out=0.05)
+FIXED = 48  # prompts of held-out media for the `fixed/…` curves, at most; the same for every --seed
 
 
 @dataclass
@@ -128,7 +130,7 @@ class Args(sft.TrainingFlags):
     perception_length: tuple[int, int] = (128, 320)  # tokens of o_P (P1) that earn the length bonus (paper)
     reasoning_length: tuple[int, int] = (320, 512)  # tokens of o_R (P1) that earn the length bonus (paper)
     lr: float = 1e-5  # peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)
-    show_every: int = 25  # every N updates: a group on screen, accuracies on FIXED held-out prompts
+    show_every: int = 25  # every N updates: a group on screen, accuracies on up to 48 held-out prompts
     probe: bool = False  # run one update in the worst case, print its seconds and peak memory, save nothing
 
     def __post_init__(self):
@@ -150,6 +152,8 @@ def get_args():
     args.loss_average = args.loss_average or ("segment" if args.without in (None, "length") else "completion")
     args.prompts_per_rollout = args.prompts_per_rollout or args.prompts_per_update
     saved = args.run_dir / "sft"
+    if not args.adapter and (saved / "checkpoint.pt").exists():
+        raise UserError(f"The SFT in {saved} isn't finished: go on with sft.py --resume, or pass --adapter none.")
     args.adapter = args.adapter or (str(saved) if (saved / "adapter_config.json").exists() else "none")
     return args
 
@@ -162,13 +166,17 @@ def main(args):
     # (The lambda finds `model`, which is loaded below, when it is called.)
     judge = gen_cot.judge_from(args, generate=lambda prompts: self_judge(model, tokenizer, prompts, args))
     sft.setup_process(args)
+    if sft.is_first() and not args.probe:
+        gen_cot.lock(args.output)
     if sft.is_finished(args):
         return None
-    with sft.process().main_process_first():  # which may prepare the toy data
-        records = [] if args.probe else gen_cot.select_records(args)
+    records = [] if args.probe else gen_cot.select_records(args)
     folder = None if args.adapter == "none" else args.adapter  # of the SFT adapter
     if folder:
         sft.check_adapter(folder, args.lora_rank)
+        start, output = Path(folder).resolve(), args.output.resolve()
+        if start.is_relative_to(output) or output.is_relative_to(start):
+            raise UserError(f"--output {output} and --adapter {start} share a folder: pass another --output.")
     print(f"Starting from {f'the SFT adapter {folder}' if folder else 'the base, without SFT (RL only)'}.")
     model, tokenizer = sft.load_model(args.base, folder, not args.no_4bit, args.lora_rank)
     add_reference(model, args)
@@ -178,40 +186,66 @@ def main(args):
 
 
 def train(model, tokenizer, records, judge, args):
-    """The RL loop: decode a few questions' media, update, log. Writes metrics.jsonl, rollouts.jsonl (two
-    groups every `--show-every` updates), curves.png and the adapter."""
+    """The RL loop: decode a few questions' media, update, log. Writes run.json, metrics.jsonl, rollouts.jsonl
+    (two groups every `--show-every` updates), curves.png and the adapter."""
     template, config = gen_cot.load_template(args), sft.unwrap(model).config
+    fixed, records = gen_cot.hold_out(records, args.held_out)
+    folder = None if args.adapter == "none" else args.adapter
+    run = sft.describe_run(run_name(args), records, args, folder)
     optimizer = sft.setup_training(model, args)
-    start = sft.load_checkpoint(model, optimizer, args)
+    start = sft.load_checkpoint(model, optimizer, run, args)
     unanswered = 0  # updates in a row
-    # Prompts that are held out for the curves. All others are trained on, over and over.
-    fixed, records = hold_out(records)
+    # A few of the prompts about held-out media are for the curves. All others are trained on, over and over.
+    fixed = gen_cot.draw(fixed, FIXED, seed=0)
+    limit = sft.prompt_limit(records, template, tokenizer, config, args)
     fixed_media = gen_cot.read_ahead(sft.shard(fixed, len(fixed)), args)
-    fixed, _ = sft.encode_batch(fixed_media, len(fixed), template, tokenizer, config)
+    fixed, _ = sft.encode_batch(fixed_media, len(fixed), template, tokenizer, config, limit)
+    print(f"{len(fixed)} prompts of held-out media for the curves" if fixed else
+          "No medium is held out: there are no curves of fixed prompts.")
     media = gen_cot.read_ahead(endless(records, args.seed, args.prompts_per_update, start), args)
     with (sft.open_log(args.output / "metrics.jsonl", start) as log,
           sft.open_log(args.output / "rollouts.jsonl", start) as rollouts):
         for step in sft.resumable("PA-GRPO", start, args.updates, model, optimizer, args):
             # take a few questions: their media were decoded while the last update ran
-            encoded, media_log = sft.encode_batch(media, args.prompts_per_update, template, tokenizer, config)
+            encoded, media_log = sft.encode_batch(media, args.prompts_per_update, template, tokenizer, config,
+                                                  limit)
             row = {"step": step, "lr": sft.cosine_lr(step, args.updates, args.lr), "scoring": args.scoring}
             row |= media_log  # sec/media, and skipped_media of all ranks
             # look at the policy so far
-            if step % args.show_every == 0:
+            if fixed and step % args.show_every == 0:
                 row |= fixed_accuracies(model, fixed, tokenizer, judge, args)
             # sample, score, learn
             if row["skipped_media"] < args.prompts_per_update:
                 groups, metrics = update(model, tokenizer, optimizer, encoded, judge, row["lr"], args)
                 row |= metrics
                 unanswered = 0 if "loss" in row else unanswered + 1  # without a loss nothing was learnt
-                if unanswered == 3:
-                    raise UserError("The judge was asked in three updates in a row and gave no verdict.")
+                if unanswered == min(3, args.updates):
+                    raise UserError(f"The judge gave no verdict in {unanswered} updates in a row. One of its "
+                                    f"replies: {next(filter(None, getattr(judge, 'replies', [])), None)!r:.300}.")
                 if step % args.show_every == 0:
                     keep_groups(groups[:2], step, rollouts, tokenizer, args)
                 del groups  # frees their embeddings before the next batch makes its own
             sft.log_row(log, row)
-    sft.finish(model, CURVES, args.output)
+    sft.finish(model, CURVES, run, args.output)
+    tell_lost_processes(read_jsonl(args.output / "metrics.jsonl"), args)
     gen_cot.print_stats("judge", judge)
+
+
+def run_name(args):
+    """What the run is, for tables: "SFT + PA-GRPO", "GRPO from the base"."""
+    algorithm = ALGORITHMS.get(args.without, f"PA-GRPO without {args.without}")
+    if args.adapter == "none":
+        return f"{algorithm} from the base"
+    return f"{sft.read_run(args.adapter)['name']} + {algorithm}"
+
+
+def tell_lost_processes(rows, args):
+    """Says which process never had a gradient in these rows of the log."""
+    for process in ("perception", "reasoning"):
+        spread = {row.get(f"frac_reward_zero_std/{process}") for row in rows} - {None, 1.0}
+        if not spread and process != args.without:
+            print(f"There was no gradient of {process} in any update: all rewards in every group were equal. If "
+                  f"rewards/{process}_accuracy is 0 or 1 throughout, its judge or metric always says no or yes.")
 
 
 def endless(records, seed, batch_size, step=0):
@@ -221,13 +255,6 @@ def endless(records, seed, batch_size, step=0):
     passes = chain.from_iterable(rng.sample(records, len(records)) for _ in count())
     numbered = (dict(record, sample_index=i) for i, record in enumerate(passes))
     return sft.shard(islice(numbered, step * batch_size, None), batch_size)
-
-
-def hold_out(records):
-    """(FIXED of the records, at most a tenth, which are held out; the others, which are trained on)."""
-    fixed = gen_cot.draw(records, min(FIXED, len(records) // 10), seed=0)
-    held_out = set(map(id, fixed))
-    return fixed, [record for record in records if id(record) not in held_out]
 
 
 def fixed_accuracies(model, fixed, tokenizer, judge, args):
@@ -281,10 +308,10 @@ def update(model, tokenizer, optimizer, encoded, judge, lr, args):
     if args.without == "perception" or not silent:
         with sft.measured("update", metrics):
             metrics |= update_policy(model, optimizer, groups, lr, args)
+        flat = [not (g.perception_mask * g.perception_advantages[:, None]
+                     + g.reasoning_mask * g.reasoning_advantages[:, None]).any() for g in groups]
+        metrics["frac_no_gradient"] = nan_mean(gather_object(flat))  # but for the KL term (the paper's Fig. 6c)
     metrics["peak_gib"] = max(value for key, value in metrics.items() if key.startswith("gib/"))
-    flat = [not (g.perception_mask * g.perception_advantages[:, None]
-                 + g.reasoning_mask * g.reasoning_advantages[:, None]).any() for g in groups]
-    metrics["frac_no_gradient"] = nan_mean(gather_object(flat))  # but for the KL term (the paper's Fig. 6c)
     return groups, reward_metrics(gather_object([group.scores for group in groups])) | metrics
 
 
@@ -317,7 +344,7 @@ def score_groups(groups, tokenizer, judge, args):
         group.texts = tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)  # so is padding
         records += [group.record] * len(group.texts)
         observations += [parse_trace(text).observation for text in group.texts]
-    verdicts = judge(records, observations)
+    verdicts = ask_judge(judge, records, observations)
     # what it said of each completion, in this order; a judge that is a function has no words
     of_completions = zip(verdicts, getattr(judge, "replies", [None] * len(verdicts)))
 
@@ -384,7 +411,7 @@ def update_policy(model, optimizer, groups, lr, args):
             for key, value in metrics.items():  # means over tokens
                 totals[key] += tokens / all_tokens * value
         shares = gather_object([totals])
-        metrics = {key: sum(share[key] for share in shares) for key in totals}
+        metrics = {key: sum(share[key] for share in shares) for key in totals if args.beta or key != "kl"}
         metrics |= sft.optimiser_step(model, optimizer, lr, args.max_grad_norm, metrics["loss"])
     model.eval()
     return metrics
@@ -737,7 +764,8 @@ def probe(model, tokenizer, args):
     moments and the reference in memory; returns the update's metrics."""
     optimizer = sft.setup_training(model, args)
     sft.optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # gradients of 0: allocates AdamW's moments
-    record, prompt = worst_prompt(tokenizer, sft.unwrap(model).config, args)
+    template = gen_cot.load_template(args)
+    record, prompt = sft.worst_prompt(template, tokenizer, sft.unwrap(model).config, args)
     # `eos_token_id` is None after this. No token equals that in `rollout`, `segment_masks`, `score_groups`:
     # completions run to their limit.
     tokenizer.eos_token = None
@@ -758,16 +786,6 @@ def probe(model, tokenizer, args):
     _, metrics = update(model, tokenizer, optimizer, encoded, judge, args.lr, args)
     sft.print_phases(metrics)
     return metrics
-
-
-def worst_prompt(tokenizer, config, args, words=300):
-    """(record, Prompt) of a clip with as many visual tokens as these settings allow, and a long question."""
-    rows, factor = math.gcd(args.max_pixels, 8), gen_cot.FACTOR  # rows of blocks; max_pixels counts blocks
-    shape = args.num_frames, rows * factor, args.max_pixels // rows * factor, 3
-    pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    record = dict(problem="the " * words, problem_type="free-form", solution="the", options=[])
-    text = gen_cot.build_prompt(record, gen_cot.load_template(args))
-    return record, sft.encode_prompt(text, pixels, 2.0, tokenizer, config)
 
 
 # --- what is logged and shown -------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ S2. A batch's loss is the mean over all its completion tokens, however it is spl
 S3. `--process-agnostic` (Table 2) removes the observation block from the target; the prompt stays the same.
 """
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -30,11 +31,13 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -52,12 +55,13 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 
-from gen_cot import (MODELS, Flags, MediaError, build_prompt, load_template, move_aside, parse_args,
-                     read_ahead, run_script, select_records)
-from rewards import UserError, json_line, open_append, parse_trace, read_jsonl, write_jsonl
+from gen_cot import (FACTOR, MODELS, Flags, MediaError, build_prompt, hold_out, load_template, lock,
+                     move_aside, parse_args, read_ahead, run_script, select_records)
+from rewards import (UserError, digest, json_line, open_append, parse_trace, question_text, read_jsonl,
+                     write_jsonl, write_text)
 
 TINY = dict(data="runs/tiny/gen_cot/cot.jsonl", media_root="data/toy", lr=2e-3, lora_rank=32, micro_batch=16,
-            max_pixels=4, checkpointing=False)
+            max_pixels=4, checkpointing=False, held_out=0.05)
 
 
 @dataclass
@@ -65,6 +69,7 @@ class ModelFlags(Flags):
     """What all stages have that load a model."""
     device: Literal["cuda", "cpu"] = "cuda"  # cpu: run there, even a large model
     no_4bit: bool = False  # keep the base in 16 bits (big cards)
+    held_out: float = 0.02  # share of the media that are never trained on, by a hash of their paths (paper: 0)
 
 
 @dataclass
@@ -74,6 +79,7 @@ class TrainingFlags(ModelFlags):
     lr: float = 1e-4  # peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)
     max_grad_norm: float = 5.0  # clip gradients to this norm (Video-R1: 5)
     checkpointing: bool = True  # of activations, to save memory
+    max_prompt_tokens: int | None = None  # leave longer prompts out (default: 300 words and the visual tokens)
     save_every: int = 20  # steps between two checkpoints
     resume: bool = False  # go on from a stopped run's last checkpoint, if there is one
 
@@ -96,10 +102,11 @@ def get_args():
 
 def main(args):
     setup_process(args)
+    if is_first():
+        lock(args.output)
     if is_finished(args):
         return
-    with process().main_process_first():  # which may prepare the toy data
-        records = select_records(args)
+    records = select_records(args)
     for record in records:
         target_text(record, args.process_agnostic)  # an error here, not in mid-run
     model, tokenizer = load_model(args.base, None, not args.no_4bit, args.lora_rank)
@@ -107,25 +114,28 @@ def main(args):
 
 
 def train(model, tokenizer, records, args):
-    """SFT over the records, `--epochs` times; writes metrics.jsonl, curves.png and the adapter."""
+    """SFT over the records, `--epochs` times; writes run.json, metrics.jsonl, curves.png and the adapter."""
+    _, records = hold_out(records, args.held_out)
+    run = describe_run("process-agnostic SFT" if args.process_agnostic else "SFT", records, args)
     # each epoch in an order of its own
     template, optimizer, order = load_template(args), setup_training(model, args), []
+    limit = prompt_limit(records, template, tokenizer, unwrap(model).config, args)
     for epoch in range(args.epochs):
         order += random.Random(args.seed + epoch).sample(records, len(records))
-    steps, start = math.ceil(len(order) / args.batch_size), load_checkpoint(model, optimizer, args)
+    steps, start = math.ceil(len(order) / args.batch_size), load_checkpoint(model, optimizer, run, args)
     media = read_ahead(shard(order[start * args.batch_size:], args.batch_size), args)
     with open_log(args.output / "metrics.jsonl", start) as log:
         for step in resumable("SFT", start, steps, model, optimizer, args):
             # take a batch: its media were decoded while the last step ran
             size = min(args.batch_size, len(order) - step * args.batch_size)
-            encoded, media_log = encode_batch(media, size, template, tokenizer, unwrap(model).config)
+            encoded, media_log = encode_batch(media, size, template, tokenizer, unwrap(model).config, limit)
             row = {"step": step, "lr": cosine_lr(step, steps, args.lr)} | media_log
             # learn, unless all ranks together have skipped all of it
             if row["skipped_media"] < size:
                 with measured("step", row):
                     row |= sft_step(model, tokenizer, optimizer, encoded, row["lr"], args)
             log_row(log, row)
-    finish(model, {"loss": ["loss"], "gradient norm": ["grad_norm"]}, args.output)
+    finish(model, {"loss": ["loss"], "gradient norm": ["grad_norm"]}, run, args.output)
 
 
 def sft_step(model, tokenizer, optimizer, encoded, lr, args):
@@ -229,6 +239,9 @@ def load_base(base, four_bit=True):
                if isinstance(module, torch.nn.Linear)}
     in_place = {name: four_bit and "language_model.layers" in name for name in linears}
     assert linears == in_place, f"4-bit layers belong into {base}'s language model, and nowhere else"
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}  # also of 4-bit layers' arithmetic
+    dtypes |= {module.compute_dtype for module in model.modules() if hasattr(module, "compute_dtype")}
+    assert dtypes == {dtype}, f"{base} computes in {dtypes}, and this device in {dtype}: take the base in 16 bits"
     print(f"{base}: {sum(linears.values())} linear layers in 4 bits, "
           f"{len(linears) - sum(linears.values())} not quantised, on {device}.")
     return model.requires_grad_(False), AutoTokenizer.from_pretrained(base)
@@ -253,7 +266,9 @@ def add_adapter(model, adapter=None, lora_rank=64, trainable=True):
         assert load_peft_weights(str(adapter), "cpu").keys() == expected, f"{adapter} is of another model"
         changes = [p.any() for name, p in model.named_parameters() if "lora_B" in name]
         assert all(changes), f"{adapter} changes nothing: it is of another model, or learnt nothing"
-        assert not model.peft_config["policy"].lora_dropout, f"{adapter} has dropout: two passes would differ"
+        config = model.peft_config["policy"]
+        plain = not (config.lora_dropout or config.use_dora or config.lora_bias) and config.bias == "none"
+        assert plain, f"{adapter} has dropout, DoRA or biases, which `pagrpo.merged` would decode without"
         check_finite(model)
     model.requires_grad_(False)
     model.set_requires_grad("policy", trainable)  # its weights are float32, which is peft's default
@@ -356,8 +371,8 @@ def rope_positions(input_ids, grid_thw, second_per_grid, config):
         if visual[i]:
             (t, h, w), seconds = next(media)
             h, w = h // vision.spatial_merge_size, w // vision.spatial_merge_size
-            times = (torch.arange(t, dtype=torch.float64)
-                     * (vision.tokens_per_second * seconds)).floor().long()
+            times = torch.arange(t, dtype=torch.float64) * (vision.tokens_per_second * seconds)
+            times = (times + 1e-6).floor().long()  # 93 · 16/16 comes out of floats as 92.999…
             block = torch.stack(torch.meshgrid(times, torch.arange(h), torch.arange(w),
                                                indexing="ij")).flatten(1)
         else:
@@ -469,6 +484,7 @@ def shard_size(batch_size):
 # --- what the two trainers have in common -------------------------------------------------------------------
 
 WARMUP, WEIGHT_DECAY = 0.03, 0.01  # share of the steps with linear warm-up; of AdamW (Video-R1's)
+WORST_WORDS = 300  # of the longest question that is planned for
 
 
 def setup_process(args):
@@ -530,33 +546,121 @@ def optimiser_step(model, optimizer, lr, clip, loss=0.0):
     return {"grad_norm": norm, "skipped_steps": group["skipped_steps"]}
 
 
-def encode_batch(media, size, template, tokenizer, config):
-    """This rank's share of a batch of so many records, from its pairs of `read_ahead`. What can't be read is
-    left out, never replaced.
+def prompt_limit(records, template, tokenizer, config, args):
+    """The most tokens that a prompt may have. Says how many questions are too long for it."""
+    _, worst = worst_prompt(template, tokenizer, config, args)
+    limit = args.max_prompt_tokens or len(worst.input_ids)
+    room = limit - len(worst.input_ids) + WORST_WORDS  # for the question
+    texts = filter(lambda text: len(text) > room, map(question_text, records))
+    long = sum(len(token_ids(text, tokenizer)) > room for text in texts)
+    if long:
+        print(f"{long} of {len(records)} questions are over {room} tokens: those of clips are left out.")
+    return limit
+
+
+def worst_prompt(template, tokenizer, config, args):
+    """(record, Prompt) of a clip with as many visual tokens as these settings allow, and a long question."""
+    rows = math.gcd(args.max_pixels, 8)  # rows of blocks; max_pixels counts blocks
+    shape = args.num_frames, rows * FACTOR, args.max_pixels // rows * FACTOR, 3
+    pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    record = dict(problem="the " * WORST_WORDS, problem_type="free-form", solution="the", options=[])
+    return record, encode_prompt(build_prompt(record, template), pixels, 2.0, tokenizer, config)
+
+
+def encode_medium(record, medium, text, tokenizer, config, limit=None):
+    """The Prompt of a text with its medium: (frames, fps), or None without one. A MediaError stays one, and a
+    prompt over `limit` tokens becomes one."""
+    if isinstance(medium, MediaError):
+        return medium
+    prompt = encode_text(text, tokenizer) if medium is None else encode_prompt(text, *medium, tokenizer, config)
+    if limit and len(prompt.input_ids) > limit:
+        return MediaError(f"{record['media']}: its prompt of {len(prompt.input_ids)} tokens is over {limit}.")
+    return prompt
+
+
+def encode_batch(media, size, template, tokenizer, config, limit=None):
+    """This rank's share of a batch of so many records, from its pairs of `read_ahead`. What can't be read or
+    is over `limit` tokens is left out, never replaced.
 
     Returns (pairs, log): list of (record, Prompt), and a dict with `sec/media`, the seconds that this took,
     waiting for media included, and `skipped_media` of all ranks.
     """
     since, share, encoded = time.time(), shard_size(size), []
-    for record, medium in islice(media, share):  # a medium is (frames, fps)
-        if isinstance(medium, MediaError):
-            tqdm.write(f"skipped: {medium}", file=sys.stderr)  # stdout is rank 0's alone
+    for record, medium in islice(media, share):
+        prompt = encode_medium(record, medium, build_prompt(record, template), tokenizer, config, limit)
+        if isinstance(prompt, MediaError):
+            tqdm.write(f"skipped: {prompt}", file=sys.stderr)  # stdout is rank 0's alone
         else:
-            text = build_prompt(record, template)
-            encoded.append((record, encode_prompt(text, *medium, tokenizer, config)))
+            encoded.append((record, prompt))
     lost = sum(gather_object([share - len(encoded)]))  # which joins the lists of all ranks
     return encoded, {"sec/media": time.time() - since, "skipped_media": lost}
 
 
 # === keeping a run alive: skip on a first reading ===========================================================
 
+def describe_run(name, records, args, adapter=None):
+    """What a run is, wherever it lies: what run.json next to its adapter says. `adapter` is the folder that
+    it starts from."""
+    data = hashlib.sha256()
+    for record in records:
+        data.update(json_line({k: v for k, v in record.items() if k != "media"}).encode())
+    flags = json.loads(json.dumps(vars(args), default=str))
+    commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
+    return dict(name=name, steps=0, base=base_digest(args.base), adapter=weights_digest(adapter or ""),
+                data=data.hexdigest(), records=len(records), loss_average=flags.get("loss_average"),
+                flags=flags, earlier_flags=[], commit=commit.stdout.decode().strip(),
+                versions={name: version(name) for name in ("torch", "transformers", "peft", "av")})
+
+
+def read_run(folder):
+    """What run.json says of a folder's run; only its name, which is then the folder's, without one."""
+    path = Path(folder, "run.json")
+    return json.loads(path.read_text()) if path.exists() else {"name": str(folder)}
+
+
+def weights_digest(folder):
+    """The SHA-256 of an adapter's weights; None where there is none."""
+    path = Path(folder, "adapter_model.safetensors")
+    if path.exists():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def base_digest(base):
+    """Of a local base the hash of its weights files' names, sizes and sixteen blocks of 64 KiB, evenly spaced;
+    an id of the hub as it is."""
+    parts = []
+    for path in sorted(Path(base).glob("*.safetensors")):
+        content = np.memmap(path, mode="r")
+        starts = np.linspace(0, max(0, len(content) - 2**16), 16, dtype=int)
+        parts += [path.name, len(content), *(content[i:i + 2**16].tobytes() for i in starts)]
+    return digest(parts) if parts else base
+
+
 def is_finished(args):
     """Whether --resume has nothing left to do, as the output holds a finished run."""
     finished = (args.output / "adapter_model.safetensors").exists()
     if args.resume and finished and not (args.output / "checkpoint.pt").exists():
-        print(f"{args.output} holds a finished run: nothing to do.")
+        steps = read_run(args.output).get("steps", "all")
+        print(f"{args.output} holds a finished run of {steps} steps: nothing to do. A longer one begins anew, "
+              "without --resume.")
         return True
     return False
+
+
+def check_resume(run, old):
+    """Whether a run that `old` describes can go on as `run`, which gets the flags that it had before. Raises
+    UserError where it would become another run."""
+    for key, what in dict(base="base", adapter="adapter to start from", data="data", name="algorithm",
+                          loss_average="--loss-average").items():
+        if old.get(key) != run[key]:
+            raise UserError(f"The run was begun with another {what} ({old.get(key)}, now {run[key]}): begin a "
+                            "new one with another --output, or give it back what it had.")
+    changed = [f"{flag}: {old['flags'].get(flag)}, now {value}" for flag, value in run["flags"].items()
+               if flag != "resume" and old["flags"].get(flag) != value]
+    run["earlier_flags"] = old["earlier_flags"] + [old["flags"]] * bool(changed)
+    if changed:
+        print("Flags that differ from before: " + "; ".join(changed))
 
 
 def save_checkpoint(step, model, optimizer, folder):
@@ -570,23 +674,25 @@ def save_checkpoint(step, model, optimizer, folder):
         os.replace(folder / "checkpoint.new", folder / "checkpoint.pt")
 
 
-def load_checkpoint(model, optimizer, args):
+def load_checkpoint(model, optimizer, run, args):
     """The step to go on with, weights and AdamW's moments being put back; 0 for a run that begins. Without
-    --resume that moves an earlier one aside."""
+    --resume that moves an earlier one aside. Writes run.json."""
     path = args.output / "checkpoint.pt"
     if args.resume and path.exists():
+        check_resume(run, read_run(args.output))
         state = torch.load(path, map_location="cpu", weights_only=True)
         with torch.no_grad():
             for parameter, weight in zip(trainable_parameters(model), state["weights"], strict=True):
                 assert parameter.shape == weight.shape, f"{path} is of another --lora-rank"
                 parameter.copy_(weight)
         optimizer.load_state_dict(state["optimizer"])
-        print(f"Going on from step {state['step']}.")
-        return state["step"]
-    if is_first() and not args.resume and args.output.exists() and any(args.output.iterdir()):
+        run["steps"] = state["step"]
+        print(f"Going on from step {run['steps']}.")
+    elif is_first() and not args.resume and args.output.exists() and any(args.output.iterdir()):
         move_aside(args.output)
-    args.output.mkdir(parents=True, exist_ok=True)
-    return 0
+    if is_first():
+        write_text(args.output / "run.json", json.dumps(run, indent=1))
+    return run["steps"]
 
 
 def resumable(name, start, steps, model, optimizer, args):
@@ -640,14 +746,15 @@ def log_row(file, row):
     file.write(json_line(row))
 
 
-def finish(model, curves, folder):
-    """What a run leaves: the adapter, metrics.jsonl and curves.png, but no checkpoint. Raises UserError where
-    no step has learnt anything."""
+def finish(model, curves, run, folder):
+    """What a run leaves: the adapter, run.json, metrics.jsonl and curves.png, but no checkpoint. Raises
+    UserError where no step has learnt anything."""
     if is_first():
         rows = read_jsonl(folder / "metrics.jsonl")
         if not any("loss" in row for row in rows):
             raise UserError("Nothing was learnt in any step: see above.")
         save_adapter(model, folder)
+        write_text(folder / "run.json", json.dumps(run | {"steps": len(rows)}, indent=1))
         plot_curves(rows, curves, folder)
         # what a kill left of `save_adapter` and `save_checkpoint`, and at the end checkpoint.pt
         for path in sorted(folder.glob("checkpoint*")):

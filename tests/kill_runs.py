@@ -95,7 +95,7 @@ def kill_once(command, whole, number, seed):
         codes.append(start(command, output).wait())
     finished = codes[-1] == 0 and (output / "adapter_model.safetensors").exists()
     weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (output, whole) if finished]
-    files = names(output) == names(whole) and names(output.parent) == ["run", "run.txt"]
+    files = names(output) == names(whole) and names(output.parent) == [".run.lock", "run", "run.txt"]
     good = (late, finished, finished and weights[0] == weights[1], log(output) == log(whole), files, not left,
             ended, seconds)
     if not all(good[1:-1]):
@@ -106,7 +106,9 @@ def kill_once(command, whole, number, seed):
 
 def good_end(text, code, number):
     """Whether a run that got this signal saved, said how it goes on, and ended; or was so far that it could
-    finish. Before its loop has begun there is nothing to save."""
+    finish. Before its loop has begun there is nothing to save, and behind its last words nothing to do."""
+    if code == -number and re.search(r"curves\.png in \S+\n\Z", text):
+        return True
     if not re.search("SFT:|PA-GRPO:", text) and (code == -number or text.endswith("Stopped.\n")):
         return True
     stopped = re.search(r"Stopped\. .* holds a checkpoint: go on with `python .* --resume`\.\n$", text)

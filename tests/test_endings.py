@@ -33,9 +33,9 @@ import sft
 from conftest import ROOT
 from rewards import UserError
 
-SFT = "sft.py --batch-size 2 --lr 2e-3"
+SFT = "sft.py --batch-size 2 --lr 2e-3 --held-out 0"
 RL = ("pagrpo.py --adapter none --updates 4 --prompts-per-update 2 --num-generations 4 --lr 1e-2 "
-      "--max-completion-tokens 16")
+      "--max-completion-tokens 16 --held-out 0")
 COMMANDS = {"sft": SFT, "pagrpo": RL, "mu2": RL + " --num-iterations 2"}
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has its children ignore it
@@ -68,7 +68,7 @@ def run_words(words):
 
 def left_by(folder):
     """A finished run's adapter in bytes, and its logs without timings. It leaves nothing else."""
-    names, rollouts = {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl"}, "rollouts.jsonl"
+    names, rollouts = {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "run.json"}, "rollouts.jsonl"
     assert {file.name for file in folder.iterdir()} - {rollouts} == names
     rows = gen_cot.read_json(folder / "metrics.jsonl")
     if (folder / rollouts).exists():  # of pagrpo.py
@@ -236,7 +236,7 @@ ADAMW = torch.optim.AdamW  # before `step` its weights are those of the last upd
     ("mu2", 3, [(ADAMW, "zero_grad", 5, terminate)]),  # between the third one's two steps of AdamW
     # an error before AdamW's step: the updates until then are saved
     ("sft", 3, [(sft, "sft_loss", 4, fail)]),
-    ("pagrpo", 3, [(pagrpo, "score_groups", 5, fail)]),  # the first is of the fixed prompts
+    ("pagrpo", 3, [(pagrpo, "score_groups", 4, fail)]),
     ("pagrpo", 3, [(pagrpo, "token_logprobs", 13, fail)]),  # while `ref` is active: two groups, two passes each
     ("mu2", 3, [(pagrpo, "pa_grpo_loss", 13, fail)]),  # two groups, two steps: four calls an update
     # an error in it or after it: which weights has it changed? The last checkpoint stays
@@ -307,7 +307,7 @@ def test_a_second_signal_ends_a_run_at_once(toy_records, tmp_path, capsys, whole
 
 
 @pytest.mark.parametrize("first, left", [
-    (True, ["checkpoint.pt", "metrics.jsonl"]), (False, ["metrics.jsonl"])])
+    (True, ["checkpoint.pt", "metrics.jsonl", "run.json"]), (False, ["metrics.jsonl", "run.json"])])
 def test_the_first_process_saves_and_waits_for_nobody(toy_records, tmp_path, monkeypatch, first, left):
     """The others may be gone."""
     def alone(*args):
@@ -346,7 +346,7 @@ def test_resume_of_a_finished_run_changes_nothing(toy_records, tmp_path, capsys)
     run(SFT, tmp_path / "sft", toy_records, "--resume")  # as in a loop, where it is there from the start
     before = contents(tmp_path / "sft")
     run(SFT, tmp_path / "sft", toy_records, "--resume")
-    assert "holds a finished run: nothing to do" in capsys.readouterr().out
+    assert "holds a finished run of" in capsys.readouterr().out
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     code, said = start(SFT + " --resume", tmp_path / "sft", toy_records, program=two)
     assert code == 0 and said.count("nothing to do") == 1 and "Traceback" not in said, said
@@ -362,7 +362,7 @@ def test_what_is_killed_behind_its_last_update_is_not_trained_again(
     glob = Path.glob
     monkeypatch.setattr(Path, "glob", lambda path, pattern: sorted(glob(path, pattern), reverse=True))
 
-    def killed(model, curves, folder):
+    def killed(model, curves, run, folder):
         (folder / "checkpoint.new").write_bytes(b"torn")
         before_call(patch, owner, name, n, fail)
 
@@ -395,10 +395,10 @@ def test_a_start_that_fails_moves_nothing_aside(toy_records, tmp_path, monkeypat
     monkeypatch.setattr(rewards, "RETRIES", 1)
     (tmp_path / "rl").mkdir()
     (tmp_path / "rl/adapter_model.safetensors").write_text("an old run")
-    before = contents(tmp_path)
+    before = contents(tmp_path / "rl")
     with pytest.raises((SystemExit, OSError)):
         run(RL, tmp_path / "rl", toy_records, mistake)
-    assert contents(tmp_path) == before
+    assert contents(tmp_path / "rl") == before and {p.name for p in tmp_path.iterdir()} <= {"rl", ".rl.lock"}
 
 
 def test_what_was_killed_before_its_first_checkpoint_begins_again_in_its_folder(toy_records, tmp_path, whole):
@@ -406,7 +406,7 @@ def test_what_was_killed_before_its_first_checkpoint_begins_again_in_its_folder(
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft/metrics.jsonl").write_text('{"step": 0, "loss": 9.0}\n{"step"')
     run(SFT, tmp_path / "sft", toy_records, "--resume")
-    assert left_by(tmp_path / "sft") == whole["sft"] and os.listdir(tmp_path) == ["sft"]
+    assert left_by(tmp_path / "sft") == whole["sft"] and sorted(os.listdir(tmp_path)) == [".sft.lock", "sft"]
 
 
 @pytest.mark.parametrize("name, n, room, step", [
@@ -469,7 +469,7 @@ def test_the_other_scripts_end_in_a_sentence(toy_records, tmp_path, monkeypatch,
     output = tmp_path / "out" / ("cot.jsonl" if "gen_cot" in command else "")
     with pytest.raises(UserError, match="^Stopped.$"):
         run(command.replace("TRACES", str(tmp_path / "traces.jsonl")), output, toy_records)
-    left = [path.name for path in tmp_path.glob("out/*")]
+    left = [path.name for path in tmp_path.glob("out/[!.]*")]
     assert left == ["completions-none.jsonl"] * command.startswith("evaluate")
 
 

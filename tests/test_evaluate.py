@@ -253,7 +253,7 @@ def test_perception_is_told_where_a_judge_is_named_or_there_is_evidence(folder, 
     texts = [TRACE.format("A"), TRACE.format("A").replace(">o<", ">red<")]
     assert rescore(records, texts, *flags)["perception"] == perception
     line, = re.findall("^base .*", capsys.readouterr().out, re.MULTILINE)
-    assert line.split()[4] == shown
+    assert line.split()[2] == shown  # a single medium has no interval
 
 
 def test_what_has_no_verdict_is_told_below_its_row(capsys):
@@ -286,30 +286,31 @@ def test_intervals_are_the_binomial_ones_and_wider_where_questions_share_a_mediu
     assert value == 0.5 and apart == pytest.approx(1.96 * math.sqrt(0.25 / 400), rel=0.1)
     together = evaluate.interval(evaluate.pooled, columns["together"])[1]  # a clip is all right or all wrong
     assert together == pytest.approx(1.96 * math.sqrt(0.25 / 20), rel=0.15)
-    assert evaluate.interval(evaluate.pooled, columns["mixed"]) == (0.5, 0)  # each clip half right
+    assert evaluate.interval(evaluate.pooled, columns["mixed"]) == (0.5, pytest.approx(math.nan, nan_ok=True))  # each half right
 
 
-@pytest.mark.parametrize("both, only_a, only_b, p", [
-    (2, 0, 0, "1"), (3, 1, 5, "0.219"), (1, 0, 5, "0.0625"), (0, 3, 3, "1"), (0, 10, 1, "0.0117")])
-def test_a_comparison_is_paired_with_the_exact_test(folder, capsys, both, only_a, only_b, p):
-    """By hand: twice the tail of the binomial, such as 2 (1 + 6) / 2^6 = 0.219 for one against five."""
-    pairs = [("A", "A")] * both + [("A", "B")] * only_a + [("B", "A")] * only_b + [("B", "C")]
+@pytest.mark.parametrize("both, only_a, only_b, per_clip, low, high", [
+    (4, 0, 0, 1, 1, 1), (3, 3, 3, 1, 0.9, 1), (0, 0, 10, 1, 0.001, 0.001), (20, 5, 15, 1, 0.01, 0.05),
+    (20, 5, 15, 5, 0.3, 0.9)])  # the same answers about eight clips say much less
+def test_a_comparison_is_paired_and_its_p_counts_media(folder, capsys, both, only_a, only_b, per_clip, low, high):
+    pairs = [("A", "A")] * both + [("A", "B")] * only_a + [("B", "A")] * only_b
     for side in (0, 1):
-        rows = [answered(question(i=i), TRACE.format(pair[side])) for i, pair in enumerate(pairs)]
+        rows = [answered(question(i=i, path=f"{i // per_clip}.mp4"), TRACE.format(pair[side]))
+                for i, pair in enumerate(pairs)]
         rows += [answered(question("12", i=99), TRACE.format(12 - 3 * side), "other.json")]
         rows += [answered(question(i=100 + side), TRACE.format("A"))]  # which the other one doesn't have
         write_jsonl(f"{side}.jsonl", rows[::1 - 2 * side])
     run("--compare", "0.jsonl", "1.jsonl")
+    said = capsys.readouterr().out
     other, mine = [[cell.strip() for cell in line.split("|")[1:-1]]
-                   for line in capsys.readouterr().out.splitlines() if ".json |" in line]
+                   for line in said.splitlines() if ".json |" in line]
     n = len(pairs)
-    right = [f"{100 * (both + only) / n:.1f}" for only in (only_a, only_b)]
-    assert mine[:4] == ["q.json", str(n), *right]
-    assert mine[5:] == [str(only_a), str(only_b), p]
-    gain, spread = map(float, mine[4].split(" ± "))
-    assert gain == pytest.approx(100 * (only_b - only_a) / n, abs=0.05)
-    assert (spread > 0) == (only_a + only_b > 0)
-    assert other[1:5] == ["1", "100.0", "75.0", "-25.0 ± 0.0"]
+    assert "1 questions are in A only, 1 in B only" in said
+    assert mine[:4] == ["q.json", str(n), *(f"{100 * (both + only) / n:.1f}" for only in (only_a, only_b))]
+    gain, _, spread = mine[4].partition(" ± ")
+    assert float(gain) == pytest.approx(100 * (only_b - only_a) / n, abs=0.05)
+    assert bool(spread) == (only_a > 0) and low <= float(mine[5]) <= high
+    assert other[1:] == ["1", "100.0", "75.0", "-", "-"]  # one medium tells nothing of others
 
 
 def test_a_comparison_is_by_the_benchmarks_own_metric(folder, capsys):
@@ -377,7 +378,7 @@ def test_only_the_completions_of_other_settings_are_moved_aside(folder):
     for path, row in zip(files.values(), rows):
         write_jsonl(path, [row])
     args = SimpleNamespace(observations=None, server=None)
-    evaluate.complete_all([], files, {"none": "1", "sft": "3"}, args)
+    evaluate.complete_all([], files, {}, {"none": "1", "sft": "3"}, args)
     assert sorted(os.listdir("out")) == ["completions-none.jsonl", "completions-sft.jsonl.1"]
 
 
@@ -438,7 +439,7 @@ def test_a_run_over_real_media_is_decoded_once_and_scored_again_without_a_model(
         i: row["completion"] for i, row in rows.items()}
     settings = json.loads(Path("out/results.json").read_text())["settings"]
     assert settings["num_frames"] == 32 and settings["scoring"] == "paper" and settings["no_4bit"] is True
-    assert set(settings["hashes"]) == {"none", "data"}
+    assert set(settings["completions"]) == {"none"} and settings["records"] == 13
     assert {"torch", "transformers"} <= set(settings["versions"]) and "commit" in settings
 
     monkeypatch.setattr(sft, "load_base", lambda *args: pytest.fail("a model was loaded"))
@@ -593,10 +594,18 @@ def test_a_benchmark_that_is_named_is_taken_in_place_of_the_toy(folder, capsys):
         run("--bench", "all", "--bench-root", "nowhere", "--rescore", "--output", "out")
 
 
-def test_adapters_in_folders_of_one_name_keep_a_row_each():
-    assert evaluate.row_names(["none", "runs/a/pagrpo", "runs/b/sft"]) == {
-        "none": ("none", "base"), "runs/a/pagrpo": ("pagrpo", "SFT + PA-GRPO"), "runs/b/sft": ("sft", "SFT")}
-    assert evaluate.row_names(["runs/a/pagrpo", "runs/b/pagrpo", "mine"]) == {
-        "runs/a/pagrpo": ("runs-a-pagrpo", "runs/a/pagrpo"),
-        "runs/b/pagrpo": ("runs-b-pagrpo", "runs/b/pagrpo"), "mine": ("mine", "mine")}
+def test_a_row_has_the_name_of_its_run_wherever_that_lies(tmp_path):
+    for folder, name in (("pagrpo", "SFT + GRPO"), ("mu2", "SFT + PA-GRPO"), ("b/mu2", "SFT + PA-GRPO")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "run.json").write_text(json.dumps(dict(name=name)))
+    one, two, three = (str(tmp_path / folder) for folder in ("pagrpo", "mu2", "b/mu2"))
+    assert evaluate.row_names(["none", one, two, "sft"]) == {
+        "none": ("none", "base"), one: ("pagrpo", "SFT + GRPO"), two: ("mu2", "SFT + PA-GRPO"),
+        "sft": ("sft", "sft")}  # without run.json the path
+    shared = list(evaluate.row_names([two, three]).values())
+    assert [name for _, name in shared] == [f"SFT + PA-GRPO ({two})", f"SFT + PA-GRPO ({three})"]
+    assert len({stem for stem, _ in shared}) == 2
+    (tmp_path / "run.json").write_text(json.dumps(dict(name="SFT + PA-GRPO")))
+    assert [name for _, name in evaluate.row_names([two, str(tmp_path)]).values()] == [
+        "SFT + PA-GRPO (mu2)", f"SFT + PA-GRPO ({tmp_path.name})"]
     assert list(evaluate.row_names(["openai:Qwen/Q-7B@http://h:1/v1"]).values()) == [("Q-7B", "Q-7B")]

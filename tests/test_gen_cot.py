@@ -21,7 +21,7 @@ from rewards import (PROBLEM_TYPES, UserError, correct_answer, gold_answer, make
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = dict(problem_id=7, problem="What falls?", data_type="video", problem_type="multiple choice",
-              options=["A. a cup", "B. a book"], solution="<answer>B</answer>", path="./STAR/a.mp4",
+              options=["A. a cup", "B. a book"], solution="<answer>B</answer>", path="STAR/a.mp4",
               data_source="STAR")
 
 

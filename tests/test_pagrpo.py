@@ -273,12 +273,17 @@ def act(model):
             weight.data.normal_(0, 0.05)
 
 
-def test_prompts_held_out_are_the_same_for_every_run_and_never_trained_on():
-    records = [dict(problem_id=i) for i in range(1000)]
-    fixed, rest = pagrpo.hold_out(records)
-    assert len(fixed) == pagrpo.FIXED and fixed == pagrpo.hold_out(records)[0]
-    assert sorted(r["problem_id"] for r in fixed + rest) == list(range(1000))
-    assert len(pagrpo.hold_out(records[:30])[0]) == 3 and pagrpo.hold_out(records[:5])[0] == []
+def test_media_held_out_are_the_same_everywhere_and_no_question_about_them_is_trained_on():
+    records = [dict(problem_id=i, path=f"{i // 2}.mp4") for i in range(4000)]
+    held, rest = gen_cot.hold_out(records, 0.05)
+    media = {r["path"] for r in held}
+    assert 75 < len(media) < 125 and not media & {r["path"] for r in rest}
+    assert sorted(r["problem_id"] for r in held + rest) == list(range(4000))
+    some = random.Random(0).sample(records, 900)  # another file about the same media
+    assert {r["path"] for r in gen_cot.hold_out(some, 0.05)[0]} == media & {r["path"] for r in some}
+    assert media > {r["path"] for r in gen_cot.hold_out(records, 0.02)[0]}
+    assert gen_cot.hold_out(records, 0) == ([], records)
+    assert len(gen_cot.hold_out(records[:20], 1e-9)[0]) == 2 and gen_cot.hold_out(records[:18], 1e-9)[0] == []
 
 
 def test_samples_follow_the_probabilities():

@@ -158,7 +158,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(clone, monkeypatch, capsy
     run_here(clone, monkeypatch, f"{command} --output runs/whole/{stage}")
     whole, errors = capsys.readouterr()
     assert set(re.findall(r"skipped: \S+", errors)) == {"skipped: data/toy/damaged.mp4"}
-    logs = {"metrics.jsonl"} | ({"rollouts.jsonl"} if stage == "pagrpo" else set())
+    logs = {"metrics.jsonl", "run.json"} | ({"rollouts.jsonl"} if stage == "pagrpo" else set())
     assert {file.name for file in (clone / "runs/whole" / stage).iterdir()} == logs | {
         "adapter_config.json", "adapter_model.safetensors", "curves.png"}
     calls, step = itertools.count(1), sft.optimiser_step
@@ -234,8 +234,6 @@ def test_an_update_in_which_the_judge_never_answered_is_not_taken(
     updates, weights, step = iter(answers), [], sft.optimiser_step
 
     def judge(records, observations):
-        if len(records) == pagrpo.FIXED:  # the look at them, before the first update
-            return [None for _ in records]
         verdict = True if next(updates) == "1" else None
         return [verdict if observation else False for observation in observations]
 
@@ -247,10 +245,11 @@ def test_an_update_in_which_the_judge_never_answered_is_not_taken(
     monkeypatch.setattr(gen_cot, "judge_from", lambda *args, **options: judge)
     monkeypatch.setattr(sft, "optimiser_step", kept)
     ends = "000" in taken
-    stopped = pytest.raises(UserError, match="three updates in a row and gave no verdict")
+    stopped = pytest.raises(UserError, match="no verdict in 3 updates in a row")
     with stopped if ends else contextlib.nullcontext():
         run_here(clone, monkeypatch, f"pagrpo.py --model tiny --updates {len(answers)} --prompts-per-update "
-                 f"4 --num-generations 4 --max-completion-tokens 64 --output runs/silent {flags}")
+                 f"4 --num-generations 4 --max-completion-tokens 64 --output runs/silent --held-out 0 "
+                 f"{flags}")
     rows = gen_cot.read_json(clone / "runs/silent/metrics.jsonl")
     assert "".join("01"["loss" in row] for row in rows) == taken[:3 if ends else None]
     assert len(weights) == taken.count("1") and all(row["judge_unknown"] for row in rows if "loss" not in row)

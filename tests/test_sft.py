@@ -78,11 +78,18 @@ def test_positions_equal_a_slow_loop_on_random_layouts():
         for _ in range(rng.randint(1, 4)):
             image = (rng.randint(1, 7), rng.randint(1, 7))
             video = (rng.choice([1, 2, 5, 8, 16]), rng.randint(1, 5), rng.randint(1, 5),
-                     rng.choice([1.0, 0.5, 2 / 24, rng.uniform(0.01, 3), rng.uniform(3, 400)]))
+                     rng.choice([1.0, 0.5, 1 / 16, rng.uniform(0.01, 3), rng.uniform(3, 400)]))
             parts += [rng.randint(0, 9), rng.choice([image, video, 3])]  # 0: two media without text between
         ids, grids, seconds, expected = lay_out(parts + [rng.randint(1, 9)], rate)
         got = sft.rope_positions(ids, torch.tensor(grids).reshape(-1, 3), seconds, config_with(rate))
         assert got.dtype == torch.int64 and torch.equal(got, expected), (rate, parts)
+
+
+def test_positions_are_exact_at_every_tenth_of_a_second():
+    """93.0 s in 16 frames: patch 4 starts at 4 · 11.625 s, that is 93 half seconds; floats make it 92.999…"""
+    for tenths in range(20, 3000):
+        got = positions([(8, 1, 1, 2 / (16 / (tenths / 10)))])[0].tolist()
+        assert got == [t * 2 * 2 * tenths // 160 for t in range(8)], tenths
 
 
 def library_positions(parts):
@@ -490,7 +497,8 @@ def settings(output=None, **changes):
     """What `train` and `sft_step` read of the command line."""
     defaults = dict(prompt_file=None, checkpointing=False, lr=1e-3, max_grad_norm=5.0, epochs=1, batch_size=4,
                     micro_batch=4, seed=0, output=output, process_agnostic=False, num_frames=16, max_pixels=4,
-                    workers=1, resume=False, save_every=100)
+                    workers=1, resume=False, save_every=100, held_out=0.02,
+                    max_prompt_tokens=None, base="data/toy/base")
     return SimpleNamespace(**(defaults | changes))
 
 

@@ -8,8 +8,9 @@ A clip is four or five moments of one second, H.264 in MP4 at 8 frames a second,
 moment a coloured figure (a shape or a sign) drifts over a noisy ground, and in some clips the light flashes
 for 0.4 seconds of one moment. A picture is a PNG of four figures in reading order. Every question needs a
 perception (what came when) and a reasoning step (count, compare, reverse, multiply, look up the option's
-letter). Each record carries `evidence`: the facts that an observation must state to be sufficient, so that
-`--judge rule` is exact.
+letter). Each record carries `evidence`: the facts that an observation must state to be sufficient. One that
+counts carries `counter_evidence`, too: that the counted thing comes at a moment where it does not, which an
+observation must not state. So `--judge rule` is exact.
 
 Files, all below data/toy: `cot.jsonl`, `rl.jsonl`, `test.jsonl` (records, disjoint by scene), `traces.jsonl`
 (a scripted teacher's raw traces for `cot.jsonl`; the field `flaw` says what was spoilt on purpose, and no
@@ -45,7 +46,7 @@ NUMBERS = ["no", "one", "two", "three", "four", "five"]
 FLASH = (0.5, 0.9)  # the part of its moment, in seconds, during which the light is on
 GLANCE, HASTY = 0.9, 0.2  # how often the teacher falls into its two habits
 FIELDS = ["problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "data_source",
-          "evidence"]
+          "evidence", "counter_evidence"]
 FLAWS = ["wrong answer", "broken template", "insufficient observation"]
 SPLITS = {"cot": 1400, "rl": 1600, "test": 500}  # questions, two per scene
 
@@ -155,10 +156,12 @@ def make_question(scene, rng):
     question, options, answer, reason, needed = made
     problem_type = {"after": "multiple choice", "most": "multiple choice", "flash": "multiple choice",
                     "count": "numerical", "change": "free-form", "points": "regression"}.get(kind, "OCR")
+    counter_evidence = [f"{ORDINALS[i]} {values[needed[0]]}" for i in range(len(values))
+                        if kind in ("count", "points") and i not in needed]
     return dict(problem=question, problem_type=problem_type, options=options,
                 solution=f"<answer>{answer}</answer>", evidence=[facts[i] for i in needed],
-                data_source=f"toy-{kind}", name=name, values=values, facts=facts, needed=list(needed),
-                reason=reason)
+                counter_evidence=counter_evidence, data_source=f"toy-{kind}", name=name, values=values,
+                facts=facts, needed=list(needed), reason=reason)
 
 
 def choose(right, name, rng):
