@@ -42,8 +42,8 @@ import gen_cot
 import sft
 from pagrpo import rollout
 from rewards import (NEGATION, RIGHT, ChatClient, UserError, answer_score, ask_judge, correct_answer, digest,
-                     fill_prompt, format_rewards, gold_answer, json_line, open_append, option_key, parse_trace,
-                     question_text, read_jsonl, rule_judge, to_number, without_units, write_text)
+                     fill_prompt, format_rewards, gold_answer, json_line, open_append, option_key,
+                     parse_trace, question_text, read_jsonl, rule_judge, to_number, without_units, write_text)
 
 TINY = dict(data="data/toy/test.jsonl", media_root="data/toy", max_pixels=4, max_completion_tokens=112,
             batch_size=50, held_out=0.05)
@@ -75,8 +75,9 @@ def get_args():
     args.adapters = [args.server] if args.server else list(args.adapters)
     if not args.adapters:
         default = [str(args.run_dir / stage) for stage in ("sft", "pagrpo")]
-        args.adapters = ["none", *(folder for folder in default if Path(folder, "adapter_config.json").exists())]
-        print(f"Models: {', '.join(args.adapters)} ({', '.join(default)} as far as they hold an adapter).")
+        there = [folder for folder in default if Path(folder, "adapter_config.json").exists()]
+        args.adapters = ["none", *there]
+        print(f"Adapters: {', '.join(args.adapters)}; looked for {' and '.join(default)}.")
     return args
 
 
@@ -535,15 +536,16 @@ def print_agreement(file, judge):
 
 
 def print_comparison(a, b, scoring):
-    """Two runs on the same questions, by file: the paper's metric, the difference with its interval, and twice
-    the share of the bootstrap's draws in which it has the other sign, p (E3)."""
+    """Two runs on the same questions, by file: the paper's metric, the difference with its interval, and p,
+    twice the share of the bootstrap's draws in which the difference has the other sign (E3)."""
     first = {key_of(row): score_row(row, scoring) for row in read_jsonl(a)}
     second = {key_of(row): score_row(row, scoring) for row in read_jsonl(b)}
     pairs = [(first[key], second[key]) for key in first if key in second]
     if not pairs:
         raise UserError(f"{a} and {b} have no question in common.")
-    print(f"A is {a}, B is {b}. {len(first) - len(pairs)} questions are in A only, {len(second) - len(pairs)} "
-          "in B only.\n\n| file | questions | A | B | B − A | p |\n|---|---|---|---|---|---|")
+    only_a, only_b = len(first) - len(pairs), len(second) - len(pairs)
+    print(f"A is {a}, B is {b}. {only_a} questions are in A only, {only_b} in B only.\n\n"
+          "| file | questions | A | B | B − A | p |\n|---|---|---|---|---|---|")
     for file in sorted({row["file"] for row, _ in pairs}):
         some = [(x, y) for x, y in pairs if x["file"] == file]
         bench, weights = bench_of(file), np.ones(len(some))

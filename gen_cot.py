@@ -132,7 +132,7 @@ def main(args):
     reasons, scores = verify(records, outputs, judge, args.threshold, args.scoring)
     kept = [kept_record(record, output, score, args.scoring)
             for record, output, reason, score in zip(records, outputs, reasons, scores) if reason is None]
-    print_yield(records, reasons, kept, args)
+    print_yield(records, reasons, args)
     print_stats("judge", judge)
     if not kept:
         raise UserError(f"None of the {len(records)} traces was kept, so {args.output} is not written.")
@@ -310,9 +310,9 @@ def kept_record(record, output, score, scoring):
                 process=f"<think>{trace.think}</think>", scoring=scoring)
 
 
-def print_yield(records, reasons, kept, args):
+def print_yield(records, reasons, args):
     """The paper's Table 3 for this run: questions, rejections by reason and what was kept, by problem and
-    data type, and the words per segment (Fig. 10); on screen, and in yield.json next to the output."""
+    data type; on screen, and in yield.json next to the output."""
     table = collections.defaultdict(collections.Counter)
     for record, reason in zip(records, reasons):
         for name in (f"{record['problem_type']}, {record['data_type']}", "all"):
@@ -321,11 +321,7 @@ def print_yield(records, reasons, kept, args):
     print("   problem type          " + "   ".join(columns))
     for name in sorted(table, key=lambda name: (name == "all", name)):
         print(f"   {name:<22}" + "".join(f"{table[name][c]:>{len(c) + 3}}" for c in columns))
-    traces, words = [parse_trace(row["output"]) for row in kept], {}
-    for part in ("observation", "think", "answer"):
-        words[part] = float(np.mean([len(getattr(trace, part).split()) for trace in traces] or [0]))
-    print("   words per kept trace: " + ", ".join(f"{part} {n:.1f}" for part, n in words.items()))
-    text = json.dumps(dict(scoring=args.scoring, table=table, words=words), indent=1)
+    text = json.dumps(dict(scoring=args.scoring, table=table), indent=1)
     write_text(args.output.with_name("yield.json"), text)
 
 
@@ -350,24 +346,17 @@ LOCKS = contextlib.ExitStack()  # of this run's outputs, until its end
 
 
 def run_script(main, get_args):
-    """A script from its command line on. Ctrl-C and SIGTERM end it in a sentence, which one rank says for
-    all. A terminal that lacks a character shows another."""
+    """A script from its command line on. Ctrl-C and SIGTERM end it in a sentence. A terminal that lacks a
+    character shows another."""
     for screen in (sys.stdout, sys.stderr):
         screen.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with contextlib.redirect_stderr(io.StringIO() if RANK else sys.stderr):  # tyro's box
-            args = get_args()
         with LOCKS:
-            main(args)
+            main(get_args())
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one doesn't wait for requests on their way
         raise UserError("Stopped.") from None
-    except UserError:
-        if RANK:  # time in which the launcher ends this rank, as the first one has most often failed, too
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)
-        raise
 
 
 def lock(path):
@@ -375,9 +364,9 @@ def lock(path):
     does so already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:  # a process may take it twice
-        LOCKS.enter_context(FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True).acquire(timeout=0))
+        LOCKS.enter_context(FileLock(path.with_name(f".{path.name}.lock"), 0, is_singleton=True))
     except Timeout:
-        raise UserError(f"Another run writes to {path}: wait for its end, or pass another --output.") from None
+        raise UserError(f"Another run writes to {path}: wait for it, or pass another --output.") from None
 
 
 def move_aside(path):
@@ -410,8 +399,8 @@ def print_stats(name, client):
 MAX_BAD = 0.05  # share of bad records that is left out; more says that something else is wrong with the file
 FOLDER_FPS = 3.0  # of a folder of frames whose record names no rate (TVQA's in MVBench)
 # fields by which others name a part of a clip: start, video_start, clip_start_time, …
-PART_FIELDS = {f"{what}{end}{unit}" for what in ("", "video_", "clip_", "segment_") for end in ("start", "end")
-               for unit in ("", "_time", "_sec", "_seconds", "_frame")} | {"timestamps", "time_range"}
+PART_FIELDS = set("start end start_time end_time start_sec end_sec start_frame end_frame video_start video_end "
+                  "clip_start clip_end segment_start segment_end timestamps time_range".split())
 PADDING = re.compile(r"([(（]?[A-Na-n][.:)）．：]\s*)?(nan)?")  # with its label or without
 # where the medium is: at either end of the question, or Qwen's own tokens
 PLACEHOLDER = re.compile(r"\A(\s*<(image|video)>)+|(<(image|video)>\s*)+\Z|"
@@ -464,7 +453,7 @@ def load_records(paths, media_root=None, left_out=(), lost_golds=False):
         fields = ", ".join(sorted(PART_FIELDS.intersection(parts[0])))
         print(f"{len(parts)} records name a part of their clip ({fields}), but the whole clip is used.")
     if rates:
-        print(f"{len(rates)} folders of frames have no fps or sample_fps: {FOLDER_FPS:g} frames per second assumed.")
+        print(f"{len(rates)} folders of frames have no fps or sample_fps: {FOLDER_FPS:g} per second are assumed.")
     return records
 
 
@@ -574,7 +563,7 @@ def select_records(args):
     example = strip_invisible(f", the first one {missing[0]['media']}") if missing else ""
     drawn = draw(kept, args.limit, args.seed)
     if not drawn:
-        raise UserError(f"No record has its medium below {args.media_root}{example}: pass --media-root (README).")
+        raise UserError(f"No record has its medium below {args.media_root}{example}: pass --media-root.")
     print(f"{len(drawn)} of {len(records)} records of {args.data}; {len(missing)} have no medium{example}")
     return drawn
 

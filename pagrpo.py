@@ -153,7 +153,7 @@ def get_args():
     args.prompts_per_rollout = args.prompts_per_rollout or args.prompts_per_update
     saved = args.run_dir / "sft"
     if not args.adapter and (saved / "checkpoint.pt").exists():
-        raise UserError(f"The SFT in {saved} isn't finished: go on with sft.py --resume, or pass --adapter none.")
+        raise UserError(f"{saved} isn't finished: go on with sft.py --resume, or pass --adapter none.")
     args.adapter = args.adapter or (str(saved) if (saved / "adapter_config.json").exists() else "none")
     return args
 
@@ -197,7 +197,7 @@ def train(model, tokenizer, records, judge, args):
     unanswered = 0  # updates in a row
     # A few of the prompts about held-out media are for the curves. All others are trained on, over and over.
     fixed = gen_cot.draw(fixed, FIXED, seed=0)
-    limit = sft.prompt_limit(records, template, tokenizer, config, args)
+    limit = args.max_prompt_tokens or len(sft.worst_prompt(template, tokenizer, config, args)[1].input_ids)
     fixed_media = gen_cot.read_ahead(sft.shard(fixed, len(fixed)), args)
     fixed, _ = sft.encode_batch(fixed_media, len(fixed), template, tokenizer, config, limit)
     print(f"{len(fixed)} prompts of held-out media for the curves" if fixed else
@@ -220,8 +220,9 @@ def train(model, tokenizer, records, judge, args):
                 row |= metrics
                 unanswered = 0 if "loss" in row else unanswered + 1  # without a loss nothing was learnt
                 if unanswered == min(3, args.updates):
+                    reply = next(filter(None, getattr(judge, "replies", [])), "none")
                     raise UserError(f"The judge gave no verdict in {unanswered} updates in a row. One of its "
-                                    f"replies: {next(filter(None, getattr(judge, 'replies', [])), None)!r:.300}.")
+                                    f"replies: {' '.join(reply.split()):.300}.")
                 if step % args.show_every == 0:
                     keep_groups(groups[:2], step, rollouts, tokenizer, args)
                 del groups  # frees their embeddings before the next batch makes its own
@@ -244,8 +245,8 @@ def tell_lost_processes(rows, args):
     for process in ("perception", "reasoning"):
         spread = {row.get(f"frac_reward_zero_std/{process}") for row in rows} - {None, 1.0}
         if not spread and process != args.without:
-            print(f"There was no gradient of {process} in any update: all rewards in every group were equal. If "
-                  f"rewards/{process}_accuracy is 0 or 1 throughout, its judge or metric always says no or yes.")
+            print(f"There was no gradient of {process} in any update: in every group its rewards were equal. "
+                  f"If rewards/{process}_accuracy is always 0 or always 1, look at its judge or metric.")
 
 
 def endless(records, seed, batch_size, step=0):
@@ -310,7 +311,7 @@ def update(model, tokenizer, optimizer, encoded, judge, lr, args):
             metrics |= update_policy(model, optimizer, groups, lr, args)
         flat = [not (g.perception_mask * g.perception_advantages[:, None]
                      + g.reasoning_mask * g.reasoning_advantages[:, None]).any() for g in groups]
-        metrics["frac_no_gradient"] = nan_mean(gather_object(flat))  # but for the KL term (the paper's Fig. 6c)
+        metrics["frac_no_gradient"] = nan_mean(gather_object(flat))  # but for the KL term (Fig. 6c)
     metrics["peak_gib"] = max(value for key, value in metrics.items() if key.startswith("gib/"))
     return groups, reward_metrics(gather_object([group.scores for group in groups])) | metrics
 

@@ -311,7 +311,8 @@ def read_verdict(reply):
     None where it says neither (R6)."""
     reply = reply.lower().rpartition("</think>")[2].partition("<think>")[0]
     said = re.findall(r"<judge?ment>(.*?)</judge?ment>", reply, re.DOTALL)
-    word = re.match(r"[\W_]*(yes|no)(?![a-z]|\s*(?:or\b|[/|<]))", said[-1]) if said else None  # no "Yes or No"
+    # its first word, but not that of "Yes or No"
+    word = re.match(r"[\W_]*(yes|no)(?![a-z]|\s*(?:or\b|[/|<]))", said[-1]) if said else None
     return word and word[1] == "yes"
 
 
@@ -354,7 +355,7 @@ def fill_prompt(template, **fields):
 LETTERS = list("ABCDEFGHIJKLMN")
 LABEL = r"[(（\[]?([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2})"  # of an option; one that is written in full-width signs, too
 BARE_LABEL = re.compile(r"""["“‘({【\s]*""" + LABEL + r"""["”’)}\]）】.,:;!、．：\s]*""")
-OPTION = re.compile(LABEL + r"(?:[)）\]、]|[.:．：](?!\d))\s*(.*)", re.DOTALL)  # "A. text", "(2) text", no "1.5 m"
+OPTION = re.compile(LABEL + r"(?:[)）\]、]|[.:．：](?!\d))\s*(.*)", re.DOTALL)  # "A. text", "(2) text", not "1.5"
 
 
 def read_labels(options):

@@ -57,8 +57,8 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Qwen2_5_
 
 from gen_cot import (FACTOR, MODELS, Flags, MediaError, build_prompt, hold_out, load_template, lock,
                      move_aside, parse_args, read_ahead, run_script, select_records)
-from rewards import (UserError, digest, json_line, open_append, parse_trace, question_text, read_jsonl,
-                     write_jsonl, write_text)
+from rewards import (UserError, digest, json_line, open_append, parse_trace, read_jsonl, write_jsonl,
+                     write_text)
 
 TINY = dict(data="runs/tiny/gen_cot/cot.jsonl", media_root="data/toy", lr=2e-3, lora_rank=32, micro_batch=16,
             max_pixels=4, checkpointing=False, held_out=0.05)
@@ -69,7 +69,7 @@ class ModelFlags(Flags):
     """What all stages have that load a model."""
     device: Literal["cuda", "cpu"] = "cuda"  # cpu: run there, even a large model
     no_4bit: bool = False  # keep the base in 16 bits (big cards)
-    held_out: float = 0.02  # share of the media that are never trained on, by a hash of their paths (paper: 0)
+    held_out: float = 0.02  # share of the media that is never trained on, by a hash of their paths (paper: 0)
 
 
 @dataclass
@@ -79,7 +79,7 @@ class TrainingFlags(ModelFlags):
     lr: float = 1e-4  # peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)
     max_grad_norm: float = 5.0  # clip gradients to this norm (Video-R1: 5)
     checkpointing: bool = True  # of activations, to save memory
-    max_prompt_tokens: int | None = None  # leave longer prompts out (default: 300 words and the visual tokens)
+    max_prompt_tokens: int | None = None  # longer prompts are left out (default: 300 words and the frames)
     save_every: int = 20  # steps between two checkpoints
     resume: bool = False  # go on from a stopped run's last checkpoint, if there is one
 
@@ -119,7 +119,8 @@ def train(model, tokenizer, records, args):
     run = describe_run("process-agnostic SFT" if args.process_agnostic else "SFT", records, args)
     # each epoch in an order of its own
     template, optimizer, order = load_template(args), setup_training(model, args), []
-    limit = prompt_limit(records, template, tokenizer, unwrap(model).config, args)
+    config = unwrap(model).config
+    limit = args.max_prompt_tokens or len(worst_prompt(template, tokenizer, config, args)[1].input_ids)
     for epoch in range(args.epochs):
         order += random.Random(args.seed + epoch).sample(records, len(records))
     steps, start = math.ceil(len(order) / args.batch_size), load_checkpoint(model, optimizer, run, args)
@@ -128,7 +129,7 @@ def train(model, tokenizer, records, args):
         for step in resumable("SFT", start, steps, model, optimizer, args):
             # take a batch: its media were decoded while the last step ran
             size = min(args.batch_size, len(order) - step * args.batch_size)
-            encoded, media_log = encode_batch(media, size, template, tokenizer, unwrap(model).config, limit)
+            encoded, media_log = encode_batch(media, size, template, tokenizer, config, limit)
             row = {"step": step, "lr": cosine_lr(step, steps, args.lr)} | media_log
             # learn, unless all ranks together have skipped all of it
             if row["skipped_media"] < size:
@@ -239,9 +240,9 @@ def load_base(base, four_bit=True):
                if isinstance(module, torch.nn.Linear)}
     in_place = {name: four_bit and "language_model.layers" in name for name in linears}
     assert linears == in_place, f"4-bit layers belong into {base}'s language model, and nowhere else"
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}  # also of 4-bit layers' arithmetic
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     dtypes |= {module.compute_dtype for module in model.modules() if hasattr(module, "compute_dtype")}
-    assert dtypes == {dtype}, f"{base} computes in {dtypes}, and this device in {dtype}: take the base in 16 bits"
+    assert dtypes == {dtype}, f"{base} is in {dtypes}, this device wants {dtype}: take the base in 16 bits"
     print(f"{base}: {sum(linears.values())} linear layers in 4 bits, "
           f"{len(linears) - sum(linears.values())} not quantised, on {device}.")
     return model.requires_grad_(False), AutoTokenizer.from_pretrained(base)
@@ -484,7 +485,6 @@ def shard_size(batch_size):
 # --- what the two trainers have in common -------------------------------------------------------------------
 
 WARMUP, WEIGHT_DECAY = 0.03, 0.01  # share of the steps with linear warm-up; of AdamW (Video-R1's)
-WORST_WORDS = 300  # of the longest question that is planned for
 
 
 def setup_process(args):
@@ -546,24 +546,12 @@ def optimiser_step(model, optimizer, lr, clip, loss=0.0):
     return {"grad_norm": norm, "skipped_steps": group["skipped_steps"]}
 
 
-def prompt_limit(records, template, tokenizer, config, args):
-    """The most tokens that a prompt may have. Says how many questions are too long for it."""
-    _, worst = worst_prompt(template, tokenizer, config, args)
-    limit = args.max_prompt_tokens or len(worst.input_ids)
-    room = limit - len(worst.input_ids) + WORST_WORDS  # for the question
-    texts = filter(lambda text: len(text) > room, map(question_text, records))
-    long = sum(len(token_ids(text, tokenizer)) > room for text in texts)
-    if long:
-        print(f"{long} of {len(records)} questions are over {room} tokens: those of clips are left out.")
-    return limit
-
-
-def worst_prompt(template, tokenizer, config, args):
+def worst_prompt(template, tokenizer, config, args, words=300):
     """(record, Prompt) of a clip with as many visual tokens as these settings allow, and a long question."""
     rows = math.gcd(args.max_pixels, 8)  # rows of blocks; max_pixels counts blocks
     shape = args.num_frames, rows * FACTOR, args.max_pixels // rows * FACTOR, 3
     pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    record = dict(problem="the " * WORST_WORDS, problem_type="free-form", solution="the", options=[])
+    record = dict(problem="the " * words, problem_type="free-form", solution="the", options=[])
     return record, encode_prompt(build_prompt(record, template), pixels, 2.0, tokenizer, config)
 
 
@@ -572,7 +560,9 @@ def encode_medium(record, medium, text, tokenizer, config, limit=None):
     prompt over `limit` tokens becomes one."""
     if isinstance(medium, MediaError):
         return medium
-    prompt = encode_text(text, tokenizer) if medium is None else encode_prompt(text, *medium, tokenizer, config)
+    if medium is None:
+        return encode_text(text, tokenizer)
+    prompt = encode_prompt(text, *medium, tokenizer, config)
     if limit and len(prompt.input_ids) > limit:
         return MediaError(f"{record['media']}: its prompt of {len(prompt.input_ids)} tokens is over {limit}.")
     return prompt
@@ -627,8 +617,8 @@ def weights_digest(folder):
 
 
 def base_digest(base):
-    """Of a local base the hash of its weights files' names, sizes and sixteen blocks of 64 KiB, evenly spaced;
-    an id of the hub as it is."""
+    """Of a local base, the hash of its weights files' names, sizes and sixteen blocks of 64 KiB each, evenly
+    spaced; an id of the hub as it is."""
     parts = []
     for path in sorted(Path(base).glob("*.safetensors")):
         content = np.memmap(path, mode="r")
@@ -642,7 +632,7 @@ def is_finished(args):
     finished = (args.output / "adapter_model.safetensors").exists()
     if args.resume and finished and not (args.output / "checkpoint.pt").exists():
         steps = read_run(args.output).get("steps", "all")
-        print(f"{args.output} holds a finished run of {steps} steps: nothing to do. A longer one begins anew, "
+        print(f"{args.output} holds a finished run of {steps} steps: nothing to do. A longer one starts "
               "without --resume.")
         return True
     return False
@@ -654,8 +644,8 @@ def check_resume(run, old):
     for key, what in dict(base="base", adapter="adapter to start from", data="data", name="algorithm",
                           loss_average="--loss-average").items():
         if old.get(key) != run[key]:
-            raise UserError(f"The run was begun with another {what} ({old.get(key)}, now {run[key]}): begin a "
-                            "new one with another --output, or give it back what it had.")
+            raise UserError(f"The run was begun with another {what}, {old.get(key)!s:.30} (now {run[key]!s:.30}): "
+                            "give it back what it had, or pass another --output.")
     changed = [f"{flag}: {old['flags'].get(flag)}, now {value}" for flag, value in run["flags"].items()
                if flag != "resume" and old["flags"].get(flag) != value]
     run["earlier_flags"] = old["earlier_flags"] + [old["flags"]] * bool(changed)

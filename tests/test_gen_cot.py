@@ -381,7 +381,7 @@ def test_exactly_the_planted_flaws_are_rejected_each_for_its_reason(scripted, tm
     assert done.returncode == 0, done.stderr
     kept = load_records(tmp_path / "out" / "cot.jsonl")
     assert [r["problem_id"] for r in kept] == [i for i, flaw in planted.items() if flaw is None]
-    assert sorted(os.listdir(tmp_path / "out")) == ["cot.jsonl", "yield.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == [".cot.jsonl.lock", "cot.jsonl", "yield.json"]
     row, = [line.split() for line in done.stdout.splitlines() if line.split()[0] == "all"]
     counts = [list(planted.values()).count(reason) for reason in gen_cot.REASONS]
     assert row == ["all", "60", *map(str, counts), str(len(kept))]

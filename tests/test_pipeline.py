@@ -212,7 +212,7 @@ def test_a_judge_that_refuses_costs_no_update(clone, monkeypatch, capsys):
     with pytest.raises(UserError, match="The judge has had enough."):
         run_here(clone, monkeypatch, command)
     assert {file.name for file in (clone / "runs/refused").iterdir()} == {
-        "checkpoint.pt", "metrics.jsonl", "rollouts.jsonl"}
+        "checkpoint.pt", "metrics.jsonl", "rollouts.jsonl", "run.json"}
     run_here(clone, monkeypatch, command + " --resume")
     assert "Going on from step 2." in capsys.readouterr().out
     rows = gen_cot.read_json(clone / "runs/refused/metrics.jsonl")
