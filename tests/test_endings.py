@@ -68,7 +68,8 @@ def run_words(words):
 
 def left_by(folder):
     """A finished run's adapter in bytes, and its logs without timings. It leaves nothing else."""
-    names, rollouts = {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "run.json"}, "rollouts.jsonl"
+    names = {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "run.json"}
+    rollouts = "rollouts.jsonl"
     assert {file.name for file in folder.iterdir()} - {rollouts} == names
     rows = gen_cot.read_json(folder / "metrics.jsonl")
     if (folder / rollouts).exists():  # of pagrpo.py

@@ -106,7 +106,8 @@ def run_row(name, seed):
     row = dict(row=name, seed=seed) | scores_of(folder)
     if rl_flags is not None:
         metrics = read_jsonl(adapter / "metrics.jsonl")
-        row["groups without gradient"] = 100 * float(np.mean([m["frac_no_gradient"] for m in metrics]))
+        row["groups without gradient"] = 100 * float(np.mean([m["frac_no_gradient"] for m in metrics
+                                                                  if "loss" in m]))
         row["curve"] = [[m["step"], m["fixed/perception"], m["fixed/reasoning"]] for m in metrics
                         if "fixed/perception" in m]
         row["updates"] = len(metrics)
