@@ -248,10 +248,12 @@ def training_passes(model, tokenizer, repeats):
         return torch.autograd.grad(logprobs.mean(), weights)
 
     print(f"training: forward and backward, {prompt.embeds.shape[1]} wide, P = {P}; "
-          "token ratio is G (P + T) / (P + G T)")
-    for G, T in ((8, 64), (8, 128), (8, 256)):
+          "token ratio is G (P + T) / (P + completion tokens)")
+    for G, T, ragged in ((8, 64, False), (8, 128, False), (8, 256, False), (8, 256, True)):
         ids = torch.randint(0, 600, (G, T))
         mask = torch.ones_like(ids, dtype=torch.bool)
+        if ragged:  # lengths T/8, 2T/8 … T; naively all are padded to T
+            mask = torch.arange(T) < torch.arange(1, G + 1)[:, None] * T // G
 
         def ours():
             return gradient(pagrpo.token_logprobs(model, prompt, ids, mask))
@@ -261,8 +263,8 @@ def training_passes(model, tokenizer, repeats):
 
         s_ours, s_naive = in_turn([ours, naive], repeats)
         m_naive, m_ours = peak_mib(naive), peak_mib(ours)
-        ratio = G * (P + T) / (P + G * T)
-        print(f"   G = {G}, T = {T:<4} {s_ours:.2f} s against {s_naive:.2f} s: {s_naive / s_ours:.2f}x, "
+        ratio = G * (P + T) / (P + int(mask.sum()))
+        print(f"   G = {G}, T = {T:<4}{'ragged ' * ragged} {s_ours:.2f} s against {s_naive:.2f} s: {s_naive / s_ours:.2f}x, "
               f"{s_naive / s_ours / ratio:.0%} of the token ratio {ratio:.2f}; "
               f"peak memory {m_ours:.0f} against {m_naive:.0f} MiB: {m_ours / m_naive:.2f}x")
 
