@@ -462,14 +462,12 @@ def row_names(adapters):
     ends = [Path(adapter.partition("@http")[0]).name for adapter in adapters]  # of a server, its model
     names = ["base" if adapter == "none" else end if ":" in adapter else sft.read_run(adapter)["name"]
              for end, adapter in zip(ends, adapters)]
-    folders = [end if ends.count(end) == 1 else adapter for end, adapter in zip(ends, adapters)]
-    stems = [re.sub(r"[^\w.]+", "-", folder).strip("-") for folder in folders]
-    return dict(zip(adapters, zip(stems, tell_apart(names, folders))))
-
-
-def tell_apart(names, folders):
-    """The names; those that are not the only ones have their folder behind them."""
-    return [name if names.count(name) == 1 else f"{name} ({folder})" for name, folder in zip(names, folders)]
+    rows = {}
+    for adapter, end, name in zip(adapters, ends, names):
+        folder = end if ends.count(end) == 1 else adapter
+        stem = re.sub(r"[^\w.]+", "-", folder).strip("-")
+        rows[adapter] = stem, name if names.count(name) == 1 else f"{name} ({folder})"
+    return rows
 
 
 # === skip on a first reading ================================================================================
@@ -565,71 +563,69 @@ def print_comparison(a, b, scoring):
 
 def write_page(folder, judge, args):
     """Writes traces.html: every rollout and completion below the folder, with thumbnails, in one file."""
-    rollouts, samples = page_rollouts(folder), []
-    paths = sorted(folder.rglob("completions-*.jsonl"))
-    sets = [score_rows(read_jsonl(path), judge, args.scoring) for path in paths]
-    names = [rows[-1].get("model", path.stem) if rows else "" for path, rows in zip(paths, sets)]
-    for rows, name in zip(sets, tell_apart(names, [path.relative_to(folder) for path in paths])):
-        samples += [page_sample(row, name) for row in rows]
+    rollouts, samples = [], []
+    for path in sorted(folder.rglob("rollouts.jsonl")):
+        name = f"{sft.read_run(path.parent)['name']} ({path.parent.relative_to(folder)})"
+        rollouts += [page_rollout(row, name) for row in read_jsonl(path)]
+    for path in sorted(folder.rglob("completions-*.jsonl")):
+        rows = score_rows(read_jsonl(path), judge, args.scoring)
+        samples += [page_sample(row, path.relative_to(folder)) for row in rows]
     if not rollouts and not samples:
         raise UserError(f"There is no rollouts.jsonl and no completions-*.jsonl below {folder}.")
-    records = {record["path"]: record for record in [row["record"] for row in rollouts] + samples}
-    data = dict(rollouts=rollouts, samples=samples, media=page_media(records.values(), args))
-    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # in ASCII, and without any tag
+    media = page_media([row["record"] for row in rollouts] + samples, args)
+    data = dict(rollouts=rollouts, samples=samples, media=media)
+    # in ASCII, and without any tag; what can't be read is there as the MediaError's sentence
+    text = json.dumps(data, allow_nan=False, default=str).replace("<", "\\u003c")
     template = (Path(__file__).parent / "data/trace_page.html").read_text(encoding="utf-8")
     write_text(folder / "traces.html", template.replace("DATA", text))
     print(f"{len(rollouts)} groups of training and {len(samples)} evaluated completions: open "
           f"{folder / 'traces.html'} in a browser.")
 
 
-def page_rollouts(folder):
-    """The rows of every rollouts.jsonl with their `run`, the gold answer, and (mean, std) of each reward."""
-    rows = []
-    folders = [path.parent for path in sorted(folder.rglob("rollouts.jsonl"))]
-    names = [sft.read_run(folder)["name"] for folder in folders]
-    for path, name in zip(folders, tell_apart(names, [path.relative_to(folder) for path in folders])):
-        for row in read_jsonl(path / "rollouts.jsonl"):
-            row["run"], row["moments"] = name, {}
-            row["record"]["gold"] = gold_answer(row["record"]["solution"])
-            for key in ("perception", "reasoning", "reward"):
-                rewards = [completion["scores"][key] for completion in row["completions"]]
-                known = [reward for reward in rewards if reward is not None]
-                row["moments"][key] = len(known) > 1 and (statistics.mean(known), statistics.stdev(known))
-            rows.append(row)
-    return rows
+def page_rollout(row, name):
+    """A row of rollouts.jsonl with its `run`, the gold answer, and the `moments` of each reward: (mean, std),
+    or False where fewer than two are known."""
+    moments = {}
+    for key in ("perception", "reasoning", "reward"):
+        known = [c["scores"][key] for c in row["completions"] if c["scores"][key] is not None]
+        moments[key] = len(known) > 1 and (statistics.mean(known), statistics.stdev(known))
+    row["record"]["gold"] = gold_answer(row["record"]["solution"])
+    return row | dict(run=name, moments=moments)
 
 
-def page_sample(row, name):
+HUES = {"<observation>": "perception", "<think>": "reasoning", "<answer>": "answer"}
+
+
+def page_sample(row, path):
     """What the page tells of a scored completion; `pieces` are its text in parts, [text, colour] each."""
-    trace, pieces = parse_trace(row["completion"] or ""), []
+    text = row["completion"] or ""
+    trace = parse_trace(text)
     letter = settled_by_rule(trace.think or "", row["options"])  # None where there are no options
-    for piece in re.split("(?=<observation>|<think>|<answer>)", row["completion"] or ""):
-        hues = {"<observation": "perception", "<think": "reasoning", "<answer": "answer"}
-        pieces.append((piece, hues.get(piece.partition(">")[0], "")))
+    parts = re.split(f"(?={'|'.join(HUES)})", text)
     fields = ("file", "path", "data_type", "problem", "problem_type", "options", "score", "no_tag")
     return {field: row[field] for field in fields} | dict(
-        completions=name, gold=gold_answer(row["solution"]), right=row["score"] >= RIGHT, pieces=pieces,
+        completions=f"{row.get('model', '')} ({path})", gold=gold_answer(row["solution"]),
+        pieces=[(part, HUES.get(part.partition(">")[0] + ">", "")) for part in parts],
+        right=row["score"] >= RIGHT, unread=row["completion"] is None, truncated=bool(row.get("truncated")),
         perception=None if row["perception"] is None else row["perception"] >= RIGHT,
-        mismatch=bool(letter and trace.answer) and letter != option_key(trace.answer, row["options"]),
-        truncated=bool(row.get("truncated")), unread=row["completion"] is None)
+        mismatch=bool(letter and trace.answer) and letter != option_key(trace.answer, row["options"]))
 
 
 def page_media(records, args):
-    """{path: thumbnails, or a sentence on why there are none} of the records' media, each read once."""
-    todo = []
+    """{path: thumbnails, or the MediaError in their place} of the records' media, each read once."""
+    todo = {}
     for record in records:  # the toy's media are found without a flag
         files = [gen_cot.media_path(root, record["path"]) for root in (args.media_root, TINY["media_root"])]
-        todo.append(dict(record, media=next(filter(os.path.exists, files), files[0])))
-    found = tqdm(gen_cot.read_ahead(todo, args, thumbnails), "media", len(todo))
-    return {record["path"]: str(pictures) if isinstance(pictures, gen_cot.MediaError) else pictures
-            for record, pictures in found}
+        todo[record["path"]] = dict(record, media=next(filter(os.path.exists, files), files[0]))
+    found = tqdm(gen_cot.read_ahead(todo.values(), args, thumbnails), "media", len(todo))
+    return {record["path"]: pictures for record, pictures in found}
 
 
 def thumbnails(record, num_frames, max_pixels):
     """Up to eight frames of a medium, (data URI of a small JPEG, its time) each. Raises MediaError."""
     frames, fps = gen_cot.read_media(record, min(num_frames, 8), max_pixels)
-    side = 256 if fps is None else 112  # even of noise, 500 times eight are under 40 MB
-    pictures = gen_cot.stamped_jpegs(frames, fps, 60, side)
+    # of such sides, 500 times eight are under 40 MB even of noise
+    pictures = gen_cot.stamped_jpegs(frames, fps, quality=60, side=256 if fps is None else 112)
     return [(f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}", time) for time, jpeg in pictures]
 
 
