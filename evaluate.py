@@ -41,8 +41,8 @@ from tqdm import tqdm
 import gen_cot
 import sft
 from pagrpo import rollout
-from rewards import (NEGATION, RIGHT, ChatClient, UserError, answer_score, ask_judge, correct_answer, digest,
-                     fill_prompt, format_rewards, gold_answer, json_line, open_append, option_key,
+from rewards import (LETTERS, NEGATION, RIGHT, ChatClient, UserError, answer_score, ask_judge, correct_answer,
+                     digest, fill_prompt, format_rewards, gold_answer, json_line, open_append, option_key,
                      parse_trace, question_text, read_jsonl, rule_judge, to_number, without_units, write_text)
 
 TINY = dict(data="data/toy/test.jsonl", media_root="data/toy", max_pixels=4, max_completion_tokens=112,
@@ -348,23 +348,24 @@ def relative_accuracy(answer, gold, strict=False):
 
 
 def score_row(row, scoring):
-    """A row with its scores: `score`, `strict` (VSI in the paper's way), `no_tag`, `template`."""
+    """A row with its `trace` and its scores: `score`, `strict` (VSI in the paper's way), `no_tag`,
+    `template`."""
     text, kind, gold = row["completion"] or "", row["problem_type"], gold_answer(row["solution"])
-    answer = gold_answer(text)  # E4: the answer block, else the whole
+    answer, trace = gold_answer(text), parse_trace(text)  # E4: the answer block, else the whole
     score = strict = answer_score(kind, answer, gold, scoring, row["options"])
     if kind == "regression" and bench_of(row["file"]).mra:
         bare = without_units(answer, gold)
         answer, gold = bare if scoring == "lenient" and "" not in bare else (answer, gold)
         score, strict = relative_accuracy(answer, gold), relative_accuracy(answer, gold, strict=True)
-    return dict(row, score=score, strict=strict, template=min(format_rewards(text)),
-                no_tag=row["completion"] is not None and parse_trace(text).answer is None, perception=None)
+    return dict(row, score=score, strict=strict, template=min(format_rewards(text)), trace=trace,
+                no_tag=row["completion"] is not None and trace.answer is None, perception=None)
 
 
 def score_rows(rows, judge, scoring):
     """All rows scored; perception by the judge, else by the rule where there is evidence to go by."""
     rows = [score_row(row, scoring) for row in rows]
     judged = [row for row in rows if judge or row.get("evidence")]
-    observations = [parse_trace(row["completion"] or "").observation for row in judged]
+    observations = [row["trace"].observation for row in judged]
     for row, verdict in zip(judged, ask_judge(judge or rule_judge, judged, observations)):
         row["perception"] = verdict
     return rows
@@ -462,12 +463,10 @@ def row_names(adapters):
     ends = [Path(adapter.partition("@http")[0]).name for adapter in adapters]  # of a server, its model
     names = ["base" if adapter == "none" else end if ":" in adapter else sft.read_run(adapter)["name"]
              for end, adapter in zip(ends, adapters)]
-    rows = {}
-    for adapter, end, name in zip(adapters, ends, names):
-        folder = end if ends.count(end) == 1 else adapter
-        stem = re.sub(r"[^\w.]+", "-", folder).strip("-")
-        rows[adapter] = stem, name if names.count(name) == 1 else f"{name} ({folder})"
-    return rows
+    folders = [end if ends.count(end) == 1 else adapter for end, adapter in zip(ends, adapters)]
+    stems = [re.sub(r"[^\w.]+", "-", folder).strip("-") for folder in folders]
+    names = [name if names.count(name) == 1 else f"{name} ({end})" for name, end in zip(names, folders)]
+    return dict(zip(adapters, zip(stems, names)))
 
 
 # === skip on a first reading ================================================================================
@@ -490,32 +489,30 @@ your reply with the letter, as in <option>B</option>; only if no option can be m
 def settled_by_rule(think, options):
     """The letter of the option that a think segment ends on, None where its last sentence, from the last "so"
     on, does not name just one."""
-    sentence = [""] + [s for s in re.split(r"(?<=[.!?])\s+", think.strip()) if s]
-    conclusion = re.split(r"\b(?:so|thus|hence|therefore)\b", sentence[-1])[-1]
+    sentence = re.split(r"(?<=[.!?])\s+", think.strip())[-1]
+    conclusion = re.split(r"\b(?:so|thus|hence|therefore)\b", sentence)[-1]
     letters = set(re.findall(r"\b([A-N])\b(?! [a-z])", conclusion))
-    known = {chr(ord("A") + i) for i in range(len(options))}
     unclear = len(letters) != 1 or NEGATION.search(conclusion) or re.search(
         r"\?|\b[A-N],? (?:or|and)\b|\b(?:exclude|eliminate|maybe|could|might)\b", conclusion)
-    return letters.pop() if not unclear and letters <= known else None
+    return letters.pop() if not unclear and letters <= set(LETTERS[:len(options)]) else None
 
 
 def mismatch(rows, judge):
     """Table 6: how many think segments settle on the answer's option, another, none, or unknown (E6)."""
     counts = collections.Counter(match=0, mismatch=0, no=0, unknown=0)
-    chosen = [row for row in rows if row["problem_type"] == "multiple choice"]
-    traces = [(row, parse_trace(row["completion"] or "")) for row in chosen]
-    traces = [(row, trace) for row, trace in traces if trace.think and trace.answer]
-    settled = [settled_by_rule(trace.think, row["options"]) for row, trace in traces]
+    rows = [row for row in rows if row["problem_type"] == "multiple choice"]
+    rows = [row for row in rows if row["trace"].think and row["trace"].answer]
+    settled = [settled_by_rule(row["trace"].think, row["options"]) for row in rows]
     if hasattr(judge, "ask"):  # a language model
         unclear = [i for i, letter in enumerate(settled) if letter is None]
-        prompts = [fill_prompt(SETTLED_PROMPT, question=question_text(traces[i][0]), think=traces[i][1].think)
+        prompts = [fill_prompt(SETTLED_PROMPT, question=question_text(rows[i]), think=rows[i]["trace"].think)
                    for i in unclear]
         pattern = re.compile(r"<option>\s*([A-N]|No)\s*</option>")
         lacks = lambda reply: "" if pattern.search(reply) else "no <option>"
         for i, reply in zip(unclear, judge.ask(prompts, lacks)):
             settled[i] = reply and pattern.findall(reply)[-1]
-    for (row, trace), letter in zip(traces, settled):
-        kind = "match" if letter == option_key(trace.answer, row["options"]) else "mismatch"
+    for row, letter in zip(rows, settled):
+        kind = "match" if letter == option_key(row["trace"].answer, row["options"]) else "mismatch"
         counts[{None: "unknown", "No": "no"}.get(letter, kind)] += 1
     return dict(counts)
 
@@ -598,10 +595,8 @@ HUES = {"<observation>": "perception", "<think>": "reasoning", "<answer>": "answ
 
 def page_sample(row, path):
     """What the page tells of a scored completion; `pieces` are its text in parts, [text, colour] each."""
-    text = row["completion"] or ""
-    trace = parse_trace(text)
+    trace, parts = row["trace"], re.split(f"(?={'|'.join(HUES)})", row["completion"] or "")
     letter = settled_by_rule(trace.think or "", row["options"])  # None where there are no options
-    parts = re.split(f"(?={'|'.join(HUES)})", text)
     fields = ("file", "path", "data_type", "problem", "problem_type", "options", "score", "no_tag")
     return {field: row[field] for field in fields} | dict(
         completions=f"{row.get('model', '')} ({path})", gold=gold_answer(row["solution"]),
