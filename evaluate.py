@@ -25,7 +25,6 @@ E6. A trace is a mismatch (Table 6) where the option that its think segment sett
 import base64
 import collections
 import json
-import math
 import os
 import re
 import statistics
@@ -140,30 +139,19 @@ def write_results(summary, records, runs, args):
 # A metric takes the columns of a file's scored rows (`columns_of`) and a weight for each row: all 1, or how
 # often a bootstrap has drawn the row's medium.
 
-def pooled(columns, weights):
-    """Mean score over all questions."""
-    return np.average(columns["score"], weights=weights) if weights.sum() else math.nan
+def mean_of(score, *groups):
+    """A metric: the weighted mean of the column `score`. For each further column, in turn, the weights are
+    scaled so that all groups of rows with one value in it weigh alike."""
+    def metric(columns, weights):
+        for group in groups:
+            _, of_row = np.unique(columns[group], return_inverse=True)
+            totals = np.bincount(of_row, weights)  # 0 of a group that was not drawn
+            weights = weights / np.where(totals, totals, 1)[of_row]
+        return np.average(columns[score], weights=weights)
+    return metric
 
 
-def mean_of_groups(columns, weights, merge=lambda group: group):
-    """Unweighted mean over the groups of their mean scores; groups that `merge` calls alike are one."""
-    means = collections.defaultdict(list)
-    for group in np.unique(columns["group"]):
-        chosen = columns["group"] == group
-        if weights[chosen].sum():
-            means[merge(group)].append(np.average(columns["score"][chosen], weights=weights[chosen]))
-    return float(np.mean([np.mean(values) for values in means.values()])) if means else math.nan
-
-
-def vsi_official(columns, weights):
-    """VSI-Bench's own number: eight tasks, of which relative direction is the mean of three difficulties."""
-    return mean_of_groups(columns, weights, lambda group: re.sub("_(easy|medium|hard)$", "", group))
-
-
-def vsi_paper(columns, weights):
-    """Video-R1's and the paper's number: (accuracy + MRA) / 2, MRA with a strict <. The mean over two groups:
-    regression, scored by MRA, and multiple choice."""
-    return mean_of_groups(dict(score=columns["strict"], group=columns["problem_type"]), weights)
+pooled = mean_of("score")  # over all questions
 
 
 MVBENCH_TASKS = [
@@ -189,14 +177,17 @@ def field(name):
 
 BENCHMARKS = {
     "vsi": Benchmark("eval_vsibench.json", field("original_question_type"),
-                     {"(accuracy + MRA) / 2": vsi_paper, "official": vsi_official}, (30.1, 36.8, 38.7), True),
+                     # Video-R1's and the paper's: the mean of accuracy and MRA, with a strict <
+                     {"(accuracy + MRA) / 2": mean_of("strict", "problem_type"),
+                      # VSI-Bench's own: eight tasks; relative direction is the mean of three difficulties
+                      "official": mean_of("score", "group", "task")}, (30.1, 36.8, 38.7), True),
     "videommmu": Benchmark("eval_videommmu.json", lambda r: TRACKS[min(2, (int(r["problem_id"]) - 1) // 300)],
                            {"accuracy": pooled}, (48.1, 55.0, 45.3)),
     "mmvu": Benchmark("eval_mmvu.json", field("subject"), {"accuracy": pooled}, (60.0, 65.4, 58.7)),
     "vcr": Benchmark("eval_vcrbench.json", field("dimension"), {"accuracy": pooled}, (44.3, 51.0, 45.3)),
     "mvbench": Benchmark("eval_mvbench.json",  # problem_ids 1 to 4000, 200 for each task; others raise
                          lambda r: MVBENCH_TASKS[range(4000).index(int(r["problem_id"]) - 1) // 200],
-                         {"mean of tasks": mean_of_groups}, (59.0, 68.1, 63.2)),
+                         {"mean of tasks": mean_of("score", "group")}, (59.0, 68.1, 63.2)),
     "tempcompass": Benchmark("eval_tempcompass.json", field("dim"), {"accuracy": pooled}, (72.6, 74.5, 66.4)),
     "videomme": Benchmark("eval_videomme.json", field("duration"), {"accuracy": pooled}, (56.6, 60.0, 55.9)),
 }
@@ -388,24 +379,22 @@ def constant_answers(records, scoring):
     return rows
 
 
-def bootstrap(metric, columns, draws=1000):
-    """A metric's values, (draws,), on media drawn with replacement (E3)."""
+def interval(metric, columns):
+    """(value, half of the 95 % interval, draws) of a metric, by 1,000 draws of the media with replacement
+    (E3). The half is NaN where all draws are equal, as with a single medium or equal scores."""
     media, of_row = np.unique(columns["path"], return_inverse=True)
     rng, share = np.random.default_rng(0), np.full(len(media), 1 / len(media))
     # a row weighs as often as its medium was drawn
-    return np.array([metric(columns, rng.multinomial(len(media), share)[of_row]) for _ in range(draws)])
-
-
-def interval(metric, columns):
-    """(value, half of the 95 % interval) of a metric (E3). The half is NaN where all draws are equal, as with
-    a single medium or equal scores."""
-    low, high = np.nanpercentile(bootstrap(metric, columns), [2.5, 97.5])
-    return metric(columns, np.ones(len(columns["path"]))), round((high - low) / 2, 9) or math.nan
+    draws = [metric(columns, rng.multinomial(len(media), share)[of_row]) for _ in range(1000)]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return metric(columns, np.ones(len(of_row))), round((high - low) / 2, 9) or np.nan, np.array(draws)
 
 
 def columns_of(rows, bench):
     """What a metric needs of scored rows: dict of arrays (questions,)."""
     columns = {"group": np.array([bench.group(row) for row in rows])}
+    # VSI-Bench's object_rel_direction_easy, _medium and _hard are one task
+    columns["task"] = np.array([re.sub("_(easy|medium|hard)$", "", group) for group in columns["group"]])
     for name in ("score", "strict", "problem_type", "path"):
         columns[name] = np.array([row[name] for row in rows])
     return columns
@@ -418,7 +407,7 @@ def summarise(rows, bench, args, judge):
     unread = sum(row["completion"] is None for row in rows)
     summary = dict(questions=len(rows), unread=unread, numbers={}, groups={})
     for name, metric in bench.numbers.items():
-        summary["numbers"][name] = tuple(round(100 * x, 2) for x in interval(metric, columns))
+        summary["numbers"][name] = [round(100 * x, 2) for x in interval(metric, columns)[:2]]
     for group in np.unique(columns["group"]):
         summary["groups"][str(group)] = round(100 * columns["score"][columns["group"] == group].mean(), 2)
     for name in ("perception", "template", "no_tag", "truncated"):
@@ -453,7 +442,7 @@ def print_table(file, summaries):
         print(f"{'paper: ' + name:<30}{value:>15.1f}")
     print(" " * 30 + "".join(f"{name:>{len(name) + 3}}" for name in summaries))
     for group in sorted({group for s in summaries.values() for group in s["groups"]}):
-        print(f"  {group:<28}" + "".join(f"{s['groups'].get(group, math.nan):>{len(name) + 3}.1f}"
+        print(f"  {group:<28}" + "".join(f"{s['groups'].get(group, np.nan):>{len(name) + 3}.1f}"
                                          for name, s in summaries.items()))
 
 
@@ -536,22 +525,20 @@ def print_comparison(a, b, scoring):
     first = {key_of(row): score_row(row, scoring) for row in read_jsonl(a)}
     second = {key_of(row): score_row(row, scoring) for row in read_jsonl(b)}
     pairs = [(first[key], second[key]) for key in first if key in second]
-    if not pairs:
-        raise UserError(f"{a} and {b} have no question in common.")
     only_a, only_b = len(first) - len(pairs), len(second) - len(pairs)
     print(f"A is {a}, B is {b}. {only_a} questions are in A only, {only_b} in B only.\n\n"
           "| file | questions | A | B | B − A | p |\n|---|---|---|---|---|---|")
     for file in sorted({row["file"] for row, _ in pairs}):
-        some = [(x, y) for x, y in pairs if x["file"] == file]
-        bench, weights = bench_of(file), np.ones(len(some))
-        sides, metric = [columns_of(side, bench) for side in zip(*some)], next(iter(bench.numbers.values()))
+        some = [pair for pair in pairs if pair[0]["file"] == file]
+        bench = bench_of(file)
+        metric, sides = next(iter(bench.numbers.values())), [columns_of(side, bench) for side in zip(*some)]
 
         def gain(columns, weights):  # on both sides with the same drawn media
             return metric(sides[1], weights) - metric(columns, weights)
 
-        (mean, spread), draws = interval(gain, sides[0]), bootstrap(gain, sides[0])
+        mean, spread, draws = interval(gain, sides[0])
         p = max(1 / len(draws), min(1, 2 * min((draws <= 0).mean(), (draws >= 0).mean())))
-        means = " | ".join(f"{100 * metric(side, weights):.1f}" for side in sides)
+        means = " | ".join(f"{100 * metric(side, np.ones(len(some))):.1f}" for side in sides)
         cells = f"{100 * mean:+.1f} ± {100 * spread:.1f} | {p:.3g}".replace(" ± nan", "")
         print(f"| {file} | {len(some)} | {means} | {cells if len(set(sides[0]['path'])) > 1 else '- | -'} |")
 
