@@ -73,10 +73,9 @@ def get_args():
     args = gen_cot.parse_args(Args, TINY, "evaluate", __doc__)
     args.adapters = [args.server] if args.server else list(args.adapters)
     if not args.adapters:
-        default = [str(args.run_dir / stage) for stage in ("sft", "pagrpo")]
-        there = [folder for folder in default if Path(folder, "adapter_config.json").exists()]
-        args.adapters = ["none", *there]
-        print(f"Adapters: {', '.join(args.adapters)}; looked for {' and '.join(default)}.")
+        there = [f for f in ("sft", "pagrpo") if (args.run_dir / f / "adapter_config.json").exists()]
+        args.adapters = ["none", *(str(args.run_dir / folder) for folder in there)]
+        print(f"Adapters: {', '.join(args.adapters)}; looked for sft and pagrpo in {args.run_dir}.")
     return args
 
 
@@ -95,10 +94,9 @@ def main(args):
     files = {adapter: args.output / f"completions-{stem}.jsonl" for adapter, (stem, _) in names.items()}
     assert len(set(files.values())) == len(files), "two adapters would write to one file: rename a folder"
     runs = {adapter: run_digest(adapter, args) for adapter in args.adapters}
-    for adapter in args.adapters:
-        if not (args.rescore or args.server or adapter == "none"):
-            sft.check_adapter(adapter)
     if not args.rescore:
+        for adapter in set(args.adapters) - {"none", args.server}:
+            sft.check_adapter(adapter)
         complete_all(records, files, names, runs, args)
 
     # score the answers
@@ -128,8 +126,7 @@ def write_results(summary, records, runs, args):
     run = sft.describe_run("evaluation", records, args)
     settings = run.pop("flags") | run | dict(completions=runs)
     rows = json.loads(json.dumps(summary), parse_constant=lambda nan: None)  # a group without questions: null
-    text = json.dumps(dict(rows=rows, settings=settings), indent=1, default=str)
-    write_text(args.output / "results.json", text)
+    write_text(args.output / "results.json", json.dumps(dict(rows=rows, settings=settings), indent=1))
     print(f"\nresults.json and every completion in {args.output}\n"
           f"To read them: python evaluate.py --html {args.output.parent}, then open traces.html there")
 
@@ -204,18 +201,17 @@ def load_questions(args):
     names = BENCHMARKS if "all" in args.bench or not (args.bench or args.data) else args.bench
     paths = [Path(args.bench_root, BENCHMARKS[name].file) for name in names]
     records = []
-    for path in paths if args.bench or not args.data else [args.data]:
+    for path in paths or [Path(args.data)]:
         for record in gen_cot.load_records(path, args.media_root, ("open-ended",), lost_golds=True):
-            records.append(dict(record, file=Path(path).name))
-            bench_of(Path(path).name).group(records[-1])  # an error here, not after hours of decoding
+            records.append(dict(record, file=path.name))
+            bench_of(path.name).group(records[-1])  # an error here, not after hours of decoding
     if args.only_held_out:
         records, _ = gen_cot.hold_out(records, args.held_out)
-    lost = sum(bool(r["options"]) and r["problem_type"] == "multiple choice" and not correct_answer(r)[0]
-               for r in records)
-    if lost:
-        print(f"{lost} questions have a gold answer that is none of their options, and count as wrong.")
+    choices = [r for r in records if r["options"] and r["problem_type"] == "multiple choice"]
+    lost = sum(not correct_answer(record)[0] for record in choices)
     missing = sum(not os.path.exists(record["media"]) for record in records)
-    print(f"{len(records)} questions, of which {missing} have no medium below {args.media_root}.")
+    print(f"{len(records)} questions, of which {missing} have no medium below {args.media_root}. {lost} count "
+          "as wrong whatever is said, as their gold answer is none of their options.")
     if missing == len(records) and not args.rescore and args.input == "video":
         raise UserError("So there is nothing to answer: pass --media-root, or see the README on downloads.")
     return gen_cot.draw(records, args.limit, args.seed)
@@ -253,19 +249,20 @@ def complete_all(records, files, names, runs, args):
         todo = [record for record in records if key_of(record) not in done]
         if not todo:
             continue
+        without = ((record, None) for record in todo)
+        media = without if args.input == "text" else gen_cot.read_ahead(todo, args)
         if args.server:
-            rows = server_rows(todo, observations, args)
+            rows = server_rows(media, observations, args)
         else:
             if not base:
                 sft.setup_process(args)
                 base = sft.load_base(args.base, not args.no_4bit)
             model = sft.add_adapter(base[0], None if adapter == "none" else adapter, trainable=False)
-            rows = local_rows(model, base[1], todo, observations, args)
+            rows = local_rows(model, base[1], media, observations, args)
         with open_append(path) as file:
-            name = names[adapter][1]
-            for record, row in tqdm(rows, name, len(todo)):
-                row = {k: v for k, v in record.items() if k != "media"} | row
-                file.write(json_line(row | dict(run=runs[adapter], model=name)))
+            for record, row in tqdm(rows, names[adapter][1], len(todo)):
+                record = {k: v for k, v in record.items() if k != "media"}
+                file.write(json_line(record | row | dict(run=runs[adapter], model=names[adapter][1])))
 
 
 def prompt_text(record, observations, args):
@@ -277,18 +274,12 @@ def prompt_text(record, observations, args):
     return gen_cot.build_prompt(record, gen_cot.load_template(args))
 
 
-def with_media(records, args):
-    """(record, media) for each; None in place of media with --input text, MediaError for those that are
-    missing or unreadable."""
-    text_only = ((record, None) for record in records)
-    return text_only if args.input == "text" else gen_cot.read_ahead(records, args, gen_cot.read_media)
-
-
-def local_rows(model, tokenizer, records, observations, args):
-    """(record, row) of each record, decoded greedily in batches (E1). The model then loses its adapter."""
-    config, media = sft.unwrap(model).config, with_media(records, args)
+def local_rows(model, tokenizer, media, observations, args):
+    """(record, row) of each (record, medium): (frames, fps), None or a MediaError. Decoded greedily in
+    batches (E1). The model then loses its adapter."""
+    config = sft.unwrap(model).config
     while batch := list(islice(media, args.batch_size)):
-        prompts, read = [], []
+        read = []
         for record, medium in batch:
             text = prompt_text(record, observations, args)
             prompt = sft.encode_medium(record, medium, text, tokenizer, config, args.max_prompt_tokens)
@@ -296,30 +287,30 @@ def local_rows(model, tokenizer, records, observations, args):
                 tqdm.write(f"skipped: {prompt}", file=sys.stderr)
                 yield record, dict(completion=None, unread=str(prompt))
             else:
-                prompts.append(prompt)
-                read.append((record, medium and medium[1]))
-        if not read:
-            continue
-        ids, mask, _ = rollout(model, prompts, tokenizer, 1, args.max_completion_tokens)
-        for (record, fps), row, keep in zip(read, ids, mask):
-            text = tokenizer.decode(row[keep], skip_special_tokens=True)
-            yield record, dict(completion=text, tokens=int(keep.sum()), fps=fps,
-                               truncated=tokenizer.eos_token_id not in row[keep].tolist())
+                read.append((record, medium, prompt))
+        if read:
+            prompts = [prompt for _, _, prompt in read]
+            ids, mask, _ = rollout(model, prompts, tokenizer, 1, args.max_completion_tokens)
+            for (record, medium, _), row, keep in zip(read, ids, mask):
+                text = tokenizer.decode(row[keep], skip_special_tokens=True)
+                yield record, dict(completion=text, tokens=int(keep.sum()), fps=medium and medium[1],
+                                   truncated=tokenizer.eos_token_id not in row[keep].tolist())
     model.unload()
 
 
-def server_rows(records, observations, args):
-    """(record, row) of each record, answered by a server, to which stamped frames go as to a teacher."""
+def server_rows(media, observations, args):
+    """(record, row) of each (record, medium), answered by a server, to which stamped frames go as to a
+    teacher."""
     client = ChatClient(args.server, timeout=600,
                         extra={"temperature": 0, "max_tokens": args.max_completion_tokens})
 
-    def ask(record, media):
-        if isinstance(media, gen_cot.MediaError):
-            return dict(completion=None, unread=str(media))
-        parts = gen_cot.media_parts(*media) if media else []
+    def ask(record, medium):
+        if isinstance(medium, gen_cot.MediaError):
+            return dict(completion=None, unread=str(medium))
+        parts = gen_cot.media_parts(*medium) if medium else []
         return dict(completion=client.reply([*parts, prompt_text(record, observations, args)]))
 
-    jobs = ((record, client.pool.submit(ask, record, media)) for record, media in with_media(records, args))
+    jobs = ((record, client.pool.submit(ask, record, medium)) for record, medium in media)
     try:
         yield from ((record, job.result()) for record, job in gen_cot.in_order(jobs, 32))
     finally:  # Ctrl-C: ask nothing more
@@ -423,15 +414,14 @@ def summarise(rows, bench, args, judge):
 def print_table(file, summaries):
     """One file's figures, a line for each model, the paper's below them, then the groups."""
     bench, rates = bench_of(file), ("perception", "template", "no_tag", "truncated")
-    questions = next(iter(summaries.values()))["questions"]
-    print(f"\n{file}: {questions} questions; in %, ± 95 % interval; perception: sufficient observations")
-    print(" " * 30 + "".join(f"{name:>22}" for name in bench.numbers)
-          + "".join(f"{name.replace('_', ' '):>14}" for name in rates))
+    first = next(iter(summaries.values()))  # the constant row, which has every question
+    print(f"\n{file}: {first['questions']} questions; in %, ± 95 % interval; perception: enough is observed")
+    heads = "".join(f"{name:>22}" for name in bench.numbers) + "".join(f"{rate:>14}" for rate in rates)
+    print(" " * 30 + heads.replace("_", " "))
     for name, s in summaries.items():
-        numbers = "".join(f"{value:>15.1f} ± {spread:<4.1f}" for value, spread in s["numbers"].values())
-        numbers = numbers.replace("± nan ", "      ")
-        print(f"{name:<30}{numbers}"
-              + "".join(f"{'-' if s[rate] is None else format(s[rate], '.1f'):>14}" for rate in rates))
+        cells = "".join(f"{value:>15.1f} ± {spread:<4.1f}" for value, spread in s["numbers"].values())
+        cells += "".join(f"{'-' if s[rate] is None else round(s[rate], 1):>14}" for rate in rates)
+        print(f"{name:<30}{cells.replace('± nan ', '      ')}")
         if s["unread"]:
             print(f"  {s['unread']} media are missing or unreadable, or got no reply, and count as wrong")
         if s["no verdict"]:
@@ -441,7 +431,7 @@ def print_table(file, summaries):
     for name, value in zip(("Qwen2.5-VL-7B", "VideoP2R 7B", "VideoP2R 3B"), bench.paper):
         print(f"{'paper: ' + name:<30}{value:>15.1f}")
     print(" " * 30 + "".join(f"{name:>{len(name) + 3}}" for name in summaries))
-    for group in sorted({group for s in summaries.values() for group in s["groups"]}):
+    for group in first["groups"]:
         print(f"  {group:<28}" + "".join(f"{s['groups'].get(group, np.nan):>{len(name) + 3}.1f}"
                                          for name, s in summaries.items()))
 
@@ -533,9 +523,8 @@ def print_comparison(a, b, scoring):
         bench = bench_of(file)
         metric, sides = next(iter(bench.numbers.values())), [columns_of(side, bench) for side in zip(*some)]
 
-        def gain(columns, weights):  # on both sides with the same drawn media
-            return metric(sides[1], weights) - metric(columns, weights)
-
+        # on both sides with the same drawn media
+        gain = lambda columns, weights: metric(sides[1], weights) - metric(columns, weights)
         mean, spread, draws = interval(gain, sides[0])
         p = max(1 / len(draws), min(1, 2 * min((draws <= 0).mean(), (draws >= 0).mean())))
         means = " | ".join(f"{100 * metric(side, np.ones(len(some))):.1f}" for side in sides)
