@@ -25,12 +25,10 @@ E6. A trace is a mismatch (Table 6) where the option that its think segment sett
 import base64
 import collections
 import json
-import os
 import re
 import statistics
-import sys
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -209,9 +207,9 @@ def load_questions(args):
         records, _ = gen_cot.hold_out(records, args.held_out)
     choices = [r for r in records if r["options"] and r["problem_type"] == "multiple choice"]
     lost = sum(not correct_answer(record)[0] for record in choices)
-    missing = sum(not os.path.exists(record["media"]) for record in records)
-    print(f"{len(records)} questions, of which {missing} have no medium below {args.media_root}. {lost} count "
-          "as wrong whatever is said, as their gold answer is none of their options.")
+    missing = sum(not Path(record["media"]).exists() for record in records)
+    print(f"{len(records)} questions, of which {missing} have no medium below {args.media_root}. {lost} have "
+          "a gold answer that is none of their options, and count as wrong.")
     if missing == len(records) and not args.rescore and args.input == "video":
         raise UserError("So there is nothing to answer: pass --media-root, or see the README on downloads.")
     return gen_cot.draw(records, args.limit, args.seed)
@@ -249,8 +247,7 @@ def complete_all(records, files, names, runs, args):
         todo = [record for record in records if key_of(record) not in done]
         if not todo:
             continue
-        without = ((record, None) for record in todo)
-        media = without if args.input == "text" else gen_cot.read_ahead(todo, args)
+        media = gen_cot.read_ahead(todo, args) if args.input == "video" else zip(todo, repeat(None))
         if args.server:
             rows = server_rows(media, observations, args)
         else:
@@ -284,7 +281,6 @@ def local_rows(model, tokenizer, media, observations, args):
             text = prompt_text(record, observations, args)
             prompt = sft.encode_medium(record, medium, text, tokenizer, config, args.max_prompt_tokens)
             if isinstance(prompt, gen_cot.MediaError):
-                tqdm.write(f"skipped: {prompt}", file=sys.stderr)
                 yield record, dict(completion=None, unread=str(prompt))
             else:
                 read.append((record, medium, prompt))
@@ -404,8 +400,8 @@ def summarise(rows, bench, args, judge):
     for name in ("perception", "template", "no_tag", "truncated"):
         values = [row[name] for row in rows if row.get(name) is not None]  # a server's have no `truncated`
         summary[name] = round(100 * float(np.mean(values)), 2) if values else None
-    unknown = sum(row["perception"] is None for row in rows)
-    summary["no verdict"] = 0 if unknown == len(rows) else unknown  # without a judge all are None
+    # all are None without a judge, which counts as 0
+    summary["no verdict"] = sum(row["perception"] is None for row in rows) % len(rows)
     if args.mismatch:
         summary["mismatch"] = mismatch(rows, judge)
     return summary
@@ -515,8 +511,7 @@ def print_comparison(a, b, scoring):
     first = {key_of(row): score_row(row, scoring) for row in read_jsonl(a)}
     second = {key_of(row): score_row(row, scoring) for row in read_jsonl(b)}
     pairs = [(first[key], second[key]) for key in first if key in second]
-    only_a, only_b = len(first) - len(pairs), len(second) - len(pairs)
-    print(f"A is {a}, B is {b}. {only_a} questions are in A only, {only_b} in B only.\n\n"
+    print(f"A is {a}, {len(first)} questions. B is {b}, {len(second)}. They share {len(pairs)}.\n\n"
           "| file | questions | A | B | B − A | p |\n|---|---|---|---|---|---|")
     for file in sorted({row["file"] for row, _ in pairs}):
         some = [pair for pair in pairs if pair[0]["file"] == file]
@@ -549,10 +544,9 @@ def write_page(folder, judge, args):
     data = dict(rollouts=rollouts, samples=samples, media=media)
     # in ASCII, and without any tag; what can't be read is there as the MediaError's sentence
     text = json.dumps(data, allow_nan=False, default=str).replace("<", "\\u003c")
-    template = (Path(__file__).parent / "data/trace_page.html").read_text(encoding="utf-8")
-    write_text(folder / "traces.html", template.replace("DATA", text))
-    print(f"{len(rollouts)} groups of training and {len(samples)} evaluated completions: open "
-          f"{folder / 'traces.html'} in a browser.")
+    page, template = folder / "traces.html", Path(__file__).with_name("data") / "trace_page.html"
+    write_text(page, template.read_text(encoding="utf-8").replace("DATA", text))
+    print(f"{len(rollouts)} groups of training and {len(samples)} evaluated completions: open {page}")
 
 
 def page_rollout(row, name):
@@ -585,9 +579,9 @@ def page_sample(row, path):
 def page_media(records, args):
     """{path: thumbnails, or the MediaError in their place} of the records' media, each read once."""
     todo = {}
-    for record in records:  # the toy's media are found without a flag
+    for record in records:  # the first file that exists; the toy's media are found without a flag
         files = [gen_cot.media_path(root, record["path"]) for root in (args.media_root, TINY["media_root"])]
-        todo[record["path"]] = dict(record, media=next(filter(os.path.exists, files), files[0]))
+        todo[record["path"]] = dict(record, media=min(files, key=lambda file: not Path(file).exists()))
     found = tqdm(gen_cot.read_ahead(todo.values(), args, thumbnails), "media", len(todo))
     return {record["path"]: pictures for record, pictures in found}
 

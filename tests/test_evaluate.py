@@ -305,7 +305,7 @@ def test_a_comparison_is_paired_and_its_p_counts_media(folder, capsys, both, onl
     other, mine = [[cell.strip() for cell in line.split("|")[1:-1]]
                    for line in said.splitlines() if ".json |" in line]
     n = len(pairs)
-    assert "1 questions are in A only, 1 in B only" in said
+    assert f"0.jsonl, {n + 2} questions. B is 1.jsonl, {n + 2}. They share {n + 1}." in said
     assert mine[:4] == ["q.json", str(n), *(f"{100 * (both + only) / n:.1f}" for only in (only_a, only_b))]
     gain, _, spread = mine[4].partition(" ± ")
     assert float(gain) == pytest.approx(100 * (only_b - only_a) / n, abs=0.05)
