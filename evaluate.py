@@ -27,6 +27,7 @@ import collections
 import json
 import re
 import statistics
+import sys
 from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
@@ -281,6 +282,7 @@ def local_rows(model, tokenizer, media, observations, args):
             text = prompt_text(record, observations, args)
             prompt = sft.encode_medium(record, medium, text, tokenizer, config, args.max_prompt_tokens)
             if isinstance(prompt, gen_cot.MediaError):
+                tqdm.write(f"skipped: {prompt}", file=sys.stderr)
                 yield record, dict(completion=None, unread=str(prompt))
             else:
                 read.append((record, medium, prompt))

@@ -97,7 +97,7 @@ def test_records_and_file_names_do_not_steer_the_terminal(toy_records, tmp_path,
     out, err = capfd.readouterr()
     assert harmless(out) and harmless(err.replace("\x1b[A", "")), repr(out + err)
     assert "2 records are left out" in out
-    assert ("skipped: " in err) == ("gen_cot" not in command and "evaluate" not in command)
+    assert ("skipped: " in err) == ("gen_cot" not in command)
 
 
 def test_completions_replies_and_reasons_do_not_steer_the_terminal(capsys):
