@@ -158,7 +158,8 @@ def answer_score(problem_type, answer, gold, scoring="paper", options=None):
     if answer == gold and lenient:
         return 1.0
     if problem_type == "OCR":
-        return word_accuracy(answer.split(), gold.split())
+        words = gold.split()  # 1 - word error rate, at least 0
+        return max(0.0, 1 - edit_distance(answer.split(), words) / len(words))
     if problem_type == "free-form":
         scores = ROUGE.score(gold, answer)
         return sum(score.fmeasure for score in scores.values()) / len(scores)
@@ -191,11 +192,6 @@ def number_score(problem_type, answer, gold):
         pointed, gold_pointed = ("." in text or "," in text for text in (answer, gold))
         return float(pointed == gold_pointed and round(a, 2) == round(b, 2))
     return 1 - min(1.0, abs(a - b) / abs(b)) if b else float(a == b)
-
-
-def word_accuracy(hypothesis, reference):
-    """1 − word error rate, at least 0, of two lists of words: edits per word of the reference."""
-    return max(0.0, 1 - edit_distance(hypothesis, reference) / len(reference))
 
 
 # --- both processes' rewards of a completion ----------------------------------------------------------------
@@ -292,18 +288,13 @@ class Judge:
         prompts = {}  # of the pairs that are asked about, by their index
         for i, (record, observation) in enumerate(zip(records, observations, strict=True)):
             if strip_invisible(observation or ""):  # else it is False unasked (R5)
-                prompts[i] = judge_prompt(self.prompt, record, observation)
+                prompts[i] = fill_prompt(self.prompt.replace("{medium}", record.get("data_type", "video")),
+                                         question=question_text(record), observation=observation,
+                                         answer=". ".join(filter(None, correct_answer(record))))
         lacks = lambda reply: "no <judgement>" if read_verdict(reply) is None else ""
         for i, reply in zip(prompts, self.ask(list(prompts.values()), lacks)):
             self.replies[i], verdicts[i] = reply, read_verdict(reply or "")
         return verdicts
-
-
-def judge_prompt(template, record, observation):
-    """The judge's prompt about one observation; it holds the question, the options and the correct answer."""
-    return fill_prompt(template.replace("{medium}", record.get("data_type", "video")),
-                       question=question_text(record), observation=observation,
-                       answer=". ".join(filter(None, correct_answer(record))))
 
 
 def read_verdict(reply):
