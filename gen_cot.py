@@ -49,7 +49,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import unicodedata
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
@@ -341,7 +340,6 @@ def parse_args(flags, tiny, output, description):
     return args
 
 
-RANK = int(os.environ.get("RANK", 0))  # among those that `accelerate launch` started; alone: 0
 LOCKS = contextlib.ExitStack()  # of this run's outputs, until its end
 
 
@@ -362,7 +360,6 @@ def run_script(main, get_args):
 def lock(path):
     """Keep all other runs from writing to this file or folder until this one ends. UserError where another
     does so already."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:  # a process may take it twice
         LOCKS.enter_context(FileLock(path.with_name(f".{path.name}.lock"), 0, is_singleton=True))
     except Timeout:
@@ -424,12 +421,11 @@ def load_records(paths, media_root=None, left_out=(), lost_golds=False):
     Raises:
         UserError: no such file, one that can't be read, or more than MAX_BAD of the records are bad.
     """
-    toy = str(paths).startswith("data/toy/")
-    if toy and not RANK and not os.path.exists("data/toy/test.jsonl"):
-        print("The toy data is not there yet: preparing it.", flush=True)
-        subprocess.run([sys.executable, "data/toy/prepare.py"], check=True)
-    while toy and not os.path.exists("data/toy/test.jsonl"):  # another rank prepares it
-        time.sleep(1)
+    if str(paths).startswith("data/toy/"):
+        with FileLock("runs/.toy.lock"):  # another rank may prepare it
+            if not os.path.exists("data/toy/test.jsonl"):
+                print("The toy data is not there yet: preparing it.", flush=True)
+                subprocess.run([sys.executable, "data/toy/prepare.py"], check=True)
     records, bad = [], []
     files = [str(paths)] if os.path.exists(paths) else sorted(glob.glob(str(paths)))
     if not files:
