@@ -374,8 +374,7 @@ def rope_positions(input_ids, grid_thw, second_per_grid, config):
             h, w = h // vision.spatial_merge_size, w // vision.spatial_merge_size
             times = torch.arange(t, dtype=torch.float64) * (vision.tokens_per_second * seconds)
             times = (times + 1e-6).floor().long()  # 93 · 16/16 comes out of floats as 92.999…
-            block = torch.stack(torch.meshgrid(times, torch.arange(h), torch.arange(w),
-                                               indexing="ij")).flatten(1)
+            block = torch.cartesian_prod(times, torch.arange(h), torch.arange(w)).T  # (3, t · h · w)
         else:
             # of text, up to the next visual token
             length = int(visual[i:].int().argmax()) if visual[i:].any() else len(input_ids) - i
