@@ -166,8 +166,6 @@ def main(args):
     # (The lambda finds `model`, which is loaded below, when it is called.)
     judge = gen_cot.judge_from(args, generate=lambda prompts: self_judge(model, tokenizer, prompts, args))
     sft.setup_process(args)
-    if sft.is_first() and not args.probe:
-        gen_cot.lock(args.output)
     if sft.is_finished(args):
         return None
     records = [] if args.probe else gen_cot.select_records(args)

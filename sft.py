@@ -102,8 +102,6 @@ def get_args():
 
 def main(args):
     setup_process(args)
-    if is_first():
-        lock(args.output)
     if is_finished(args):
         return
     records = select_records(args)
@@ -489,7 +487,9 @@ WARMUP, WEIGHT_DECAY = 0.03, 0.01  # share of the steps with linear warm-up; of 
 def setup_process(args):
     """What a rank does before it loads a model. Raises UserError where a large one would run on a CPU."""
     PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())  # `process` returns this one
-    if not is_first():
+    if is_first():
+        lock(args.output)
+    else:
         sys.stdout = open(os.devnull, "w")  # one voice is enough
     torch.manual_seed(args.seed)  # of a fresh adapter; all else draws from generators of its own
     if not on_gpu() and args.device != "cpu":
