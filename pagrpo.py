@@ -188,8 +188,7 @@ def train(model, tokenizer, records, judge, args):
     (two groups every `--show-every` updates), curves.png and the adapter."""
     template, config = gen_cot.load_template(args), sft.unwrap(model).config
     fixed, records = gen_cot.hold_out(records, args.held_out)
-    folder = None if args.adapter == "none" else args.adapter
-    run = sft.describe_run(run_name(args), records, args, folder)
+    run = sft.describe_run(run_name(args), records, args, args.adapter)
     optimizer = sft.setup_training(model, args)
     start = sft.load_checkpoint(model, optimizer, run, args)
     unanswered = 0  # updates in a row
