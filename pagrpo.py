@@ -197,8 +197,7 @@ def train(model, tokenizer, records, judge, args):
     limit = args.max_prompt_tokens or len(sft.worst_prompt(template, tokenizer, config, args)[1].input_ids)
     fixed_media = gen_cot.read_ahead(sft.shard(fixed, len(fixed)), args)
     fixed, _ = sft.encode_batch(fixed_media, len(fixed), template, tokenizer, config, limit)
-    print(f"{len(fixed)} prompts of held-out media for the curves" if fixed else
-          "No medium is held out: there are no curves of fixed prompts.")
+    print(f"{len(fixed)} prompts of held-out media for the curves")
     media = gen_cot.read_ahead(endless(records, args.seed, args.prompts_per_update, start), args)
     with (sft.open_log(args.output / "metrics.jsonl", start) as log,
           sft.open_log(args.output / "rollouts.jsonl", start) as rollouts):
