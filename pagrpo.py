@@ -377,8 +377,7 @@ def update_policy(model, optimizer, groups, lr, args):
     size = args.completions_per_pass or args.num_generations
     pieces = [piece for group in groups for piece in group.split(size)]
     sizes = [(len(piece.completion_ids), int(piece.completion_mask.sum())) for piece in pieces]
-    everywhere = gather_object(sizes)  # of all ranks
-    all_completions, all_tokens = sum(n for n, _ in everywhere), sum(tokens for _, tokens in everywhere)
+    all_completions, all_tokens = map(sum, zip(*gather_object(sizes)))  # of all ranks
 
     def logprobs_of(piece):
         return token_logprobs(model, piece.prompt, piece.completion_ids, piece.completion_mask)
