@@ -732,15 +732,13 @@ def add_reference(model, args):
 
 @contextlib.contextmanager
 def use_adapter(model, name):
-    """Within the block the adapter `name` is active (None: none, i.e. the bare base); afterwards `policy`
-    again, also where a pass fails: `resumable` saves what is trainable then."""
-    with model.disable_adapter() if name is None else contextlib.nullcontext():
-        if name:
-            model.set_adapter(name, inference_mode=True)
-        try:
-            yield
-        finally:
-            model.set_adapter("policy")
+    """Within the block the adapter `name` is active; afterwards `policy` again, also where a pass fails:
+    `resumable` saves what is trainable then."""
+    model.set_adapter(name, inference_mode=True)
+    try:
+        yield
+    finally:
+        model.set_adapter("policy")
 
 
 def self_judge(model, tokenizer, prompts, args, max_tokens=256):
@@ -749,7 +747,7 @@ def self_judge(model, tokenizer, prompts, args, max_tokens=256):
     replies, batch = [], args.num_generations * args.prompts_per_rollout
     for i in range(0, len(prompts), batch):
         encoded = [sft.encode_text(text, tokenizer) for text in prompts[i:i + batch]]
-        with use_adapter(model, None):
+        with model.disable_adapter():
             ids, _, _ = rollout(model, encoded, tokenizer, 1, max_tokens)
         replies += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return replies

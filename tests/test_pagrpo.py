@@ -386,7 +386,7 @@ def test_merged_weights_say_what_the_acting_adapter_says_and_are_gone_afterwards
 
     with torch.no_grad():
         policy = logprobs()
-        with pagrpo.use_adapter(model, adapter):
+        with pagrpo.use_adapter(model, adapter) if adapter else model.disable_adapter():
             plain = logprobs()
             with pytest.raises(KeyboardInterrupt), pagrpo.merged(model):
                 assert sum("forward" in vars(m) for m in model.modules()) == 28
@@ -488,7 +488,7 @@ def test_without_sft_the_reference_is_the_base_to_the_bit(group):
             weight.data.normal_(0, 0.05)
     found = []
     for name in ("policy", None, "ref"):
-        with torch.no_grad(), pagrpo.use_adapter(model, name):
+        with torch.no_grad(), pagrpo.use_adapter(model, name) if name else model.disable_adapter():
             found.append(pagrpo.token_logprobs(model, prompts[0], ids[:4], mask[:4]))
     assert torch.equal(found[2], found[1]) and not torch.equal(found[0], found[1])
     assert all((".policy." in name) == weight.requires_grad for name, weight in model.named_parameters())
@@ -501,7 +501,7 @@ def test_at_the_start_kl_is_zero_and_only_the_policy_gets_gradients(started, gro
     adv = torch.tensor([1.0, -1.0, 0.5, -0.5])
     with torch.no_grad(), pagrpo.use_adapter(model, "ref"):
         ref = pagrpo.token_logprobs(model, prompts[0], ids[:4], mask[:4])
-    with torch.no_grad(), pagrpo.use_adapter(model, None):
+    with torch.no_grad(), model.disable_adapter():
         base = pagrpo.token_logprobs(model, prompts[0], ids[:4], mask[:4])
     logp = pagrpo.token_logprobs(model, prompts[0], ids[:4], mask[:4])
     loss, metrics = pagrpo.pa_grpo_loss(logp, logp.detach(), ref, p_mask, r_mask, adv, -adv)
