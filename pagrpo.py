@@ -179,7 +179,7 @@ def main(args):
     model, tokenizer = sft.load_model(args.base, folder, not args.no_4bit, args.lora_rank)
     add_reference(model, args)
     if args.probe:
-        return probe(model, tokenizer, args)
+        return probe(model, tokenizer, judge, args)
     train(model, tokenizer, records, judge, args)
 
 
@@ -753,7 +753,7 @@ def self_judge(model, tokenizer, prompts, args, max_tokens=256):
     return replies
 
 
-def probe(model, tokenizer, args):
+def probe(model, tokenizer, judge, args):
     """One update in the worst case: long prompts, all completions and judgements at their limit, AdamW's
     moments and the reference in memory; returns the update's metrics."""
     optimizer = sft.setup_training(model, args)
@@ -768,16 +768,14 @@ def probe(model, tokenizer, args):
     if len(encoded) > 1:  # prompts of unequal lengths are decoded under a mask: make one a token shorter
         shorter = encoded[1][1]
         shorter.input_ids, shorter.positions = shorter.input_ids[1:], shorter.positions[:, 1:]
-    print(f"{len(encoded)} prompts of {len(prompt.input_ids)} tokens, {args.num_generations} completions of "
-          f"{args.max_completion_tokens} each")
+    print(f"{len(encoded)} prompts of {len(prompt.input_ids)} tokens, {args.num_generations} completions each")
 
-    def judge(records, observations):
+    def worst_judge(records, observations):
         if args.judge == "self":  # any other uses no memory here
-            own = gen_cot.judge_from(args, lambda prompts: self_judge(model, tokenizer, prompts, args))
-            own(records, ["the " * args.max_completion_tokens] * len(records))
+            judge(records, ["the " * args.max_completion_tokens] * len(records))
         return [False] * len(records)  # without a verdict the update would not be taken
 
-    _, metrics = update(model, tokenizer, optimizer, encoded, judge, args.lr, args)
+    _, metrics = update(model, tokenizer, optimizer, encoded, worst_judge, args.lr, args)
     sft.print_phases(metrics)
     return metrics
 
