@@ -768,7 +768,7 @@ def probe(model, tokenizer, judge, args):
     if len(encoded) > 1:  # prompts of unequal lengths are decoded under a mask: make one a token shorter
         shorter = encoded[1][1]
         shorter.input_ids, shorter.positions = shorter.input_ids[1:], shorter.positions[:, 1:]
-    print(f"{len(encoded)} prompts of {len(prompt.input_ids)} tokens, {args.num_generations} completions each")
+    print(f"{len(encoded)} prompts of {len(prompt.input_ids)} tokens, {args.num_generations} completions")
 
     def worst_judge(records, observations):
         if args.judge == "self":  # any other uses no memory here
