@@ -770,7 +770,8 @@ def plot_curves(rows, curves, folder, window=15):
 
 @contextlib.contextmanager
 def measured(phase, row):
-    """Put the seconds and peak GiB of what runs within into row["sec/PHASE"] and row["gib/PHASE"]."""
+    """Put the seconds and peak GiB of what runs within into row["sec/PHASE"] and row["gib/PHASE"]: allocated on
+    the GPU, or resident in this process so far on a machine without one."""
     if on_gpu():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -778,19 +779,12 @@ def measured(phase, row):
     yield
     if on_gpu():
         torch.cuda.synchronize()
-    row |= {f"sec/{phase}": time.time() - start, f"gib/{phase}": peak_gib()}
-
-
-def peak_gib():
-    """Peak memory in GiB: allocated on the GPU since the last reset, or resident in this process so far on a
-    machine without one."""
-    if on_gpu():
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        import resource  # which Windows lacks
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    row |= {f"sec/{phase}": time.time() - start, f"gib/{phase}": peak}
 
 
 def print_phases(row):
