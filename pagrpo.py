@@ -276,7 +276,6 @@ class Group:
     sampled_logprobs: torch.Tensor  # (G, T), by the rollout, for logprob_gap alone
     perception_mask: torch.Tensor  # (G, T)
     reasoning_mask: torch.Tensor  # (G, T)
-    texts: list = None  # G of str
     scores: list = None  # G of dict, see `process_rewards`
     replies: list = None  # G of str, the judge's words, or None
     perception_advantages: torch.Tensor = None  # (G,)
@@ -333,17 +332,17 @@ def sample_groups(model, encoded, tokenizer, args, greedy=False):
 
 
 def score_groups(groups, tokenizer, judge, args):
-    """Fill in texts, scores (Eq. 3-5, `process_rewards`) and advantages (Eq. 6); the judge sees all
+    """Fill in scores (Eq. 3-5, `process_rewards`) and advantages (Eq. 6); the judge sees all
     observations in one batch. Returns its verdicts on those that are not empty."""
     # ask the judge about all observations at once
-    records, observations = [], []
+    records, texts = [], []
     for group in groups:
-        group.texts = tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)  # so is padding
-        records += [group.record] * len(group.texts)
-        observations += [parse_trace(text).observation for text in group.texts]
+        texts += tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)  # so is padding
+        records += [group.record] * len(group.completion_ids)
+    observations = [parse_trace(text).observation for text in texts]
     verdicts = ask_judge(judge, records, observations)
-    # what it said of each completion, in this order; a judge that is a function has no words
-    of_completions = zip(verdicts, getattr(judge, "replies", [None] * len(verdicts)))
+    # each completion and what it said of it, in this order; a judge that is a function has no words
+    of_completions = zip(texts, verdicts, getattr(judge, "replies", [None] * len(verdicts)))
 
     # reward the two processes of each completion, and compare them within its group
     bonus = 0.0 if args.without == "length" else 0.2
@@ -351,8 +350,8 @@ def score_groups(groups, tokenizer, judge, args):
     for group in groups:
         lengths = zip(group.perception_mask.sum(1).tolist(), group.reasoning_mask.sum(1).tolist())
         group.scores, group.replies = [], []
-        for text, ids, num_tokens in zip(group.texts, group.completion_ids.tolist(), lengths):
-            verdict, reply = next(of_completions)
+        for ids, num_tokens in zip(group.completion_ids.tolist(), lengths):
+            text, verdict, reply = next(of_completions)
             scores = process_rewards(group.record, text, verdict, num_tokens, ranges, bonus, args.scoring)
             group.scores.append(dict(scores, truncated=tokenizer.eos_token_id not in ids))
             group.replies.append(reply)
