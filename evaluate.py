@@ -438,7 +438,7 @@ def row_names(adapters):
     """{adapter: (the end of its file's name, its name in the table)}, such as {"runs/tiny/sft": ("sft",
     "SFT")}. A name is what the adapter's run.json says; one that two share has its folder behind it."""
     ends = [Path(adapter.partition("@http")[0]).name for adapter in adapters]  # of a server, its model
-    names = ["base" if adapter == "none" else end if ":" in adapter else sft.read_run(adapter)["name"]
+    names = ["base" if adapter == "none" else end if ":" in adapter else sft.read_run(adapter)["algorithm"]
              for end, adapter in zip(ends, adapters)]
     folders = [end if ends.count(end) == 1 else adapter for end, adapter in zip(ends, adapters)]
     stems = [re.sub(r"[^\w.]+", "-", folder).strip("-") for folder in folders]
@@ -535,7 +535,7 @@ def write_page(folder, judge, args):
     """Writes traces.html: every rollout and completion below the folder, with thumbnails, in one file."""
     rollouts, samples = [], []
     for path in sorted(folder.rglob("rollouts.jsonl")):
-        name = f"{sft.read_run(path.parent)['name']} ({path.parent.relative_to(folder)})"
+        name = f"{sft.read_run(path.parent)['algorithm']} ({path.parent.relative_to(folder)})"
         rollouts += [page_rollout(row, name) for row in read_jsonl(path)]
     for path in sorted(folder.rglob("completions-*.jsonl")):
         rows = score_rows(read_jsonl(path), judge, args.scoring)

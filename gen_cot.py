@@ -54,6 +54,7 @@ from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote
 
 import av
 import numpy as np
@@ -396,8 +397,9 @@ def print_stats(name, client):
 MAX_BAD = 0.05  # share of bad records that is left out; more says that something else is wrong with the file
 FOLDER_FPS = 3.0  # of a folder of frames whose record names no rate (TVQA's in MVBench)
 # fields by which others name a part of a clip: start, video_start, clip_start_time, …
-PART_FIELDS = set("start end start_time end_time start_sec end_sec start_frame end_frame video_start video_end "
-                  "clip_start clip_end segment_start segment_end timestamps time_range".split())
+PART_FIELDS = set("start end start_time end_time start_sec end_sec start_frame end_frame begin begin_time "
+                  "video_start video_end clip_start clip_end clip_start_time clip_end_time segment_start "
+                  "segment_end timestamps time_range span".split())
 PADDING = re.compile(r"([(（]?[A-Na-n][.:)）．：]\s*)?(nan)?")  # with its label or without
 # where the medium is: at either end of the question, or Qwen's own tokens
 PLACEHOLDER = re.compile(r"\A(\s*<(image|video)>)+|(<(image|video)>\s*)+\Z|"
@@ -449,7 +451,7 @@ def load_records(paths, media_root=None, left_out=(), lost_golds=False):
         fields = ", ".join(sorted(PART_FIELDS.intersection(parts[0])))
         print(f"{len(parts)} records name a part of their clip ({fields}), but the whole clip is used.")
     if rates:
-        print(f"{len(rates)} folders of frames have no fps or sample_fps: {FOLDER_FPS:g} per second are assumed.")
+        print(f"{len(rates)} folders of frames have no fps or sample_fps: {FOLDER_FPS:g} a second are assumed.")
     return records
 
 
@@ -483,8 +485,7 @@ def parse_record(row, media_root=None, lost_golds=False):
     if not record["problem"]:
         raise ValueError("it holds no question")
     record["solution"] = f"<answer>{parse_gold(record, options, lost_golds)}</answer>"
-    if media_root is not None or "path" in row:
-        record["path"] = path_below(media_root or ".", row["path"])
+    record["path"] = path_below(media_root or ".", row["path"])
     if media_root is not None:
         record["media"] = media_path(media_root, record["path"])
     return record
@@ -526,8 +527,10 @@ def parse_options(options):
 
 def path_below(media_root, path):
     """A record's path below the media root, from one that may be absolute, a file:// URL or of Windows."""
-    path = path.strip().removeprefix("file://").replace("\\", "/")
-    path = os.path.normpath(path.removeprefix(os.path.abspath(media_root) + "/").lstrip("/"))
+    path = re.sub("^file://(.*)", lambda url: unquote(url[1]), path.strip()).replace("\\", "/")
+    for root in (os.path.abspath(media_root), os.path.realpath(media_root)):
+        path = path.removeprefix(f"{root}/")
+    path = os.path.normpath(path.lstrip("/"))
     if path.startswith(".."):
         raise ValueError("its path leaves the media root")
     return path
@@ -596,16 +599,14 @@ class MediaError(Exception):
     """A medium that can't be read, with the reason in one sentence; it costs its one record."""
 
 
-def media_errors(read):
-    """`read(path, …)` with a MediaError that names the path for whatever goes wrong in it."""
-    @functools.wraps(read)
-    def wrapped(path, *args, **kwargs):
-        try:
-            return read(path, *args, **kwargs)
-        except Exception as error:  # a damaged file can fail anywhere in a decoder
-            reason = strip_invisible(f"{path} can't be read ({type(error).__name__}: {error}).")
-            raise MediaError(reason) from None
-    return wrapped
+@contextlib.contextmanager
+def media_errors(path):
+    """A context in which whatever goes wrong is a MediaError that names the path."""
+    try:
+        yield
+    except Exception as error:  # a damaged file can fail anywhere in a decoder
+        reason = f"{path} can't be read ({type(error).__name__}: {error})."
+        raise MediaError(strip_invisible(reason)) from None
 
 
 def sample_indices(starts, end, num_frames=16, fps=2.0, min_frames=4):
@@ -635,7 +636,6 @@ def fit_size(height, width, max_pixels, min_pixels=IMAGE_PIXELS[0]):
     return h, w
 
 
-@media_errors
 def read_frames(path, num_frames=16, max_pixels=128 * FACTOR**2):
     """Sample and decode frames of a video as a player shows them, turned and stretched as the file says (G1).
 
@@ -646,40 +646,37 @@ def read_frames(path, num_frames=16, max_pixels=128 * FACTOR**2):
         frames: uint8 (T, H, W, 3), T even, H and W multiples of 28 with H·W ≤ max_pixels.
         fps: float, sampled frames per second of the clip, whose duration is that of its pictures alone.
     """
-    with open_video(path) as container:
-        stream = pictures_of(container)
-        stamps = [(packet.pts, packet.duration, packet.is_keyframe) for packet in container.demux(stream)
-                  if packet.size and not packet.is_discard]
-    try:
-        return pick_frames(path, stamps, num_frames, max_pixels)
-    except LookupError:
-        with open_video(path) as container:
-            frames = container.decode(pictures_of(container))
-            stamps = [(frame.pts, frame.duration, False) for frame in frames]
-        return pick_frames(path, stamps, num_frames, max_pixels)
+    with media_errors(path):
+        with open_video(path) as (container, stream):
+            stamps = [(packet.pts, packet.duration, packet.is_keyframe) for packet in container.demux(stream)
+                      if packet.size and not packet.is_discard]
+        try:
+            return pick_frames(path, stamps, num_frames, max_pixels)
+        except LookupError:
+            with open_video(path) as (container, stream):
+                frames = container.decode(stream)
+                stamps = [(frame.pts, frame.duration, False) for frame in frames]
+            return pick_frames(path, stamps, num_frames, max_pixels)
 
 
+@contextlib.contextmanager
 def open_video(path):
-    """A video file as a container of no format that names other files."""
-    return av.open(str(path), options=dict(format_whitelist=VIDEO_FORMATS, protocol_whitelist="file"))
-
-
-def pictures_of(container):
-    """The stream of a container's pictures, which is never the cover of a sound file."""
-    stream = container.streams.best("video")
-    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-        raise ValueError("it holds no pictures")
-    stream.codec_context.thread_count = 1  # there are other workers
-    return stream
+    """(container, stream) of a video's pictures, which are never the cover of a sound file. No format is
+    opened that names other files."""
+    options = dict(format_whitelist=VIDEO_FORMATS, protocol_whitelist="file")
+    with av.open(str(path), options=options) as container:
+        stream = container.streams.best("video")
+        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+            raise ValueError("it holds no pictures")
+        stream.codec_context.thread_count = 1  # there are other workers
+        yield container, stream
 
 
 def pick_frames(path, stamps, num_frames, max_pixels):
     """(frames, fps) as in `read_frames`, from the (pts, duration, is keyframe) of all frames. Keyframes are
     sought; without them frames are counted. LookupError where a frame is not where its packet said."""
     frames, at = [], -1  # at: the index of the frame that was decoded last. -1: none yet; None: after a seek
-    with open_video(path) as container:
-        stream = pictures_of(container)
-
+    with open_video(path) as (container, stream):
         # when each frame appears: its packet's time, else one after the other at the stream's rate
         step = float(1 / (stream.average_rate or 25) / stream.time_base)
         if any(pts is None for pts, _, _ in stamps):
@@ -723,11 +720,10 @@ def to_pixels(frame, stream, shape, max_pixels):
     return np.asarray(image.resize((width, height), Image.BICUBIC))
 
 
-@media_errors
 def read_image(path, max_pixels=IMAGE_PIXELS[1]):
     """A still image as frames uint8 (1, H, W, 3), turned as its EXIF data say, on white, sides as in
     `fit_size`."""
-    with Image.open(path, formats=IMAGE_FORMATS) as image:
+    with media_errors(path), Image.open(path, formats=IMAGE_FORMATS) as image:
         if image.mode in ("I", "F"):
             raise ValueError("what is white in 32 bits is not known: save it with 8 or 16 bits a channel")
         image.load()  # after which a TIFF, which Pillow turns itself, is not turned twice
@@ -740,21 +736,21 @@ def read_image(path, max_pixels=IMAGE_PIXELS[1]):
         return np.asarray(image.convert("RGB").resize((width, height), Image.BICUBIC))[None]
 
 
-@media_errors
 def read_folder(path, num_frames, max_pixels, rate=FOLDER_FPS):
     """As `read_frames`, of a folder of pictures at `rate` per second in the order of their names, in which 10
     comes after 9."""
-    rate = float(rate)  # records have it as a text, too
-    formats = Image.registered_extensions()
-    names = [name for name in os.listdir(path) if not name.startswith(".")  # .DS_Store, ._1.jpg
-             and formats.get(Path(name).suffix.lower()) in IMAGE_FORMATS]
-    names.sort(key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(20), name))
-    assert names, "a folder without pictures"
-    wanted = sample_indices(np.arange(len(names)) / rate, len(names) / rate, num_frames)
-    frames = [read_image(os.path.join(path, names[i]), max_pixels)[0] for i in wanted]
-    size = frames[0].shape[1::-1]  # of all of them
-    frames = [np.asarray(Image.fromarray(frame).resize(size, Image.BICUBIC)) for frame in frames]
-    return np.stack(frames), len(frames) * rate / len(names)
+    with media_errors(path):
+        rate = float(rate)  # records have it as a text, too
+        formats = Image.registered_extensions()
+        names = [name for name in os.listdir(path) if not name.startswith(".")  # .DS_Store, ._1.jpg
+                 and formats.get(Path(name).suffix.lower()) in IMAGE_FORMATS]
+        names.sort(key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(20), name))
+        assert names, "a folder without pictures"
+        wanted = sample_indices(np.arange(len(names)) / rate, len(names) / rate, num_frames)
+        frames = [read_image(os.path.join(path, names[i]), max_pixels)[0] for i in wanted]
+        size = frames[0].shape[1::-1]  # of all of them
+        frames = [np.asarray(Image.fromarray(frame).resize(size, Image.BICUBIC)) for frame in frames]
+        return np.stack(frames), len(frames) * rate / len(names)
 
 
 def read_media(record, num_frames=16, max_pixels=128):
@@ -763,8 +759,8 @@ def read_media(record, num_frames=16, max_pixels=128):
     if record["data_type"] == "image":
         return read_image(record["media"]), None
     if os.path.isdir(record["media"]):
-        return read_folder(record["media"], num_frames, max_pixels * FACTOR**2,
-                           frame_rate(record) or FOLDER_FPS)
+        rate = frame_rate(record) or FOLDER_FPS
+        return read_folder(record["media"], num_frames, max_pixels * FACTOR**2, rate)
     return read_frames(record["media"], num_frames, max_pixels * FACTOR**2)
 
 
@@ -778,7 +774,7 @@ def init_worker():
     gc.freeze()  # else a decoder of the parent's is freed here, which waits for threads of the parent
 
 
-def read_ahead(records, args, read=read_media, timeout=None):
+def read_ahead(records, args, read=None, timeout=None):
     """Decode the records' media in worker processes, ahead of whoever takes them; `records` may be endless.
 
     A medium that hangs or crashes its decoder is tried once more, since lack of memory or a clock that jumps
@@ -788,7 +784,8 @@ def read_ahead(records, args, read=read_media, timeout=None):
         args: with num_frames, max_pixels (in units of 28×28), workers.
 
     Yields:
-        (record, media) in the order of the records, where media is what `read` returns, or a MediaError.
+        (record, media) in the order of the records, where media is what `read` (default: `read_media`)
+        returns, or a MediaError.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pools = []
@@ -796,7 +793,7 @@ def read_ahead(records, args, read=read_media, timeout=None):
     def begin(record):
         if not pools or not pools[-1].active:  # pebble gives a pool up where an idle worker is killed
             pools.append(ProcessPool(args.workers, context=context, initializer=init_worker))
-        return pools[-1].schedule(read, (record, args.num_frames, args.max_pixels),
+        return pools[-1].schedule(read or read_media, (record, args.num_frames, args.max_pixels),
                                   timeout=timeout or DECODE_TIMEOUT)
 
     def result(record, job, again=True):

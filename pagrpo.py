@@ -194,7 +194,7 @@ def train(model, tokenizer, records, judge, args):
     unanswered = 0  # updates in a row
     # A few of the prompts about held-out media are for the curves. All others are trained on, over and over.
     fixed = gen_cot.draw(fixed, FIXED, seed=0)
-    limit = args.max_prompt_tokens or len(sft.worst_prompt(template, tokenizer, config, args)[1].input_ids)
+    limit = args.max_prompt_tokens or len(sft.worst_prompt(tokenizer, config, args)[1].input_ids)
     fixed_media = gen_cot.read_ahead(sft.shard(fixed, len(fixed)), args)
     fixed, _ = sft.encode_batch(fixed_media, len(fixed), template, tokenizer, config, limit)
     print(f"{len(fixed)} prompts of held-out media for the curves")
@@ -233,7 +233,7 @@ def run_name(args):
     algorithm = ALGORITHMS.get(args.without, f"PA-GRPO without {args.without}")
     if args.adapter == "none":
         return f"{algorithm} from the base"
-    return f"{sft.read_run(args.adapter)['name']} + {algorithm}"
+    return f"{sft.read_run(args.adapter)['algorithm']} + {algorithm}"
 
 
 def tell_lost_processes(rows, args):
@@ -757,8 +757,7 @@ def probe(model, tokenizer, judge, args):
     moments and the reference in memory; returns the update's metrics."""
     optimizer = sft.setup_training(model, args)
     sft.optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # gradients of 0: allocates AdamW's moments
-    template = gen_cot.load_template(args)
-    record, prompt = sft.worst_prompt(template, tokenizer, sft.unwrap(model).config, args)
+    record, prompt = sft.worst_prompt(tokenizer, sft.unwrap(model).config, args)
     # `eos_token_id` is None after this. No token equals that in `rollout`, `segment_masks`, `score_groups`:
     # completions run to their limit.
     tokenizer.eos_token = None

@@ -118,7 +118,7 @@ def train(model, tokenizer, records, args):
     # each epoch in an order of its own
     template, optimizer, order = load_template(args), setup_training(model, args), []
     config = unwrap(model).config
-    limit = args.max_prompt_tokens or len(worst_prompt(template, tokenizer, config, args)[1].input_ids)
+    limit = args.max_prompt_tokens or len(worst_prompt(tokenizer, config, args)[1].input_ids)
     for epoch in range(args.epochs):
         order += random.Random(args.seed + epoch).sample(records, len(records))
     steps, start = math.ceil(len(order) / args.batch_size), load_checkpoint(model, optimizer, run, args)
@@ -545,13 +545,14 @@ def optimiser_step(model, optimizer, lr, clip, loss=0.0):
     return {"grad_norm": norm, "skipped_steps": group["skipped_steps"]}
 
 
-def worst_prompt(template, tokenizer, config, args, words=300):
+def worst_prompt(tokenizer, config, args, words=300):
     """(record, Prompt) of a clip with as many visual tokens as these settings allow, and a long question."""
     rows = math.gcd(args.max_pixels, 8)  # rows of blocks; max_pixels counts blocks
     shape = args.num_frames, rows * FACTOR, args.max_pixels // rows * FACTOR, 3
     pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     record = dict(problem="the " * words, problem_type="free-form", solution="the", options=[])
-    return record, encode_prompt(build_prompt(record, template), pixels, 2.0, tokenizer, config)
+    text = build_prompt(record, load_template(args))
+    return record, encode_prompt(text, pixels, 2.0, tokenizer, config)
 
 
 def encode_medium(record, medium, text, tokenizer, config, limit=None):
@@ -595,16 +596,16 @@ def describe_run(name, records, args, adapter=None):
         data.update(json_line({k: v for k, v in record.items() if k != "media"}).encode())
     flags = json.loads(json.dumps(vars(args), default=str))
     commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
-    return dict(name=name, steps=0, base=base_digest(args.base), adapter=weights_digest(adapter or ""),
-                data=data.hexdigest(), records=len(records), loss_average=flags.get("loss_average"),
+    return dict(algorithm=name, steps=0, base=base_digest(args.base), adapter=weights_digest(adapter or ""),
+                data=data.hexdigest()[:24], records=len(records), loss_average=flags.get("loss_average"),
                 flags=flags, earlier_flags=[], commit=commit.stdout.decode().strip(),
                 versions={name: version(name) for name in ("torch", "transformers", "peft", "av")})
 
 
 def read_run(folder):
-    """What run.json says of a folder's run; only its name, which is then the folder's, without one."""
+    """What run.json says of a folder's run. Without one the folder's path is its algorithm's name."""
     path = Path(folder, "run.json")
-    return json.loads(path.read_text()) if path.exists() else {"name": str(folder)}
+    return json.loads(path.read_text()) if path.exists() else {"algorithm": str(folder)}
 
 
 def weights_digest(folder):
@@ -612,7 +613,7 @@ def weights_digest(folder):
     path = Path(folder, "adapter_model.safetensors")
     if path.exists():
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()[:24]
 
 
 def base_digest(base):
@@ -630,9 +631,8 @@ def is_finished(args):
     """Whether --resume has nothing left to do, as the output holds a finished run."""
     finished = (args.output / "adapter_model.safetensors").exists()
     if args.resume and finished and not (args.output / "checkpoint.pt").exists():
-        steps = read_run(args.output).get("steps", "all")
-        print(f"{args.output} holds a finished run of {steps} steps: nothing to do. A longer one starts "
-              "without --resume.")
+        print(f"{args.output} holds a finished run of {read_run(args.output).get('steps')} steps: nothing to "
+              "do. A longer one starts without --resume.")
         return True
     return False
 
@@ -640,16 +640,15 @@ def is_finished(args):
 def check_resume(run, old):
     """Whether a run that `old` describes can go on as `run`, which gets the flags that it had before. Raises
     UserError where it would become another run."""
-    for key, what in dict(base="base", adapter="adapter to start from", data="data", name="algorithm",
-                          loss_average="--loss-average").items():
+    for key in ("base", "adapter", "data", "algorithm", "loss_average"):
         if old.get(key) != run[key]:
-            raise UserError(f"The run was begun with another {what}, {old.get(key)!s:.30} (now {run[key]!s:.30}): "
-                            "give it back what it had, or pass another --output.")
+            raise UserError(f"The run was begun with another {key}, {old.get(key)} (now {run[key]}): give it "
+                            "back what it had, or pass another --output.")
     changed = [f"{flag}: {old['flags'].get(flag)}, now {value}" for flag, value in run["flags"].items()
                if flag != "resume" and old["flags"].get(flag) != value]
-    run["earlier_flags"] = old["earlier_flags"] + [old["flags"]] * bool(changed)
     if changed:
         print("Flags that differ from before: " + "; ".join(changed))
+        run["earlier_flags"] = [*old["earlier_flags"], old["flags"]]
 
 
 def save_checkpoint(step, model, optimizer, folder):
@@ -770,8 +769,8 @@ def plot_curves(rows, curves, folder, window=15):
 
 @contextlib.contextmanager
 def measured(phase, row):
-    """Put the seconds and peak GiB of what runs within into row["sec/PHASE"] and row["gib/PHASE"]: allocated on
-    the GPU, or resident in this process so far on a machine without one."""
+    """Put the seconds and peak GiB of what runs within into row["sec/PHASE"] and row["gib/PHASE"]. That is
+    memory allocated on the GPU or, without one, resident in this process so far."""
     if on_gpu():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -122,12 +122,11 @@ def check_medium(record, num_frames, max_pixels):
     return decode_strictly(record["media"])
 
 
-@gen_cot.media_errors
 def decode_strictly(path):
     """Decode a clip from its first frame to its last. MediaError where the decoder notices damage; (kind,
     what) where its clock jumps, or where it ends before it says."""
-    with gen_cot.open_video(path) as container:
-        stream, shown = gen_cot.pictures_of(container), []
+    shown = []
+    with gen_cot.media_errors(path), gen_cot.open_video(path) as (container, stream):
         stream.codec_context.options = {"err_detect": "explode"}  # else damage is concealed
         for i, frame in enumerate(container.decode(stream)):
             if frame.is_corrupt:

@@ -52,7 +52,6 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForCondition
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import gen_cot  # noqa: E402
 import pagrpo  # noqa: E402
 import sft  # noqa: E402
 from bench import naive_logprobs  # noqa: E402
@@ -170,7 +169,7 @@ def memory(config, args, P, J):
 def prompt_lengths(config, args):
     """Tokens of the probe's longest prompt, and of its judge's."""
     tokenizer, asked = AutoTokenizer.from_pretrained(TOY), []
-    record, prompt = sft.worst_prompt(gen_cot.load_template(args), tokenizer, config, args)
+    record, prompt = sft.worst_prompt(tokenizer, config, args)
     judge = make_judge("self", args.judge_prompt_file, lambda prompts: asked.extend(prompts) or [""])
     judge([record], ["the " * args.max_completion_tokens])
     return len(prompt.input_ids), len(sft.encode_text(asked[0], tokenizer).input_ids)
@@ -202,8 +201,7 @@ def time_sft(shared, tokens=1024):
     sft.setup_process(args)
     model, tokenizer = sft.load_model(args.base, None, not args.no_4bit, args.lora_rank)
     optimizer = sft.setup_training(model, args)
-    template = gen_cot.load_template(args)
-    record, prompt = sft.worst_prompt(template, tokenizer, sft.unwrap(model).config, args)
+    record, prompt = sft.worst_prompt(tokenizer, sft.unwrap(model).config, args)
     record["output"] = "the" + " the" * (tokens - 3)  # without a blank it is two tokens, and the end is one
     assert len(sft.target_ids(record, tokenizer)) == tokens
     encoded = [(record, replace(prompt)) for _ in range(2 * args.micro_batch)]
@@ -220,8 +218,7 @@ def compare_passes(args):
     from each other, measured against naive ones of another batch size."""
     model, tokenizer = sft.load_model(args.base, None, not args.no_4bit, args.lora_rank)
     sft.setup_training(model, args)
-    template = gen_cot.load_template(args)
-    _, prompt = sft.worst_prompt(template, tokenizer, sft.unwrap(model).config, args)
+    _, prompt = sft.worst_prompt(tokenizer, sft.unwrap(model).config, args)
     with torch.no_grad():
         sft.embed_prompts(model, [prompt])
     G, T = args.num_generations, args.max_completion_tokens

@@ -597,7 +597,7 @@ def test_a_benchmark_that_is_named_is_taken_in_place_of_the_toy(folder, capsys):
 def test_a_row_has_the_name_of_its_run_wherever_that_lies(tmp_path):
     for folder, name in (("pagrpo", "SFT + GRPO"), ("mu2", "SFT + PA-GRPO"), ("b/mu2", "SFT + PA-GRPO")):
         (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "run.json").write_text(json.dumps(dict(name=name)))
+        (tmp_path / folder / "run.json").write_text(json.dumps(dict(algorithm=name)))
     one, two, three = (str(tmp_path / folder) for folder in ("pagrpo", "mu2", "b/mu2"))
     assert evaluate.row_names(["none", one, two, "sft"]) == {
         "none": ("none", "base"), one: ("pagrpo", "SFT + GRPO"), two: ("mu2", "SFT + PA-GRPO"),
@@ -605,7 +605,7 @@ def test_a_row_has_the_name_of_its_run_wherever_that_lies(tmp_path):
     shared = list(evaluate.row_names([two, three]).values())
     assert [name for _, name in shared] == [f"SFT + PA-GRPO ({two})", f"SFT + PA-GRPO ({three})"]
     assert len({stem for stem, _ in shared}) == 2
-    (tmp_path / "run.json").write_text(json.dumps(dict(name="SFT + PA-GRPO")))
+    (tmp_path / "run.json").write_text(json.dumps(dict(algorithm="SFT + PA-GRPO")))
     assert [name for _, name in evaluate.row_names([two, str(tmp_path)]).values()] == [
         "SFT + PA-GRPO (mu2)", f"SFT + PA-GRPO ({tmp_path.name})"]
     assert list(evaluate.row_names(["openai:Qwen/Q-7B@http://h:1/v1"]).values()) == [("Q-7B", "Q-7B")]

@@ -51,7 +51,7 @@ def trained(toy_records, tmp_path_factory):
 def test_a_run_says_what_it_is(trained, toy_records, tmp_path):
     run(FROM_SFT.format(trained) + " --without separation", tmp_path / "rl", toy_records)
     first, second = run_json(trained), run_json(tmp_path / "rl")
-    assert (first["name"], second["name"]) == ("SFT", "SFT + without separation")
+    assert (first["algorithm"], second["algorithm"]) == ("SFT", "SFT + without separation")
     assert (first["steps"], second["steps"]) == (6, 4) and first["records"] == second["records"] == 11
     assert first["adapter"] is None and second["adapter"] == sft.weights_digest(trained)
     assert second["base"] == first["base"] == sft.base_digest(ROOT / "data/toy/base")
@@ -81,9 +81,9 @@ def changed_adapter(folder):
 
 
 @pytest.mark.parametrize("change, flags, what", [
-    (changed_adapter, "", "adapter to start from"), (None, "--algorithm grpo", "algorithm"),
-    (None, "--loss-average completion", "--loss-average"), (None, "--limit 8", "data"),
-    (None, "--adapter none", "adapter to start from")])
+    (changed_adapter, "", "adapter"), (None, "--algorithm grpo", "algorithm"),
+    (None, "--loss-average completion", "loss_average"), (None, "--limit 8", "data"),
+    (None, "--adapter none", "adapter")])
 def test_resume_refuses_to_become_another_run(trained, toy_records, tmp_path, change, flags, what):
     shutil.copytree(trained, tmp_path / "sft")
     command = FROM_SFT.format(tmp_path / "sft")
@@ -188,7 +188,7 @@ def test_the_toys_held_out_media_are_one_in_twenty():
 
 def test_without_held_out_media_there_is_no_curve_and_that_is_said(toy_records, tmp_path, capsys):
     run(RL, tmp_path / "rl", toy_records, "--show-every 1 --beta 0")
-    assert "No medium is held out" in capsys.readouterr().out
+    assert "0 prompts of held-out media" in capsys.readouterr().out
     rows = rows_of(tmp_path / "rl")
     assert not any(key.startswith("fixed/") or key == "kl" for row in rows for key in row)  # β 0: no KL
 
