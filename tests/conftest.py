@@ -24,7 +24,7 @@ KEY = "sk-secret-0123456789"
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name != "test_pipeline.py")  # the longest file first, for -n 2
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")  # the longest file first, for -n 3
 
 
 @pytest.fixture(scope="session")

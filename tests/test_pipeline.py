@@ -57,7 +57,7 @@ def run(folder, command, code=0):
 def test_all_stages_in_order(fresh_clone):
     """`pagrpo.py` alone prepares the toy data and starts from the base, and says so; then each stage finds
     the one before it."""
-    alone = run(fresh_clone, "pagrpo.py --model tiny --updates 1 --output runs/alone")
+    alone = run(fresh_clone, "pagrpo.py --model tiny --updates 1 --limit 40 --output runs/alone")
     assert "preparing it" in alone and not (fresh_clone / "runs/tiny").exists()
     assert alone.index("Starting from the base, without SFT (RL only).") < alone.index("in 4 bits")
 
@@ -71,7 +71,7 @@ def test_all_stages_in_order(fresh_clone):
 
     run(fresh_clone, "sft.py --model tiny --limit 32")
     rl = run(fresh_clone, "pagrpo.py --model tiny --updates 2 --prompts-per-update 2 --num-iterations 2 "
-                    "--show-every 1")
+                    "--limit 200 --show-every 1")
     assert "advantage" in rl and "Starting from the SFT adapter runs/tiny/sft." in rl
     rows = gen_cot.read_json(fresh_clone / "runs/tiny/pagrpo/metrics.jsonl")
     assert len(rows) == 2 and rows[0]["kl"] >= 0 and 0 < rows[0]["length/reasoning"] <= 112
@@ -125,7 +125,7 @@ def test_two_ranks_learn_what_one_learns(clone, monkeypatch):
     in both stages."""
     commands = ["sft.py --model tiny --limit 40 --batch-size 8 --micro-batch 2 --output runs/NAME/sft",
                 "pagrpo.py --model tiny --updates 5 --prompts-per-update 3 --num-generations 4 "
-                "--max-completion-tokens 32 --output runs/NAME/pagrpo"]
+                "--max-completion-tokens 32 --limit 100 --output runs/NAME/pagrpo"]
     script = ["import sys, sft, pagrpo", "assert sft.process().num_processes == 2"]
     for stage, command in zip(("sft", "pagrpo"), commands):
         words = command.replace("NAME", "two").split()
@@ -353,8 +353,6 @@ def test_a_mistake_on_the_command_line_shows_no_traceback(clone):
     text = run(clone, "pagrpo.py --model tiny --algorithm grpo --without length", code=2)
     said = " ".join(text.replace("│", " ").split())  # it comes in a box
     assert "leave out --without length" in said and "Traceback" not in said
-    text = run(clone, "pagrpo.py --model tiny --judge mystery", code=1)
-    assert text.startswith("Unknown judge 'mystery'") and len(text.splitlines()) == 1
 
 
 def test_what_the_first_hour_on_a_gpu_needs_runs_on_a_small_shape():
