@@ -29,6 +29,8 @@ G3. The options appear once in the prompt: they are appended unless the question
 G4. The teacher gets each sampled frame as a JPEG after its time stamp, then the prompt of all stages. A
     question that its server refuses or does not answer is "no trace". One on which the judge gives no verdict
     is "judge unknown". The next run asks both again.
+G5. Options are shown with the letters A, B, … Where the file has other labels, the gold answer is translated
+    by them; where it has none, a gold answer is an option's own text, or else the letter of its place.
 """
 import ast
 import collections

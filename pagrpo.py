@@ -194,10 +194,10 @@ def train(model, tokenizer, records, judge, args):
     unanswered = 0  # updates in a row
     # A few of the prompts about held-out media are for the curves. All others are trained on, over and over.
     fixed = gen_cot.draw(fixed, FIXED, seed=0)
+    print(f"{len(fixed)} prompts of held-out media for the curves")
     limit = args.max_prompt_tokens or len(sft.worst_prompt(tokenizer, config, args)[1].input_ids)
     fixed_media = gen_cot.read_ahead(sft.shard(fixed, len(fixed)), args)
-    fixed, _ = sft.encode_batch(fixed_media, len(fixed), template, tokenizer, config, limit)
-    print(f"{len(fixed)} prompts of held-out media for the curves")
+    own_fixed, _ = sft.encode_batch(fixed_media, len(fixed), template, tokenizer, config, limit)
     media = gen_cot.read_ahead(endless(records, args.seed, args.prompts_per_update, start), args)
     with (sft.open_log(args.output / "metrics.jsonl", start) as log,
           sft.open_log(args.output / "rollouts.jsonl", start) as rollouts):
@@ -209,7 +209,7 @@ def train(model, tokenizer, records, judge, args):
             row |= media_log  # sec/media, and skipped_media of all ranks
             # look at the policy so far
             if fixed and step % args.show_every == 0:
-                row |= fixed_accuracies(model, fixed, tokenizer, judge, args)
+                row |= fixed_accuracies(model, own_fixed, tokenizer, judge, args)
             # sample, score, learn
             if row["skipped_media"] < args.prompts_per_update:
                 groups, metrics = update(model, tokenizer, optimizer, encoded, judge, row["lr"], args)

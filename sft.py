@@ -19,6 +19,8 @@ S1. M-RoPE positions are computed here, once per sample, from the true sampled f
     and given to every forward pass; the library's own depend on its version and assume 24 frames per second.
 S2. A batch's loss is the mean over all its completion tokens, however it is split into micro-batches.
 S3. `--process-agnostic` (Table 2) removes the observation block from the target; the prompt stays the same.
+S4. One medium in fifty is held out, by a hash of its path (`gen_cot.hold_out`): no question about it is
+    trained on, in SFT or RL. The paper trains on all, as `--held-out 0` does.
 """
 import contextlib
 import hashlib
@@ -646,9 +648,10 @@ def check_resume(run, old):
                             "back what it had, or pass another --output.")
     changed = [f"{flag}: {old['flags'].get(flag)}, now {value}" for flag, value in run["flags"].items()
                if flag != "resume" and old["flags"].get(flag) != value]
+    run["earlier_flags"] = old["earlier_flags"]
     if changed:
         print("Flags that differ from before: " + "; ".join(changed))
-        run["earlier_flags"] = [*old["earlier_flags"], old["flags"]]
+        run["earlier_flags"].append(old["flags"])
 
 
 def save_checkpoint(step, model, optimizer, folder):

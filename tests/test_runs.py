@@ -104,6 +104,8 @@ def test_resume_says_which_other_flags_differ_and_keeps_both(trained, toy_record
     assert f"adapter: {trained}, now {tmp_path / 'moved'}; beta: 0.04, now 0.1" in capsys.readouterr().out
     kept = run_json(tmp_path / "rl")
     assert kept["flags"]["beta"] == 0.1 and [flags["beta"] for flags in kept["earlier_flags"]] == [0.04]
+    sft.check_resume(again := dict(kept, earlier_flags=[]), kept)  # without a change nothing is forgotten
+    assert again["earlier_flags"] == kept["earlier_flags"]
 
 
 def test_a_base_is_known_by_its_weights(tmp_path):
