@@ -528,23 +528,23 @@ def parse_options(options):
 
 
 def path_below(media_root, path):
-    """A record's path below the media root, from one that may be absolute, a file:// URL or of Windows."""
+    """A record's path below the media root, in NFC, from one that may be absolute, a URL or of Windows."""
     path = re.sub("^file://(.*)", lambda url: unquote(url[1]), path.strip()).replace("\\", "/")
     for root in (os.path.abspath(media_root), os.path.realpath(media_root)):
         path = path.removeprefix(f"{root}/")
-    path = os.path.normpath(path.lstrip("/"))
+    path = os.path.normpath(unicodedata.normalize("NFC", path.lstrip("/")))
     if path.startswith(".."):
         raise ValueError("its path leaves the media root")
     return path
 
 
 def media_path(media_root, path):
-    """The file of a path below the media root, with or without a leading `Evaluation/`, in either form of
-    Unicode; or a folder of frames of that name without its suffix."""
+    """The file of a path below the media root, with or without a leading `Evaluation/`, in NFC or NFD; or a
+    folder of frames of that name without its suffix."""
     names = [path, path.removeprefix("Evaluation/"), f"Evaluation/{path}"]
     names += [os.path.splitext(name)[0] for name in names]
     if not path.isascii():
-        names += [unicodedata.normalize(form, name) for form in ("NFC", "NFD") for name in names]
+        names += [unicodedata.normalize("NFD", name) for name in names]
     media = [f"{media_root}/{name}" for name in names]
     return next(filter(os.path.exists, media), media[0])
 
