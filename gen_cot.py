@@ -54,6 +54,7 @@ import sys
 import unicodedata
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote
@@ -68,7 +69,8 @@ from tqdm import tqdm
 
 from rewards import (LETTERS, PROBLEM_TYPES, RIGHT, ChatClient, UserError, accuracy_reward, ask_judge,
                      digest, format_rewards, gold_answer, label_options, load_prompt, make_judge,
-                     option_index, parse_trace, question_text, strip_invisible, write_jsonl, write_text)
+                     option_index, parse_trace, question_text, read_labels, strip_invisible, write_jsonl,
+                     write_text)
 
 MODELS = {"tiny": "data/toy/base", "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
           "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct"}
@@ -238,14 +240,16 @@ def question_key(record):
 
 def id_of(number):
     """A problem_id as a text. pandas writes 7.0 for 7 next to a gap."""
-    return str(number).strip().removesuffix(".0")
+    return re.sub(r"\A(\d+)\.0\Z", r"\1", str(number).strip())
 
 
 def load_traces(path, records):
     """The raw trace (str) of each record from a file of {problem_id, output}, or None. A row with the
     `question` of `generate` is found by that. An id that two questions or two traces share is not used."""
     traces, ids = {}, collections.Counter(id_of(record.get("problem_id")) for record in records)
-    for row in filter(lambda row: isinstance(row, dict), read_json(path)):  # no line that a kill tore
+    for row in read_json(path):
+        if not isinstance(row, dict) or not isinstance(row.get("output"), str):
+            continue  # a line that a kill tore, or an error
         own = re.fullmatch("[0-9a-f]{24}", str(row.get("question")))
         key = own[0] if own else id_of(row["problem_id"])
         traces[key] = row["output"] if traces.get(key, row["output"]) == row["output"] else None
@@ -294,7 +298,7 @@ def verify(records, outputs, judge, threshold=RIGHT, scoring="paper"):
             reasons.append(None if scores[-1] >= threshold else "wrong answer")
     left = [i for i, reason in enumerate(reasons) if reason is None]
     observations = [parse_trace(bare_trace(outputs[i])).observation for i in left]
-    for i, verdict in zip(left, ask_judge(judge, [records[i] for i in left], observations)):
+    for i, verdict in zip(left, ask_judge(judge, [records[i] for i in left], observations), strict=True):
         if verdict is None:
             reasons[i] = "judge unknown"
         elif verdict < RIGHT:  # of a judge that gives floats
@@ -335,7 +339,7 @@ def parse_args(flags, tiny, output, description):
     """The command line as `flags`, a dataclass, with `tiny` for defaults where that is the model. Adds base,
     run_dir and, within it, the default output."""
     # tyro needs the defaults before it reads the command line
-    default = flags(**tiny) if {"tiny", "--model=tiny"} & set(sys.argv) else None
+    default = flags(**tiny) if re.search(r"--model[= ]tiny( |\Z)", " ".join(sys.argv)) else None
     args = tyro.cli(flags, default=default, description=description.partition("\n\n")[0],
                     config=(tyro.conf.FlagCreatePairsOff,))
     args.base, args.run_dir = MODELS.get(args.model, args.model), Path("runs") / Path(args.model).name
@@ -363,8 +367,9 @@ def run_script(main, get_args):
 def lock(path):
     """Keep all other runs from writing to this file or folder until this one ends. UserError where another
     does so already."""
+    real = path.resolve()  # behind a link, too
     try:  # a process may take it twice
-        LOCKS.enter_context(FileLock(path.with_name(f".{path.name}.lock"), 0, is_singleton=True))
+        LOCKS.enter_context(FileLock(real.with_name(f".{real.name}.lock"), 0, is_singleton=True))
     except Timeout:
         raise UserError(f"Another run writes to {path}: wait for it, or pass another --output.") from None
 
@@ -402,10 +407,9 @@ FOLDER_FPS = 3.0  # of a folder of frames whose record names no rate (TVQA's in 
 PART_FIELDS = set("start end start_time end_time start_sec end_sec start_frame end_frame begin begin_time "
                   "video_start video_end clip_start clip_end clip_start_time clip_end_time segment_start "
                   "segment_end timestamps time_range span".split())
-PADDING = re.compile(r"([(（]?[A-Na-n][.:)）．：]\s*)?(nan)?")  # with its label or without
-# where the medium is: at either end of the question, or Qwen's own tokens
-PLACEHOLDER = re.compile(r"\A(\s*<(image|video)>)+|(<(image|video)>\s*)+\Z|"
-                         r"<\|vision_start\|>.*?<\|vision_end\|>", re.DOTALL)
+VISION = r"<\|vision_start\|>.*?<\|vision_end\|>"  # Qwen's own tokens
+PLACE = rf"(<image>|<video>|{VISION})"  # of the medium, where it is at either end of the question
+PLACEHOLDER = re.compile(rf"\A({PLACE}\s*)+|({PLACE}\s*)+\Z|{VISION}", re.DOTALL)
 
 
 def load_records(paths, media_root=None, left_out=(), lost_golds=False):
@@ -453,7 +457,7 @@ def load_records(paths, media_root=None, left_out=(), lost_golds=False):
         fields = ", ".join(sorted(PART_FIELDS.intersection(parts[0])))
         print(f"{len(parts)} records name a part of their clip ({fields}), but the whole clip is used.")
     if rates:
-        print(f"{len(rates)} folders of frames have no fps or sample_fps: {FOLDER_FPS:g} a second are assumed.")
+        print(f"{len(rates)} folders of frames have no fps or sample_fps: {FOLDER_FPS:g} a second assumed.")
     return records
 
 
@@ -482,7 +486,7 @@ def parse_record(row, media_root=None, lost_golds=False):
     options = parse_options(row.get("options"))
     record = dict(row, problem_type=types[row["problem_type"].strip().lower()],
                   data_type=media[row["data_type"].strip().lower()],
-                  problem=strip_invisible(PLACEHOLDER.sub("", row["problem"])),
+                  problem=PLACEHOLDER.sub("", strip_invisible(row["problem"])).strip(),
                   options=label_options(list(options.values())))
     if not record["problem"]:
         raise ValueError("it holds no question")
@@ -496,19 +500,27 @@ def parse_record(row, media_root=None, lost_golds=False):
 def parse_gold(record, options, lost_golds):
     """The gold answer without tags, from a text or number; an option's new letter for its old one or its
     text."""
-    gold = record.get("answer") if record.get("solution") in (None, "") else record["solution"]
-    if isinstance(gold, float) and gold.is_integer():  # as pandas writes 3 next to a gap
-        gold = int(gold)
-    gold = gold_answer(strip_invisible(str(gold))) if isinstance(gold, (str, int, float)) else ""
+    gold = gold_answer(as_text(record.get("solution"))) or gold_answer(as_text(record.get("answer")))
     if not gold:
         raise ValueError("it has no gold answer")
     if record["problem_type"] != "multiple choice":
         return gold
     # without options, which may be in the question, any letter counts
     index = option_index(gold, list(options.values()), list(options or LETTERS))
-    if index is None and options and not lost_golds:
-        raise ValueError(f"its gold {gold!r} names none of its options")
+    if index is None and options:
+        gold = f"none of the options: {gold}"  # which the old label of another option could be now
+        if not lost_golds:
+            raise ValueError(f"its gold is {gold}")
     return gold if index is None else LETTERS[index]
+
+
+def as_text(value):
+    """A field as a text. pandas writes 3.0 for 3 next to a gap."""
+    if isinstance(value, (list, dict)):
+        raise ValueError(f"{value} is no text")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "" if value is None else strip_invisible(str(value))
 
 
 def parse_options(options):
@@ -523,18 +535,20 @@ def parse_options(options):
             options = ast.literal_eval(options)  # parses literals only, evaluates nothing
     if isinstance(options, dict) or len(options or []) > 14:
         raise ValueError("its options are no list of at most 14, A to N")
-    texts = ["" if option is None else strip_invisible(str(option)) for option in options or []]
-    return {letter: text for letter, text in zip(LETTERS, texts) if not PADDING.fullmatch(text)}
+    kept = {letter: text for letter, text in zip(LETTERS, map(as_text, options or [])) if text}
+    bare = [text for _, text in read_labels(list(kept.values()))] or kept.values()
+    return {letter: kept[letter] for letter, text in zip(kept, bare) if text.lower() not in ("", "nan")}
 
 
 def path_below(media_root, path):
     """A record's path below the media root, in NFC, from one that may be absolute, a URL or of Windows."""
     path = re.sub("^file://(.*)", lambda url: unquote(url[1]), path.strip()).replace("\\", "/")
-    for root in (os.path.abspath(media_root), os.path.realpath(media_root)):
-        path = path.removeprefix(f"{root}/")
+    if path.startswith("/"):
+        path = path.removeprefix(f"{os.path.abspath(media_root)}/")
+        path = path.removeprefix(f"{os.path.realpath(media_root)}/")
     path = os.path.normpath(unicodedata.normalize("NFC", path.lstrip("/")))
-    if path.startswith(".."):
-        raise ValueError("its path leaves the media root")
+    if path == "." or path.startswith(".."):
+        raise ValueError("its path names no file below the media root")
     return path
 
 
@@ -542,7 +556,7 @@ def media_path(media_root, path):
     """The file of a path below the media root, with or without a leading `Evaluation/`, in NFC or NFD; or a
     folder of frames of that name without its suffix."""
     names = [path, path.removeprefix("Evaluation/"), f"Evaluation/{path}"]
-    names += [os.path.splitext(name)[0] for name in names]
+    names += [re.sub(r"\.[A-Za-z]\w*\Z", "", name) for name in names]  # but not of clip_1.5
     if not path.isascii():
         names += [unicodedata.normalize("NFD", name) for name in names]
     media = [f"{media_root}/{name}" for name in names]
@@ -571,7 +585,8 @@ def select_records(args):
 
 def hold_out(records, share=0.02):
     """(records of the media that are held out, all others). A `share` of the media is held out, by a hash of
-    their paths: the same ones in every stage and file. At least one is, from ten on; none, where it is 0."""
+    their paths: the same ones in every stage and file. At least one is, from ten on; none, where it is 0. (So
+    the one of a small file may not be held out in another.)"""
     ranks = sorted((int(digest(path), 16) / 16**24, path) for path in {record["path"] for record in records})
     count = max(sum(rank < share for rank, _ in ranks), share > 0 and len(ranks) >= 10)
     chosen = {path for _, path in ranks[:count]}
@@ -746,7 +761,8 @@ def read_folder(path, num_frames, max_pixels, rate=FOLDER_FPS):
         formats = Image.registered_extensions()
         names = [name for name in os.listdir(path) if not name.startswith(".")  # .DS_Store, ._1.jpg
                  and formats.get(Path(name).suffix.lower()) in IMAGE_FORMATS]
-        names.sort(key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(20), name))
+        number = lambda match: f"{Decimal(match[0]):040.9f}"
+        names.sort(key=lambda name: re.sub(r"\d+(\.\d+)?", number, Path(name).stem))
         assert names, "a folder without pictures"
         wanted = sample_indices(np.arange(len(names)) / rate, len(names) / rate, num_frames)
         frames = [read_image(os.path.join(path, names[i]), max_pixels)[0] for i in wanted]

@@ -152,9 +152,10 @@ def get_args():
     args.loss_average = args.loss_average or ("segment" if args.without in (None, "length") else "completion")
     args.prompts_per_rollout = args.prompts_per_rollout or args.prompts_per_update
     saved = args.run_dir / "sft"
-    if not args.adapter and (saved / "checkpoint.pt").exists():
+    finished = (saved / "adapter_config.json").exists() and not (saved / "checkpoint.pt").exists()
+    if not args.adapter and saved.exists() and not finished:
         raise UserError(f"{saved} isn't finished: go on with sft.py --resume, or pass --adapter none.")
-    args.adapter = args.adapter or (str(saved) if (saved / "adapter_config.json").exists() else "none")
+    args.adapter = args.adapter or (str(saved) if finished else "none")
     return args
 
 

@@ -14,7 +14,7 @@ R1. Format: the stripped completion is the three blocks in order, each once, non
     between. Neither process pays for the other. Perception is judged on the text up to and including the
     first </observation>, which must be one observation block. Reasoning is judged on what comes after that,
     which must be one think and one answer block. Without any </observation> perception gets 0, and reasoning
-    is judged on the text from its first <think> on. Tags are case-sensitive.
+    is judged on what comes after an open observation, or on all. Tags are case-sensitive.
 R2. The answer is the first answer block after the think block; without a complete think block, the first of
     all, so that `<answer>B</answer>` alone is B. No answer, or an empty one, scores 0 whatever the gold is.
 R3. Scoring "paper" agrees with the metric of Video-R1 and its successors unless that can be exploited.
@@ -117,6 +117,8 @@ BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe00-\ufe0f\uff
 def strip_invisible(text):
     """`text` without characters that show nothing, stripped: Unicode's control and format ones, half a
     surrogate pair, BLANK. An é is one character, however it was written (NFC)."""
+    if text.isascii() and text.isprintable():
+        return text.strip()  # most texts
     text = BLANK.sub("", re.sub(r"\r\n?|[\x0b\x0c\x85]", "\n", unicodedata.normalize("NFC", text)))
     if not text.isprintable():
         text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
@@ -302,8 +304,9 @@ def read_verdict(reply):
     None where it says neither (R6)."""
     reply = reply.lower().rpartition("</think>")[2].partition("<think>")[0]
     said = re.findall(r"<judge?ment>(.*?)</judge?ment>", reply, re.DOTALL)
-    # its first word, but not that of "Yes or No"
-    word = re.match(r"[\W_]*(yes|no)(?![a-z]|\s*(?:or\b|[/|<]))", said[-1]) if said else None
+    # its first word, but not that of "Yes or No", nor where another tag was opened before
+    hedged = r"[a-z]|[\s,(]*(?:or|and)\W+(?:yes|no)\b|\s*[/|\\]|.*<judge"
+    word = re.match(rf"[\W_]*(yes|no)(?!{hedged})", said[-1], re.DOTALL) if said else None
     return word and word[1] == "yes"
 
 
@@ -319,9 +322,11 @@ def rule_judge(records, observations):
     verdicts = []
     for record, observation in zip(records, observations, strict=True):
         evidence = record.get("evidence") or normalise_text(correct_answer(record)[1]).split()
-        phrases = [normalise_text(item) for item in ([evidence] if isinstance(evidence, str) else evidence)]
+        phrases, false_phrases = (
+            [normalise_text(str(item)) for item in ([items] if isinstance(items, str) else items)]
+            for items in (evidence, record.get("counter_evidence") or []))
         words = f" {normalise_text(observation or '')} "
-        refuted = any(f" {normalise_text(item)} " in words for item in record.get("counter_evidence") or [])
+        refuted = any(f" {phrase} " in words for phrase in false_phrases)
         enough = bool(phrases) and all(phrase and f" {phrase} " in words for phrase in phrases)
         verdicts.append(enough and not refuted)
     return verdicts
@@ -346,7 +351,8 @@ def fill_prompt(template, **fields):
 LETTERS = list("ABCDEFGHIJKLMN")
 LABEL = r"[(（\[]?([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2})"  # of an option; one that is written in full-width signs, too
 BARE_LABEL = re.compile(r"""["“‘({【\s]*""" + LABEL + r"""["”’)}\]）】.,:;!、．：\s]*""")
-OPTION = re.compile(LABEL + r"(?:[)）\]、]|[.:．：](?!\d))\s*(.*)", re.DOTALL)  # "A. text", "(2) text", not "1.5"
+# "A. text", "(2) text", "B.4", but not "1.5"
+OPTION = re.compile(LABEL + r"(?:[)）\]、]|(?<!\d)[.:．：]|[.:．：](?!\d))\s*(.*)", re.DOTALL)
 
 
 def read_labels(options):
@@ -403,8 +409,8 @@ def load_prompt(file, default, fields):
 
 def unwrap_answer(answer):
     """An answer without bold face and the box of LaTeX (R4)."""
-    boxed = re.findall(r"\\boxed\{(?:\\\w+\{)?(.*?)\}", answer)
-    return (boxed[-1] if boxed else answer).replace("*", "").strip()
+    boxed = re.findall(r"\\boxed\{(?:\\(?:text|mathrm)\w*\{)?([^{}\\]*)\}", answer)
+    return re.sub(r"\*\*(.+?)\*\*", r"\1", boxed[-1] if boxed else answer).strip("* \n")
 
 
 NUMBER_UNIT = re.compile(r"([-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d+)?)"  # 1,200.5
@@ -444,12 +450,13 @@ def option_index(answer, options, letters):
     option's whole text; "the answer is B" at the end; "B. …".
     """
     labelled = read_labels(options)
-    labels, texts = zip(*labelled) if labelled else (letters, options)
+    labels, texts = zip(*labelled) if labelled else (tuple(letters), options)
     answer = answer if answer in texts else unwrap_answer(answer)
 
     def labelled_by(match):
         label = match and unicodedata.normalize("NFKC", match[1]).upper()
-        return labels.index(label) if label in labels else None
+        known = letters if labels[:1] < ("A",) and label in letters else labels  # a B where they are 1, 2, 3
+        return known.index(label) if label in known else None
 
     index = labelled_by(BARE_LABEL.fullmatch(answer))
     if index is not None and (labelled or answer not in texts):
@@ -461,13 +468,15 @@ def option_index(answer, options, letters):
     if said and len(re.findall(r"\b[A-N]\b", answer)) == 1 and not NEGATION.search(answer):
         return labelled_by(said)
     label = OPTION.fullmatch(answer)
-    listed = label and re.search(r"\b[A-N][).:]\s", label[2])  # a list of options picks none
-    return None if listed else labelled_by(label)
+    if label and label[2] not in texts and re.search(r"\b[A-N][).:]\s", label[2]):
+        return None  # a list of options picks none
+    return labelled_by(label)
 
 
 def option_words(text):
     """`normalise_text`, but a sign before a digit counts."""
-    return normalise_text(re.sub(r"[-−+<>=/](?=\d)", lambda sign: f" sign{ord(sign[0])} ", text))
+    text = re.sub("[−–－]", "-", text)
+    return normalise_text(re.sub(r"[-+<>=/](?=\d)", lambda sign: f" sign{ord(sign[0])} ", text))
 
 
 def normalise_text(text):

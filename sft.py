@@ -590,15 +590,17 @@ def encode_batch(media, size, template, tokenizer, config, limit=None):
 
 # === keeping a run alive: skip on a first reading ===========================================================
 
-def describe_run(name, records, args, adapter=None):
+def describe_run(name, records, args, adapter="none"):
     """What a run is, wherever it lies: what run.json next to its adapter says. `adapter` is the folder that
     it starts from."""
+    if not records:
+        raise UserError("All media are held out: pass a lower --held-out, or more records.")
     data = hashlib.sha256()
     for record in records:
         data.update(json_line({k: v for k, v in record.items() if k != "media"}).encode())
     flags = json.loads(json.dumps(vars(args), default=str))
     commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
-    return dict(algorithm=name, steps=0, base=base_digest(args.base), adapter=weights_digest(adapter or ""),
+    return dict(algorithm=name, steps=0, base=base_digest(args.base), adapter=weights_digest(adapter),
                 data=data.hexdigest()[:24], records=len(records), loss_average=flags.get("loss_average"),
                 flags=flags, earlier_flags=[], commit=commit.stdout.decode().strip(),
                 versions={name: version(name) for name in ("torch", "transformers", "peft", "av")})
@@ -607,7 +609,7 @@ def describe_run(name, records, args, adapter=None):
 def read_run(folder):
     """What run.json says of a folder's run. Without one the folder's path is its algorithm's name."""
     path = Path(folder, "run.json")
-    return json.loads(path.read_text()) if path.exists() else {"algorithm": str(folder)}
+    return {"algorithm": str(folder)} | (json.loads(path.read_text()) if path.exists() else {})
 
 
 def weights_digest(folder):
@@ -643,9 +645,11 @@ def check_resume(run, old):
     """Whether a run that `old` describes can go on as `run`, which gets the flags that it had before. Raises
     UserError where it would become another run."""
     for key in ("base", "adapter", "data", "algorithm", "loss_average"):
-        if old.get(key) != run[key]:
-            raise UserError(f"The run was begun with another {key}, {old.get(key)} (now {run[key]}): give it "
-                            "back what it had, or pass another --output.")
+        # of "SFT + GRPO" the last part, as what it starts from is known by its weights
+        before, now = (str(either.get(key)).rpartition(" + ")[2] for either in (old, run))
+        if before != now:
+            raise UserError(f"The run was begun with another {key}, {before} (now {now}): give it back what "
+                            "it had, or pass another --output.")
     changed = [f"{flag}: {old['flags'].get(flag)}, now {value}" for flag, value in run["flags"].items()
                if flag != "resume" and old["flags"].get(flag) != value]
     run["earlier_flags"] = old["earlier_flags"]

@@ -16,8 +16,8 @@ from PIL import Image
 import gen_cot
 import prepare
 from gen_cot import build_prompt, load_records
-from rewards import (PROBLEM_TYPES, UserError, correct_answer, gold_answer, make_judge, question_text,
-                     write_jsonl)
+from rewards import (PROBLEM_TYPES, UserError, accuracy_reward, correct_answer, gold_answer, make_judge,
+                     question_text, write_jsonl)
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = dict(problem_id=7, problem="What falls?", data_type="video", problem_type="multiple choice",
@@ -108,21 +108,42 @@ def test_a_gold_answer_is_the_letter_that_the_prompt_asks_for(options, solution,
     (["0. cat", "1. dog"], 0, "cat"), (["Ｂ．cat", "Ｃ．dog"], "C", "dog"), (["A. cat", "C. dog"], "C", "dog"),
     (["A. C", "B. G", "C. A"], "A", "C"), (["C", "G", "A"], "A", "A"), (["O+", "A+", "B+"], "A+", "A+"),
     (["", "cat", "dog"], "C", "dog"), (["A. cat", "", "C. dog"], "C", "dog"), (["cat", None, "dog"], "C", "dog"),
-    (["1.5", "2.5"], "2.5", "2.5"), (["3", "1", "2"], 1, "1"), (["cafe\u0301", "tea"], "caf\u00e9", "caf\u00e9")])
+    (["1.5", "2.5"], "2.5", "2.5"), (["A.3", "B.4"], "B.4", "4"), (["1: 0", "2: 1"], "B", "1"),
+    ([1.0, 2.0], 2.0, "2"), (["−5", "5"], "-5", "−5"), (["A. R. Reagan", "B. John F. Kennedy"],
+                                                        "B. John F. Kennedy", "John F. Kennedy"), (["3", "1", "2"], 1, "1"), (["cafe\u0301", "tea"], "caf\u00e9", "caf\u00e9")])
 def test_a_gold_answer_stays_what_it_is_in_its_own_file(options, gold, text):
     """However the options are labelled there, the letter in the prompt stands for the same text."""
     record = gen_cot.parse_record(changed(options=options, solution=gold))
     assert correct_answer(record)[1] == text
-    assert f"{gold_answer(record['solution'])}. {text}" in question_text(record).replace(") ", ". ").splitlines()
+    shown = question_text(record).replace("B.4", "B. 4").replace(") ", ". ").splitlines()
+    assert f"{gold_answer(record['solution'])}. {text}" in shown
 
 
 def test_golds_that_name_no_option_are_bad_records_where_one_learns_from_them(tmp_path, capsys):
     rows = [changed(options=["3 s", "9 s", "12 s"], solution=i % 3) for i in range(12)]
     file = dump(tmp_path / "indices.json", rows)
     assert "12 are bad" in error_of(load_records, file)
-    assert "its gold '0' names none of its options" in capsys.readouterr().out
-    assert [record["solution"] for record in load_records(file, lost_golds=True)[:2]] == [
-        "<answer>0</answer>", "<answer>1</answer>"]
+    assert "its gold is none of the options: 0" in capsys.readouterr().out
+    assert load_records(file, lost_golds=True)[0]["solution"] == "<answer>none of the options: 0</answer>"
+
+
+@pytest.mark.parametrize("options, gold", [
+    (["red", "", "blue"], "B"), (["A. red", "B. nan", "C. blue"], "B"), (["A. red", "C. blue"], "B. green")])
+def test_a_lost_gold_is_no_other_option_s_new_letter(options, gold):
+    record = gen_cot.parse_record(changed(options=options, solution=gold), lost_golds=True)
+    for answer in (gold, "A", "B", "C"):
+        for scoring in ("paper", "lenient"):
+            assert accuracy_reward("multiple choice", f"<answer>{answer}</answer>", record["solution"], scoring,
+                                   record["options"]) == 0
+
+
+@pytest.mark.parametrize("options", [
+    ["1. red", "2. ", "3. blue"], ["1. red", "2. nan", "3. blue"], ["Ａ．red", "Ｂ．nan", "Ｃ．blue"],
+    ["[A] red", "[B] NaN", "[C] blue"], ["red", None, "blue"], ["B.4", "C:5", "D.6"], [1.0, 2.0, 3.0]])
+def test_a_record_that_is_read_again_is_the_same(options):
+    """As the trainers read what gen_cot.py wrote."""
+    once = gen_cot.parse_record(changed(options=options, solution="C" if options[0] == "red" else options[2]))
+    assert gen_cot.parse_record(once) == once and once["solution"] in ("<answer>B</answer>", "<answer>C</answer>")
 
 
 def test_fields_that_no_stage_follows_are_told(tmp_path, capsys):
@@ -145,6 +166,25 @@ def test_a_folder_of_frames_has_its_record_s_rate(tmp_path, capsys, field, rate,
     assert ("1 folders of frames have no fps" in capsys.readouterr().out) == (field is None)
 
 
+def test_traces_are_found_by_any_form_of_an_id_and_whatever_failed_before(tmp_path):
+    rows = [dict(problem_id=7, output=None), dict(problem_id=7.0, output="seven"),
+            dict(problem_id="8", output="eight"), dict(problem_id=9, error="HTTP 500"),
+            dict(problem_id="v1.0", output="one"), dict(problem_id="v1", output="v")]
+    write_jsonl(tmp_path / "traces.jsonl", rows)
+    records = [gen_cot.parse_record(changed(problem_id=i, path=f"{i}.mp4")) for i in ("7", 8, 9, "v1.0", "v1")]
+    assert gen_cot.load_traces(tmp_path / "traces.jsonl", records) == ["seven", "eight", None, "one", "v"]
+
+
+def test_frames_named_by_their_time_are_in_its_order(tmp_path):
+    (tmp_path / "clip.5").mkdir()
+    for i, name in enumerate(("0.0", "0.25", "0.5", "0.75", "1.0", "9.5", "10.0", "10.25")):
+        Image.new("L", (56, 56), 30 * i).save(tmp_path / "clip.5" / f"{name}.png")
+    frames, _ = gen_cot.read_folder(tmp_path / "clip.5", 8, 4 * 784, rate=1)
+    assert frames.mean(axis=(1, 2, 3)).tolist() == [30 * i for i in range(8)]
+    assert gen_cot.media_path(tmp_path, "clip.5.mp4") == f"{tmp_path}/clip.5"
+    assert gen_cot.media_path(tmp_path, "clip.5.6") == f"{tmp_path}/clip.5.6"  # no suffix
+
+
 def test_paths_of_other_tools_are_read(tmp_path, capsys):
     (tmp_path / "STAR").mkdir()
     names = ["STAR/a.png", unicodedata.normalize("NFD", "STAR/caf\u00e9.png")]
@@ -161,7 +201,8 @@ def test_paths_of_other_tools_are_read(tmp_path, capsys):
 
 @pytest.mark.parametrize("problem, expected", [
     ("<video>\nWhat falls?", "What falls?"), ("<image> <image>What falls?", "What falls?"),
-    ("What falls?<video>", "What falls?"), ("Is it a <video> or an <image> tag?", None),
+    ("What falls?<video>", "What falls?"), ("\ufeff<image>What falls?", "What falls?"),
+    ("<|vision_start|><|image_pad|><|vision_end|><image>\nWhat falls?", "What falls?"), ("Is it a <video> or an <image> tag?", None),
     ("<|vision_start|><|video_pad|><|vision_end|>What falls?", "What falls?")])
 def test_where_the_medium_is_goes_and_what_is_asked_stays(problem, expected):
     assert gen_cot.parse_record(changed(problem=problem))["problem"] == (expected or problem)
@@ -225,7 +266,7 @@ def test_evaluation_paths_with_and_without_their_first_folder(tmp_path, path, fo
     changed(options="A. 1, B. 2"), changed(options={"A": "1"}), changed(options="['a\0b']"),
     changed(options="['A. a red car' 'B. a blue car']"),  # as numpy prints them
     changed(options=[str(i) for i in range(15)]), "What falls?", ["What falls?"],
-    changed(path="./STAR/../../secret.mp4"), changed(path="../secret.mp4"), changed(path="/../secret.mp4")])
+    changed(path="./STAR/../../secret.mp4"), changed(path=" "), changed(path="/"), changed(path="../secret.mp4"), changed(path="/../secret.mp4")])
 def test_a_bad_record_is_left_out_and_named(tmp_path, capsys, row):
     """Before any model is loaded, and never by a traceback in mid-run."""
     file = dump(tmp_path / "a.json", [RECORD] * 20 + [row])

@@ -221,6 +221,8 @@ def test_lenient_multiple_choice(answer, gold, expected):
     # labels are a property of the set
     (["A. cat", "C. dog"], "C", "B"), (["B. cat", "A. dog"], "B", "B"), (["A. cat", "dog"], "B", "B"),
     ([], "b", "B"), ([], "red", "red"),
+    (["A. 9:00", "B. 10:30"], "B.10:30", "B"), (["1", r"\frac{1}{2}"], r"\boxed{\frac{1}{2}}", "boxed frac 1 2"),
+    (["A. Ronald Reagan", "B. John F. Kennedy"], "B. John F. Kennedy", "B"),
 ])
 def test_an_option_is_picked_by_its_label_or_by_its_text(options, answer, letter):
     assert option_key(answer, options) == letter

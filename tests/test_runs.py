@@ -100,6 +100,7 @@ def test_resume_says_which_other_flags_differ_and_keeps_both(trained, toy_record
     """An adapter that lies elsewhere meanwhile is the same one."""
     stop_after(1, FROM_SFT.format(trained), tmp_path / "rl", toy_records)
     shutil.copytree(trained, tmp_path / "moved")
+    (tmp_path / "moved/run.json").unlink()
     run(FROM_SFT.format(tmp_path / "moved") + " --beta 0.1 --resume", tmp_path / "rl", toy_records)
     assert f"adapter: {trained}, now {tmp_path / 'moved'}; beta: 0.04, now 0.1" in capsys.readouterr().out
     kept = run_json(tmp_path / "rl")
@@ -125,6 +126,9 @@ def test_an_sft_that_is_not_finished_is_no_missing_one(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pagrpo.py", "--model", "tiny"])
     assert pagrpo.get_args().adapter == "none"
     Path("runs/tiny/sft").mkdir(parents=True)
+    Path("runs/tiny/sft/run.json").touch()  # killed before its first checkpoint
+    with pytest.raises(UserError, match="sft.py --resume, or pass --adapter none"):
+        pagrpo.get_args()
     Path("runs/tiny/sft/checkpoint.pt").touch()
     with pytest.raises(UserError, match="sft.py --resume, or pass --adapter none"):
         pagrpo.get_args()
@@ -139,6 +143,22 @@ def test_a_second_run_in_a_folder_is_refused(toy_records, tmp_path):
             with pytest.raises(UserError, match=f"Another run writes to {output}"):
                 run(command, output, toy_records)
         assert not output.exists()
+    (tmp_path / "link").symlink_to("out")
+    with FileLock(tmp_path / ".out.lock"), pytest.raises(UserError, match="Another run writes to"):
+        run(SFT, tmp_path / "link", toy_records)
+
+
+def test_where_all_media_are_held_out_there_is_nothing_to_learn(toy_records, tmp_path):
+    for command in (SFT, RL):
+        with pytest.raises(UserError, match="All media are held out"):
+            run(command, tmp_path / "out", toy_records, "--held-out 1")
+
+
+def test_the_toys_settings_are_those_of_its_model_alone(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pagrpo.py", "--model", "qwen2.5-vl-3b", "--adapter", "tiny"])
+    assert pagrpo.get_args().max_pixels == 128
+    monkeypatch.setattr(sys, "argv", ["pagrpo.py", "--model=tiny", "--adapter", "none"])
+    assert pagrpo.get_args().max_pixels == 4
 
 
 @pytest.mark.parametrize("output", [".", "rl", ".."])
@@ -234,6 +254,7 @@ def test_the_rule_knows_what_would_change_a_count():
     texts = ["first red, second blue, third red, fourth green", "first red, third red, fifth pink",
              "first red, second red, third red", "first red, second blue"]
     assert rewards.rule_judge([record] * 4, texts) == [True, True, False, False]
+    assert rewards.rule_judge([dict(record, counter_evidence="a blue car")], ["first red, third red a"]) == [True]
     del record["counter_evidence"]
     assert rewards.rule_judge([record] * 4, texts) == [True, True, True, False]
 
