@@ -11,9 +11,9 @@ command goes on where a killed run was; a file that was made with other settings
 
 Our choices:
 E1. Decoding is greedy, which is what the paper's temperature 0.01 with top-p 0.001 comes to.
-E2. The row "constant" gives to every question of a problem type the one answer that scores best on this very
-    test set, of the 20 most frequent gold answers and, for numbers, the median of all: what guessing could
-    earn.
+E2. The row "constant" gives to every question of a group (a benchmark's task, else a problem type) the one
+    answer that scores best on this very test set, of the 20 most frequent gold answers and, for numbers, the
+    median of all: what guessing could earn.
 E3. Intervals are 95 %, by a bootstrap over media: questions about one video are drawn together.
 E4. An output without a complete answer block is scored as a whole, here and nowhere else, as the peers do.
     The table has their share, as `no tag`.
@@ -318,13 +318,16 @@ def server_rows(media, observations, args):
 # --- scores -------------------------------------------------------------------------------------------------
 
 def relative_accuracy(answer, gold, strict=False):
-    """Mean relative accuracy (VSI-Bench): the share of θ = 0.50, 0.55 … 0.95 with |p − t| / t ≤ 1 − θ, or
-    < 1 − θ if strict. The rounding of floats decides nothing."""
+    """Mean relative accuracy (VSI-Bench): the share of θ = 0.50, 0.55 … 0.95 with |p − t| / t ≤ 1 − θ, or, if
+    strict, as in Video-R1: < 1 − θ, in float32."""
     p, t = to_number(answer), to_number(gold)
     if p is None or not t:
         return 0.0
-    error, slack = abs(p - t) / abs(t), -1e-9 if strict else 1e-9
-    return sum(error < 1 - percent / 100 + slack for percent in range(50, 100, 5)) / 10
+    thetas = np.linspace(0.5, 0.95, 10)
+    if strict:
+        p, t, one = np.float32(p), np.float32(t), np.float32(1)
+        return float((abs(p - t) / (abs(t) + np.float32(1e-8)) < one - thetas.astype(np.float32)).mean())
+    return float((abs(p - t) / abs(t) <= 1 - thetas).mean())
 
 
 def score_row(row, scoring):
@@ -352,11 +355,11 @@ def score_rows(rows, judge, scoring):
 
 
 def constant_answers(records, scoring):
-    """The rows of the best constant answer of each file and problem type (E2)."""
+    """The rows of the best constant answer of each group of each file (E2)."""
     rows, sets = [], collections.defaultdict(list)
     for record in records:
-        sets[record["file"], record["problem_type"]].append(record)
-    for (_, kind), asked in sorted(sets.items()):
+        sets[record["file"], record["problem_type"], bench_of(record["file"]).group(record)].append(record)
+    for (_, kind, _), asked in sorted(sets.items()):
         golds = [gold_answer(record["solution"]) for record in asked]
         guesses = [gold for gold, _ in collections.Counter(golds).most_common(20)]
         numbers = [number for number in map(to_number, golds) if number is not None]
@@ -394,7 +397,7 @@ def summarise(rows, bench, args, judge):
     shares of rows, and counts."""
     columns = columns_of(rows, bench)
     unread = sum(row["completion"] is None for row in rows)
-    summary = dict(questions=len(rows), unread=unread, numbers={}, groups={})
+    summary = dict(questions=len(rows), unread=unread, scoring=args.scoring, numbers={}, groups={})
     for name, metric in bench.numbers.items():
         summary["numbers"][name] = [round(100 * x, 2) for x in interval(metric, columns)[:2]]
     for group in np.unique(columns["group"]):
@@ -413,7 +416,8 @@ def print_table(file, summaries):
     """One file's figures, a line for each model, the paper's below them, then the groups."""
     bench, rates = bench_of(file), ("perception", "template", "no_tag", "truncated")
     first = next(iter(summaries.values()))  # the constant row, which has every question
-    print(f"\n{file}: {first['questions']} questions; in %, ± 95 % interval; perception: enough is observed")
+    print(f"\n{file}: {first['questions']} questions, scoring {first['scoring']}; in %, ± 95 % interval; "
+          "perception: sufficient observations")
     heads = "".join(f"{name:>22}" for name in bench.numbers) + "".join(f"{rate:>14}" for rate in rates)
     print(" " * 30 + heads.replace("_", " "))
     for name, s in summaries.items():

@@ -24,7 +24,7 @@ G1. Frames are sampled at 2 per second, T of them, between 4 and `--num-frames`,
     from the middle of the first frame to the middle of the last. At each we take the frame that a player has
     on screen. The sampled rate, from which S1 makes positions, is T over the duration of the pictures.
 G2. Both sides of a frame are rounded to multiples of 28 (patch 14 × merge 2) within the pixel budget, aspect
-    kept.
+    kept. Frames of a clip under 128·28² pixels are enlarged to that, as far as the budget allows.
 G3. The options appear once in the prompt: they are appended unless the question holds them as "A. text".
 G4. The teacher gets each sampled frame as a JPEG after its time stamp, then the prompt of all stages. A
     question that its server refuses or does not answer is "no trace". One on which the judge gives no verdict
@@ -605,6 +605,7 @@ def draw(records, limit, seed):
 
 FACTOR = 28  # one visual token covers 28 × 28 pixels: patches of 14, merged two by two
 IMAGE_PIXELS = (4 * FACTOR**2, 256 * FACTOR**2)  # least and most pixels of a still image
+VIDEO_PIXELS = 128 * FACTOR**2  # to which smaller frames of a clip are enlarged, as the peers do
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # others could start programs
 VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,asf,flv,ogg,gif,h264,hevc,ivf,dv,mxf,rm"
 SEEK_OVER = 32  # frames; to jump over fewer costs more than to decode them
@@ -635,21 +636,22 @@ def sample_indices(starts, end, num_frames=16, fps=2.0, min_frames=4):
         num_frames: most frames. fps: frames wanted per second.
     """
     edges = np.append(starts, end)
-    wanted = min(max(round((end - edges[0]) * fps), min_frames), num_frames, max(len(starts), 2))
+    wanted = math.floor((end - edges[0]) * fps + 1e-6)
+    wanted = min(max(wanted, min_frames), num_frames, max(len(starts), 2))
     times = np.linspace(edges[:2].mean(), edges[-2:].mean(), max(wanted // 2 * 2, 2))
     return np.searchsorted(edges, times, side="right") - 1
 
 
-def fit_size(height, width, max_pixels, min_pixels=IMAGE_PIXELS[0]):
-    """(height, width) as multiples of 28 within the two areas, the aspect kept (G2). A very long shape can
-    exceed max_pixels, as no side is under 28."""
+def fit_size(height, width, max_pixels, min_pixels=VIDEO_PIXELS):
+    """(height, width) as multiples of 28, at least min_pixels and at most max_pixels in area, which goes
+    first; the aspect kept (G2). A very long shape can exceed max_pixels, as no side is under 28."""
     h, w = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
+    if h * w < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(side * scale / FACTOR) * FACTOR for side in (height, width))
     if h * w > max_pixels:
         scale = math.sqrt(max_pixels / (height * width))
         h, w = (max(FACTOR, math.floor(side * scale / FACTOR) * FACTOR) for side in (height, width))
-    elif h * w < min_pixels:
-        scale = math.sqrt(min_pixels / (height * width))
-        h, w = (math.ceil(side * scale / FACTOR) * FACTOR for side in (height, width))
     return h, w
 
 
@@ -737,7 +739,7 @@ def to_pixels(frame, stream, shape, max_pixels):
     return np.asarray(image.resize((width, height), Image.BICUBIC))
 
 
-def read_image(path, max_pixels=IMAGE_PIXELS[1]):
+def read_image(path, max_pixels=IMAGE_PIXELS[1], min_pixels=IMAGE_PIXELS[0]):
     """A still image as frames uint8 (1, H, W, 3), turned as its EXIF data say, on white, sides as in
     `fit_size`."""
     with media_errors(path), Image.open(path, formats=IMAGE_FORMATS) as image:
@@ -749,7 +751,7 @@ def read_image(path, max_pixels=IMAGE_PIXELS[1]):
             image = image.convert("I").point(lambda value: value / 256).convert("L")
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        height, width = fit_size(image.height, image.width, max_pixels)
+        height, width = fit_size(image.height, image.width, max_pixels, min_pixels)
         return np.asarray(image.convert("RGB").resize((width, height), Image.BICUBIC))[None]
 
 
@@ -765,7 +767,7 @@ def read_folder(path, num_frames, max_pixels, rate=FOLDER_FPS):
         names.sort(key=lambda name: re.sub(r"\d+(\.\d+)?", number, Path(name).stem))
         assert names, "a folder without pictures"
         wanted = sample_indices(np.arange(len(names)) / rate, len(names) / rate, num_frames)
-        frames = [read_image(os.path.join(path, names[i]), max_pixels)[0] for i in wanted]
+        frames = [read_image(os.path.join(path, names[i]), max_pixels, VIDEO_PIXELS)[0] for i in wanted]
         size = frames[0].shape[1::-1]  # of all of them
         frames = [np.asarray(Image.fromarray(frame).resize(size, Image.BICUBIC)) for frame in frames]
         return np.stack(frames), len(frames) * rate / len(names)

@@ -48,7 +48,7 @@ def tempcompass(videos):
     for video, dimensions in videos.items():
         for dim, questions in dimensions.items():
             for row in questions:
-                question, *options = row["question"].split("\n")
+                question, *options = row["question"].removesuffix("\nGenerated Caption:").split("\n")
                 if row["answer"] in ("yes", "no"):
                     options = ["yes", "no"]
                 yield record(question, options, row["answer"], f"TempCompass/videos/{video}.mp4", dim=dim)
