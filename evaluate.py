@@ -14,7 +14,9 @@ E1. Decoding is greedy, which is what the paper's temperature 0.01 with top-p 0.
 E2. The row "constant" gives to every question of a group (a benchmark's task, else a problem type) the one
     answer that scores best on this very test set, of the 20 most frequent gold answers and, for numbers, the
     median of all: what guessing could earn.
-E3. Intervals are 95 %, by a bootstrap over media: questions about one video are drawn together.
+E3. Intervals are 95 %, and p of a comparison counts, by a bootstrap over media: questions about one video are
+    drawn together. Near 95 % right on 30 media such an interval is too short: of simulated ones 77 to 91 %
+    covered the truth, of those near 70 % right on 300 media 96 %.
 E4. An output without a complete answer block is scored as a whole, here and nowhere else, as the peers do.
     The table has their share, as `no tag`.
 E5. Every question counts. One whose medium is missing or unreadable is answered wrongly, and the table has
