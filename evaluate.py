@@ -76,7 +76,8 @@ def get_args():
     if not args.adapters:
         there = [f for f in ("sft", "pagrpo") if (args.run_dir / f / "adapter_config.json").exists()]
         args.adapters = ["none", *(str(args.run_dir / folder) for folder in there)]
-        print(f"Adapters: {', '.join(args.adapters)}; looked for sft and pagrpo in {args.run_dir}.")
+        if not (args.compare or args.judge_agreement or args.html):
+            print(f"Adapters: {', '.join(args.adapters)}; looked for sft and pagrpo in {args.run_dir}.")
     return args
 
 
