@@ -306,6 +306,36 @@ def test_intervals_are_the_binomial_ones_and_wider_where_questions_share_a_mediu
     assert evaluate.interval(evaluate.pooled, columns["mixed"])[:2] == (0.5, pytest.approx(math.nan, nan_ok=True))  # each half right
 
 
+def simulated(rng, media, per_medium, right):
+    """Columns of questions of which a share `right` is right; those about one medium are alike."""
+    difficulty = np.repeat(rng.beta(4 * right, 4 * (1 - right), media), per_medium)
+    return dict(score=(rng.random(len(difficulty)) < difficulty).astype(float),
+                path=np.repeat(np.arange(media).astype(str), per_medium))
+
+
+@pytest.mark.parametrize("media, right, low, high", [(200, 0.7, 0.88, 1), (30, 0.95, 0.6, 0.9)])
+def test_intervals_cover_but_for_few_media_near_the_top(media, right, low, high):
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(100):
+        value, half, _ = evaluate.interval(evaluate.pooled, simulated(rng, media, 1, right))
+        covered.append(abs(value - right) <= half)
+    assert low <= np.mean(covered) <= high
+
+
+def test_two_models_that_are_alike_rarely_differ():
+    """At nominal 5 %, with six questions about each clip, which are not independent."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(60):
+        luck, columns = rng.beta(2, 2, 40), []
+        for _ in range(2):
+            own = np.repeat(np.clip(luck + rng.normal(0, 0.2, 40), 0, 1), 6)
+            columns.append(dict(score=(rng.random(240) < own).astype(float), path=np.repeat(np.arange(40), 6)))
+        gain = lambda a, weights: evaluate.pooled(columns[1], weights) - evaluate.pooled(a, weights)
+        _, _, draws = evaluate.interval(gain, columns[0])
+        found.append(2 * min((draws <= 0).mean(), (draws >= 0).mean()) <= 0.05)
+    assert sum(found) <= 8
+
+
 @pytest.mark.parametrize("both, only_a, only_b, per_clip, low, high", [
     (4, 0, 0, 1, 1, 1), (3, 3, 3, 1, 0.9, 1), (0, 0, 10, 1, 0.001, 0.001), (20, 5, 15, 1, 0.01, 0.05),
     (20, 5, 15, 5, 0.3, 0.9)])  # the same answers about eight clips say much less
