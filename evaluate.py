@@ -16,8 +16,9 @@ E2. The row "constant" gives to every question of a group (a benchmark's task, e
     median of all: what guessing could earn.
 E3. Intervals are 95 %, and p of a comparison counts, by a bootstrap over media: questions about one video are
     drawn together. Near 95 % right on 30 media such an interval is too short and covers the truth too rarely.
-E4. An output without a complete answer block is scored as a whole, here and nowhere else, as the peers do.
-    The table has their share, as `no tag`.
+E4. An output without a complete answer block is scored as a whole, here and nowhere else, as the peers do;
+    but not one that has begun the template, as a thought that was cut off is no answer. The table has the
+    share of both, as `no tag`.
 E5. Every question counts. One whose medium is missing or unreadable is answered wrongly, and the table has
     their number. Open-ended questions, which the paper doesn't score, are left out.
 E6. A trace is a mismatch (Table 6) where the option that its think segment settles on is not its answer.
@@ -40,7 +41,7 @@ from tqdm import tqdm
 import gen_cot
 import sft
 from pagrpo import rollout
-from rewards import (LETTERS, NEGATION, RIGHT, ChatClient, UserError, answer_score, ask_judge, correct_answer,
+from rewards import (LETTERS, RIGHT, UNCLEAR, ChatClient, UserError, answer_score, ask_judge, correct_answer,
                      digest, fill_prompt, format_rewards, gold_answer, json_line, open_append, option_key,
                      parse_trace, question_text, read_jsonl, rule_judge, to_number, without_units, write_text)
 
@@ -336,7 +337,8 @@ def score_row(row, scoring):
     """A row with its `trace` and its scores: `score`, `strict` (VSI in the paper's way), `no_tag`,
     `template`."""
     text, kind, gold = row["completion"] or "", row["problem_type"], gold_answer(row["solution"])
-    answer, trace = gold_answer(text), parse_trace(text)  # E4: the answer block, else the whole
+    trace, begun = parse_trace(text), "<observation>" in text or "<think>" in text
+    answer = "" if trace.answer is None and begun else gold_answer(text)  # E4
     score = strict = answer_score(kind, answer, gold, scoring, row["options"])
     if kind == "regression" and bench_of(row["file"]).mra:
         bare = without_units(answer, gold)
@@ -473,11 +475,9 @@ def settled_by_rule(think, options):
     """The letter of the option that a think segment ends on, None where its last sentence, from the last "so"
     on, does not name just one."""
     sentence = re.split(r"(?<=[.!?])\s+", think.strip())[-1]
-    conclusion = re.split(r"\b(?:so|thus|hence|therefore)\b", sentence)[-1]
-    letters = set(re.findall(r"\b([A-N])\b(?! [a-z])", conclusion))
-    unclear = len(letters) != 1 or NEGATION.search(conclusion) or re.search(
-        r"\?|\b[A-N],? (?:or|and)\b|\b(?:exclude|eliminate|maybe|could|might)\b", conclusion)
-    return letters.pop() if not unclear and letters <= set(LETTERS[:len(options)]) else None
+    conclusion = re.split(r"\b(?:so|thus|hence|therefore)\b", sentence, flags=re.IGNORECASE)[-1].strip(" ,")
+    letter = option_key(conclusion, options, loose=True)
+    return letter if letter in LETTERS and not UNCLEAR.search(conclusion) else None
 
 
 def mismatch(rows, judge):
@@ -495,7 +495,7 @@ def mismatch(rows, judge):
         for i, reply in zip(unclear, judge.ask(prompts, lacks)):
             settled[i] = reply and pattern.findall(reply)[-1]
     for row, letter in zip(rows, settled):
-        kind = "match" if letter == option_key(row["trace"].answer, row["options"]) else "mismatch"
+        kind = "match" if letter == option_key(row["trace"].answer, row["options"], True) else "mismatch"
         counts[{None: "unknown", "No": "no"}.get(letter, kind)] += 1
     return dict(counts)
 
@@ -581,7 +581,7 @@ def page_sample(row, path):
         pieces=[(part, HUES.get(part.partition(">")[0] + ">", "")) for part in parts],
         right=row["score"] >= RIGHT, unread=row["completion"] is None, truncated=bool(row.get("truncated")),
         perception=None if row["perception"] is None else row["perception"] >= RIGHT,
-        mismatch=bool(letter and trace.answer) and letter != option_key(trace.answer, row["options"]))
+        mismatch=bool(letter and trace.answer) and letter != option_key(trace.answer, row["options"], True))
 
 
 def page_media(records, args):

@@ -20,9 +20,10 @@ R2. The answer is the first answer block after the think block; without a comple
 R3. Scoring "paper" agrees with the metric of Video-R1 and its successors unless that can be exploited.
     Unlike there, NaN, infinities and empty texts score 0, and a regression's 0 for a gold of 0 scores 1.
     Characters that show nothing count nowhere.
-R4. Scoring "lenient" never gives less, and also accepts b, B., (B), B. text, **B**, "… the answer is B.",
-    \\boxed{B} and the option's text for B; thousands separators; a trailing unit or per-cent sign (any if
-    both sides have the same, one of UNITS if only one side has one); and any answer that is the gold.
+R4. Scoring "lenient" never gives less, and takes what a person would. For B also b, B., (B), B. text,
+    **B**, \\boxed{B}, the option's text, "the answer is B", "B, because …". For 5 also 5 m, "there are 5
+    chairs", "2 + 3 = 5". And any answer that is written as the gold is. What is denied, or one of two, is no
+    answer. A unit that only one side has doesn't count, but "3 million" is not 3.
 R5. A judge that gives no verdict (a remote one is asked again where that can help) says None, "unknown",
     never False. A missing or empty observation is False, and the judge is not asked.
 R6. The observation is written by a policy that is paid for a Yes. So what enters a judge's prompt loses its
@@ -156,7 +157,7 @@ def answer_score(problem_type, answer, gold, scoring="paper", options=None):
         key = option_key(gold, options)
         if options and key not in LETTERS:  # a gold that is none of the options
             return 0.0
-        return float(answer == gold or lenient and option_key(answer, options) == key != "")
+        return float(answer == gold or lenient and option_key(answer, options, True) == key != "")
     if answer == gold and lenient:
         return 1.0
     if problem_type == "OCR":
@@ -350,7 +351,7 @@ def fill_prompt(template, **fields):
 
 LETTERS = list("ABCDEFGHIJKLMN")
 LABEL = r"[(（\[]?([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2})"  # of an option; one that is written in full-width signs, too
-BARE_LABEL = re.compile(r"""["“‘({【\s]*""" + LABEL + r"""["”’)}\]）】.,:;!、．：\s]*""")
+BARE_LABEL = re.compile(r"""["'“‘`$({<【「\\_\s]*""" + LABEL + r"""["'”’`$)}>\]）】」\\_.,:;!、．：。\s]*""")
 # "A. text", "(2) text", "B.4", but not "1.5"
 OPTION = re.compile(LABEL + r"(?:[)）\]、]|(?<!\d)[.:．：]|[.:．：](?!\d))\s*(.*)", re.DOTALL)
 
@@ -365,6 +366,45 @@ def read_labels(options):
     if len(labels) < len(options) or not ascending or len(set(map(str.isdigit, labels))) > 1:
         return []
     return [(label, match[2].strip()) for label, match in zip(labels, found)]
+
+
+def option_index(answer, options, letters):
+    """The index of the option that an answer picks, or None. `letters` are those of options without labels.
+
+    Tried in turn: a bare label (where the options carry none, their texts as written go before it); an
+    option's whole text; "B. …".
+    """
+    labelled = read_labels(options)
+    labels, texts = zip(*labelled) if labelled else (tuple(letters), options)
+    answer = answer if answer in texts else unwrap_answer(answer)
+
+    def labelled_by(match):
+        label = match and unicodedata.normalize("NFKC", match[1]).upper()
+        known = letters if labels[:1] < ("A",) and label in letters else labels  # a B where they are 1, 2, 3
+        return known.index(label) if label in known else None
+
+    index = labelled_by(BARE_LABEL.fullmatch(answer))
+    if index is not None and (labelled or answer not in texts):
+        return index
+    for form in (str, str.lower, option_words):  # as written first: a sign can be all that differs
+        if found := [i for i, text in enumerate(texts) if form(text) == form(answer) != ""]:
+            return found[0] if len(found) == 1 else None
+    label = OPTION.fullmatch(answer)
+    if label and label[2] not in texts and re.search(r"\b[A-N][).:]\s", label[2]):
+        return None  # a list of options picks none
+    return labelled_by(label)
+
+
+def option_words(text):
+    """`normalise_text`, but a sign before a digit counts."""
+    text = re.sub("[−–－]", "-", text)
+    return normalise_text(re.sub(r"[-+<>=/](?=\d)", lambda sign: f" sign{ord(sign[0])} ", text))
+
+
+def normalise_text(text):
+    """`text` in lower case with one space for every run of anything but letters and digits, none outside.
+    Signs of one meaning, such as full-width ones, are one (NFKC)."""
+    return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).lower()).strip()
 
 
 def label_options(options):
@@ -405,84 +445,75 @@ def load_prompt(file, default, fields):
 
 # === skip on a first reading ================================================================================
 
-# --- scoring "lenient" (R4) ---------------------------------------------------------------------------------
+# --- scoring "lenient": one reader of loose answers (R4) ----------------------------------------------------
+
+# what denies, hedges, compares or asks
+UNCLEAR = re.compile(r"[?不]|n['’]t\b|\b(?:not|neither|nor|or|either|wrong|incorrect|false|unlike|except|"
+                     r"without|rather|instead|than|maybe|perhaps|might|could|exclude|eliminate|rul\w+ out)\b", re.I)
+BE = r"(?:is|seems|(?:would|should|must) be)"
+ANNOUNCED = [re.compile(rf"(?:(?:{words})(?:\W*?\b{BE}\b|['’]s\b|[是为])?[\s:：*,]*)+", re.I) for words in (
+    r"\banswer\b|答案", "=", r"\b(?:option|choice|choose|pick|letter|go with|it)\b|选项?",
+    r"\b(?:so|thus|hence|therefore)\b")]  # "the answer is", and so on; they are tried in this order
+# where a reason or a remark begins: ", because …", " is right", ", the red one", but not ", C" or ", 5"
+REMARK = re.compile(rf",?\s+(?i:because|since|as|for|not|rather|{BE} (?:the )?(?:(?!not)\w+ )?(?:right|"
+                    r"correct|answer))\b|,\s(?!.*(?:\b[A-N]\b|\b[a-n]\W*\Z|\d))|\n(?!(?s:.*)\b[A-N][).:])")
+NUMBER = re.compile(r"(?<![\w.^])([-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?)"
+                    r"\.?\s*([%°]|[^\W\d_]+)?")  # -1,200.5 cm
+# after a number these are no unit: "5k", "3 million", but "5 m"
+MULTIPLIER = re.compile(r"[A-Za-fi-ln-rt-zπ]|[百千万亿].*|(?i:hundred|thousand|.+illion|dozen|half|pi)")
+
 
 def unwrap_answer(answer):
-    """An answer without bold face and the box of LaTeX (R4)."""
+    """An answer without bold face and the box of LaTeX."""
     boxed = re.findall(r"\\boxed\{(?:\\(?:text|mathrm)\w*\{)?([^{}\\]*)\}", answer)
     return re.sub(r"\*\*(.+?)\*\*", r"\1", boxed[-1] if boxed else answer).strip("* \n")
 
 
-NUMBER_UNIT = re.compile(r"([-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d+)?)"  # 1,200.5
-                         r"\s*((?:[%°]|[^\W\d_])\D{0,19})?")  # % or cm
-UNITS = set("% ° °c °f mm cm m km inch inches foot feet meter meters metre metres s sec second seconds min "
-            "minute minutes h hour hours mg g kg degree degrees percent dollar dollars usd euro euros year "
-            "years day days point points".split())
+def pieces(answer):
+    """What an answer may come to, the likeliest first: all of it; what is in its box; what it announces; what
+    is before a remark. None is denied by the words before it."""
+    yield from (answer, unwrap_answer(answer))
+    plain = answer.replace("**", "")
+    for start in ANNOUNCED:
+        *before, said = start.split(plain)
+        most = 9 if start in ANNOUNCED[:2] else 1  # the last answer, but not "option A, option B"
+        if 0 < len(before) <= most and not UNCLEAR.search(re.split(r"[,;.!?\n]", before[-1])[-1]):
+            yield from (said, re.split(r"[.!?;。]\s|\n", REMARK.split(said)[0])[0])
+    yield REMARK.split(plain)[0]
+
+
+def read_number(answer):
+    """(number, unit), two texts, of the first piece that has one number, and does not deny or compare it."""
+    for piece in pieces(answer.replace("\u2212", "-")):
+        found = NUMBER.findall(piece)
+        if len(found) == 1 and not UNCLEAR.search(piece):
+            return re.sub("[, ]", "", found[0][0]), found[0][1]
+    return "", ""
 
 
 def without_units(answer, gold):
-    """Both without thousands separators and trailing unit; two empty texts if the units differ, or if only
-    one of them has a unit and it is none of UNITS, as in "3 million" (R4)."""
-    a, b = (NUMBER_UNIT.fullmatch(unwrap_answer(text).replace("\u2212", "-")) for text in (answer, gold))
-    units = [(match[2] or "").strip(" .") for match in (a, b) if match]
-    units = {unit if len(unit) == 1 else unit.lower() for unit in units}  # M is no m
-    same, one_is_bare = len(units) == 1, "" in units and units <= UNITS | {""}
-    if not a or not b or not (same or one_is_bare):
-        return "", ""
-    return tuple(re.sub("[, ]", "", match[1]).removesuffix(".") for match in (a, b))
+    """The numbers in both, as texts; two empty texts where both have units, which differ, or where one has
+    more than its number, and that is a multiplier."""
+    (a, unit), (b, gold_unit) = read_number(answer), read_number(gold)
+    bare = "" in (unit, gold_unit) and not MULTIPLIER.fullmatch(unit + gold_unit)
+    return (a, b) if bare or unit == gold_unit else ("", "")
 
 
-NEGATION = re.compile(r"not\b|n['’]t\b|\b(?:wrong|incorrect|false|neither|nor|unlike|except|without|rather|"
-                      r"instead)\b", re.IGNORECASE)
-
-
-def option_key(answer, options):
-    """What a multiple-choice answer picks: the letter of an option by its place, else its own words, else ""
-    (R4). Without options it can pick any letter."""
-    index = option_index(answer, options or [], LETTERS[:len(options or LETTERS)])
-    return normalise_text(unwrap_answer(answer)) if index is None else LETTERS[index]
-
-
-def option_index(answer, options, letters):
-    """The index of the option that an answer picks, or None. `letters` are those of options without labels.
-
-    Tried in turn: a bare label (where the options carry none, their texts as written go before it); an
-    option's whole text; "the answer is B" at the end; "B. …".
-    """
-    labelled = read_labels(options)
-    labels, texts = zip(*labelled) if labelled else (tuple(letters), options)
-    answer = answer if answer in texts else unwrap_answer(answer)
-
-    def labelled_by(match):
-        label = match and unicodedata.normalize("NFKC", match[1]).upper()
-        known = letters if labels[:1] < ("A",) and label in letters else labels  # a B where they are 1, 2, 3
-        return known.index(label) if label in known else None
-
-    index = labelled_by(BARE_LABEL.fullmatch(answer))
-    if index is not None and (labelled or answer not in texts):
-        return index
-    for form in (str, str.lower, option_words):  # as written first: a sign can be all that differs
-        if found := [i for i, text in enumerate(texts) if form(text) == form(answer) != ""]:
-            return found[0] if len(found) == 1 else None
-    said = re.search(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice|[Ii]t)\W*(?:is|'s)?\W+([A-N])\W*\Z", answer)
-    if said and len(re.findall(r"\b[A-N]\b", answer)) == 1 and not NEGATION.search(answer):
-        return labelled_by(said)
-    label = OPTION.fullmatch(answer)
-    if label and label[2] not in texts and re.search(r"\b[A-N][).:]\s", label[2]):
-        return None  # a list of options picks none
-    return labelled_by(label)
-
-
-def option_words(text):
-    """`normalise_text`, but a sign before a digit counts."""
-    text = re.sub("[−–－]", "-", text)
-    return normalise_text(re.sub(r"[-+<>=/](?=\d)", lambda sign: f" sign{ord(sign[0])} ", text))
-
-
-def normalise_text(text):
-    """`text` in lower case with one space for every run of anything but letters and digits, none outside.
-    Signs of one meaning, such as full-width ones, are one (NFKC)."""
-    return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).lower()).strip()
+def option_key(answer, options, loose=False):
+    """What a multiple-choice answer picks: the letter of an option by its place, else its own words, else "".
+    Without options it can pick any letter. loose: by one of its pieces, or as the one option whose whole text
+    is in it."""
+    for piece in pieces(answer) if loose else [answer]:
+        index = option_index(piece, options or [], LETTERS[:len(options or LETTERS)])
+        if index is not None:
+            return LETTERS[index]
+    texts = [text for _, text in read_labels(options or [])] or options or []
+    held = [text for text in texts if loose and f" {option_words(text)} " in f" {option_words(answer)} "]
+    # those that are in no longer one: of "car" and "a red car" the second
+    held = [text for text in held if not any(text in other and text != other for other in held)]
+    if len(held) == 1 < len(held[0]) and not UNCLEAR.search(answer.lower().replace(held[0].lower(), "")):
+        return LETTERS[texts.index(held[0])]
+    return normalise_text(unwrap_answer(answer))
 
 
 # --- remote models ------------------------------------------------------------------------------------------

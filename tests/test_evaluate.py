@@ -375,8 +375,9 @@ def test_a_comparison_is_by_the_benchmarks_own_metric(folder, capsys):
 
 THOUGHTS = [  # think, answer, read by rule, what a judge replies where it is asked
     ("It can't be A. So the answer is B.", "B", "match", None), ("Blue, so C.", "B", "mismatch", None),
-    ("Therefore thing B fits.", "B", "unknown", "B"), ("Not A. So it is not C.", "B", "unknown", "B"),
+    ("Therefore thing B fits.", "B", "match", None), ("Not A. So it is not C.", "B", "unknown", "B"),
     ("A or C.", "B", "unknown", "C"), ("Hard to say.", "B", "unknown", "No"),
+    ("So it is larger than B.", "A", "unknown", "B"),
     ("So Z.", "B", "unknown", "refused"), ("It is the one called thing B", "(B)", "match", None)]
 
 
@@ -400,15 +401,15 @@ def test_mismatch_asks_the_judge_about_the_rest_and_tells_no_from_unknown(folder
 
     server.behave = behave
     counts = rescore(*think_rows(), "--mismatch", "--judge", server.spec())["mismatch"]
-    assert counts == dict(match=4, mismatch=2, no=1, unknown=1)
+    assert counts == dict(match=4, mismatch=3, no=1, unknown=1)
 
 
 def test_one_limit_of_calls_holds_for_all_that_the_judge_is_asked(folder, server):
-    """After a question of trial, eight observations, and then the think segments that no rule can read."""
+    """After a question of trial, nine observations, and then the think segments that no rule can read."""
     server.behave = lambda prompt, attempt: "<judgement>Yes</judgement> <option>B</option>"
-    with pytest.raises(UserError, match="has had its 9 calls"):
-        rescore(*think_rows(), "--mismatch", "--judge", server.spec(), "--judge-max-calls", 9)
-    assert len(server.seen) == 1 + 9
+    with pytest.raises(UserError, match="has had its 10 calls"):
+        rescore(*think_rows(), "--mismatch", "--judge", server.spec(), "--judge-max-calls", 10)
+    assert len(server.seen) == 1 + 10
 
 
 def test_two_adapters_never_share_a_file_of_completions(folder, capsys):

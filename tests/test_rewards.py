@@ -209,6 +209,36 @@ def test_lenient_multiple_choice(answer, gold, expected):
     assert score("multiple choice", answer, gold, "lenient", OPTIONS) == expected
 
 
+@pytest.mark.parametrize("answer", [
+    "[B]", "{B}", "<B>", "（B）", "【B】", "「B」", "`B`", "$B$", r"\(B\)", "__B__", r"\boxed{\text{(B)}}", r"\boxed{B. a blue van}",
+    "选项：B", "答案为（B）", "故选：B。", "正确选项是B", "ANSWER=B", "my final answer is b", "The best choice must be (B).",
+    "Answer: B. a blue van", "The answer is B: a blue van", "I'd go with B", "I pick B", "So B is the answer", "Thus, B.",
+    "B since A is red", "B, since A is red", "B would be correct", "B is the best answer", "B, not A", "B\n\nA is too red.",
+    "A is wrong. The answer is B.", "The answer is B rather than A", "The answer is B\nbecause A is red",
+    r"\boxed{\alpha + 1}, so the answer: B", "It shows A BLUE VAN, driving.", "Answer: a blue van", "the van: a blue van!"])
+def test_lenient_reads_what_a_sentence_settles_on(answer):
+    assert score("multiple choice", answer, "B", "lenient", OPTIONS) == 1
+    assert score("multiple choice", answer, "B", "paper", OPTIONS) == 0
+
+
+@pytest.mark.parametrize("answer", [
+    "either B or C", "B?", "Is it B?", "B is not correct", "B and C", "B/C", "b, c", "不是B", "答案不是B", "B is wrong",
+    "Rule out B", "All except B", "The answer could be A or B", "The answer is A, not B", "A rather than B",
+    "B is less likely than A", "not a blue van", "a red car or a blue van", "a blue van and 12", "Incorrect: B",
+    "A because B is blue", "The answer is BC", "A. a red car B) a blue van"])
+def test_lenient_reads_nothing_that_is_denied_or_one_of_two(answer):
+    assert score("multiple choice", answer, "B", "lenient", OPTIONS) == 0
+
+
+def test_of_two_option_texts_in_an_answer_the_one_that_holds_the_other_counts():
+    options = ["A. a car", "B. a red car", "C. a dog", "D. a dog"]
+    assert score("multiple choice", "It shows a red car.", "B", "lenient", options) == 1
+    assert score("multiple choice", "It shows a car.", "A", "lenient", options) == 1
+    assert score("multiple choice", "It shows a red car and a dog.", "B", "lenient", options) == 0
+    assert score("multiple choice", "It shows a dog.", "C", "lenient", options) == 0
+    assert score("multiple choice", "c it is", "C", "lenient", ["A. c", "B. a", "C. b"]) == 0
+
+
 @pytest.mark.parametrize("options, answer, letter", [
     # an answer that is one of the labels is that option, whatever the texts are
     (["A. C", "B. G", "C. D", "D. A"], "A", "A"), (["A. C", "B. G", "C. D", "D. A"], "D.", "D"),
@@ -277,7 +307,7 @@ def test_an_option_is_named_by_its_text_however_short(options, gold, right, wron
     ("1,000", "1000", 1), ("1000", "1,234", 0), ("1,234,567.5", "1234567.5", 1), ("50%", "50", 1),
     ("50", "50 %", 1),
     ("5 cm", "5", 1), ("5", "5 cm", 1), ("5 cm", "5 cm.", 1), ("5 cm", "5 m", 0), ("5 or 6", "5", 0),
-    ("$5", "5", 0),
+    ("$5", "5", 1),
     ("5", "5.0", 0), ("1000.0", "1,000", 1), ("3,14", "314", 0), ("cm", "cm", 1), ("1e3 m", "1000", 1),
     ("20°C", "20", 1), ("3 million", "3", 0), ("3", "3 million", 0), ("2π", "2", 0), ("5k", "5", 0),
     ("5 K", "5", 0), ("3 million", "3 million", 1), ("3 million", "3 billion", 0), ("50 percent", "50", 1),
@@ -287,6 +317,23 @@ def test_an_option_is_named_by_its_text_however_short(options, gold, right, wron
 ])
 def test_lenient_numerical(answer, gold, expected):
     assert score("numerical", answer, gold, "lenient") == expected
+
+
+@pytest.mark.parametrize("answer, gold", [
+    ("There are 7 lamps on the wall.", "7"), ("roughly 7 lamps", "7"), ("7灯", "7"), ("答案是 7 米", "7"), ("≈7.5m", "7.5"),
+    ("7.5 square feet", "7.5"), ("7.5 m²", "7.5"), ("7.5 m2", "7.5"), ("30 degrees Celsius", "30"), ("30 °C", "30"),
+    ("Area = 3 m × 4 m = 12 m²", "12"), ("1 + 2 = 3", "3"), ("[7]", "7"), (r"\(7\)", "7"), ("7, not 8", "7"),
+    ("The total is 7, since 3 and 4 are lit", "7"), ("The answer is -7.", "-7"), (".5", ".5"), ("7€", "7"),
+    ("The final answer would be 7 lamps, as 3 of them are lit twice", "7"), ("7 (seven)", "7")])
+def test_lenient_reads_the_number_of_a_sentence(answer, gold):
+    assert score("numerical", answer, gold, "lenient") == 1
+
+
+@pytest.mark.parametrize("answer", [
+    "7 or 8", "7 to 8", "7-8", "7, 8", "between 7 and 8", "not 7", "It isn't 7", "more than 7", "7?", "maybe 7", "7/8",
+    "7:30", "7 thousand", "7 Million lamps", "7k", "7万", "7 half", "the answer is not 7", "A7", "lamps 7 and 8"])
+def test_lenient_reads_no_number_that_is_denied_or_one_of_two(answer):
+    assert score("numerical", answer, "7", "lenient") == 0
 
 
 def test_lenient_regression_reads_units():
