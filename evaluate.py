@@ -31,6 +31,7 @@ import re
 import statistics
 import sys
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -52,8 +53,9 @@ TINY = dict(data="data/toy/test.jsonl", media_root="data/toy", max_pixels=4, max
 @dataclass
 class Args(sft.ModelFlags):
     num_frames: int = 32  # most frames per video (paper: 32 for inference)
+    min_frames: int | None = None  # least frames per video, if it has them (default: 4; with 32 always 32)
     max_pixels: int = 256  # most pixels per frame of a video, in units of 28x28 (paper: 256 for inference)
-    adapters: tuple[str, ...] = ()  # folders; none: the base (default: none, runs/<model>/sft and pagrpo)
+    adapters: tuple[str, ...] = ()  # folders, none, or files of completions (default: none, runs/<model>/…)
     server: str | None = None  # openai:MODEL@BASE_URL, which decodes in place of base and adapters
     bench: tuple[str, ...] = ()  # vsi, videommmu, mmvu, vcr, mvbench, tempcompass, videomme, all
     bench_root: str = "data/Video-R1-eval"  # folder of their question files
@@ -93,20 +95,22 @@ def main(args):
 
     # answer the questions, as far as they aren't answered yet
     records, names = load_questions(args), row_names(args.adapters)
-    files = {adapter: args.output / f"completions-{stem}.jsonl" for adapter, (stem, _) in names.items()}
+    files = {adapter: Path(adapter) if Path(adapter).is_file() else args.output / f"completions-{stem}.jsonl"
+             for adapter, (stem, _) in names.items()}
     assert len(set(files.values())) == len(files), "two adapters would write to one file: rename a folder"
     runs = {adapter: run_digest(adapter, args) for adapter in args.adapters}
     if not args.rescore:
-        for adapter in set(args.adapters) - {"none", args.server}:
+        own = {adapter: file for adapter, file in files.items() if file != Path(adapter)}
+        for adapter in set(own) - {"none", args.server}:
             sft.check_adapter(adapter)
-        complete_all(records, files, names, runs, args)
+        complete_all(records, own, names, runs, args)
 
     # score the answers
     results = {"constant": constant_answers(records, args.scoring)}
     for adapter, (_, name) in names.items():
-        done = {key_of(row): row for row in read_jsonl(files[adapter])}
+        done = {key_of(row): row for row in read_completions(files[adapter])}
         rows = [done[key_of(record)] | record for record in records if key_of(record) in done]
-        if any(row["run"] != runs[adapter] for row in rows):
+        if any(row.get("run") != runs[adapter] for row in rows):
             print(f"{name}: these completions are of another model, prompt or setting than this command's.")
         if len(rows) < len(records):
             print(f"{name}: {len(records) - len(rows)} questions have no completion yet and count nowhere.")
@@ -119,6 +123,7 @@ def main(args):
             if rows := [row for row in rows if row["file"] == file]:
                 summary[name][file] = summarise(rows, bench_of(file), args, judge)
         print_table(file, {name: sets[file] for name, sets in summary.items() if file in sets})
+    print_summary(summary)
     gen_cot.print_stats("judge", judge)
     write_results(summary, records, runs, args)
 
@@ -182,7 +187,8 @@ BENCHMARKS = {
                       "official": mean_of("score", "group", "task")}, (30.1, 36.8, 38.7), True),
     "videommmu": Benchmark("eval_videommmu.json", lambda r: TRACKS[min(2, (int(r["problem_id"]) - 1) // 300)],
                            {"accuracy": pooled}, (48.1, 55.0, 45.3)),
-    "mmvu": Benchmark("eval_mmvu.json", field("subject"), {"accuracy": pooled}, (60.0, 65.4, 58.7)),
+    "mmvu": Benchmark("eval_mmvu.json", lambda r: Path(r["path"]).parent.name, {"accuracy": pooled},
+                      (60.0, 65.4, 58.7)),
     "vcr": Benchmark("eval_vcrbench.json", field("dimension"), {"accuracy": pooled}, (44.3, 51.0, 45.3)),
     "mvbench": Benchmark("eval_mvbench.json",  # problem_ids 1 to 4000, 200 for each task; others raise
                          lambda r: MVBENCH_TASKS[range(4000).index(int(r["problem_id"]) - 1) // 200],
@@ -204,11 +210,12 @@ def load_questions(args):
     paths = [Path(args.bench_root, BENCHMARKS[name].file) for name in names]
     records = []
     for path in paths or [Path(args.data)]:
-        for record in gen_cot.load_records(path, args.media_root, ("open-ended",), lost_golds=True):
+        asked = gen_cot.load_records(path, args.media_root, ("open-ended",), lost_golds=True)
+        if args.only_held_out:
+            asked, _ = gen_cot.hold_out(asked, args.held_out)
+        for record in gen_cot.draw(asked, args.limit, args.seed):
             records.append(dict(record, file=path.name))
             bench_of(path.name).group(records[-1])  # an error here, not after hours of decoding
-    if args.only_held_out:
-        records, _ = gen_cot.hold_out(records, args.held_out)
     choices = [r for r in records if r["options"] and r["problem_type"] == "multiple choice"]
     lost = sum(not correct_answer(record)[0] for record in choices)
     missing = sum(not Path(record["media"]).exists() for record in records)
@@ -216,22 +223,39 @@ def load_questions(args):
           "a gold answer that is none of their options, and count as wrong.")
     if missing == len(records) and not args.rescore and args.input == "video":
         raise UserError("So there is nothing to answer: pass --media-root, or see the README on downloads.")
-    return gen_cot.draw(records, args.limit, args.seed)
+    return records
 
 
 # --- completions --------------------------------------------------------------------------------------------
 
 def key_of(row):
-    """What names a question: its file, its id, and what it asks."""
-    return row["file"], gen_cot.id_of(row.get("problem_id")), gen_cot.question_key(row)
+    """What names a question: its id, and what it asks."""
+    return gen_cot.id_of(row.get("problem_id")), gen_cot.question_key(row)
+
+
+def read_completions(path):
+    """The rows of a file of completions: ours, or the .json that Video-R1's, VideoRFT's or EasyVideoR1's
+    evaluation writes, {"results": [{…, "output"}]}. UserError for any other."""
+    path, ours = Path(path), Path(path).suffix != ".json"
+    rows = read_jsonl(path) if ours else json.loads(path.read_text("utf-8"))
+    rows = rows["results"] if "results" in rows else rows
+    first = rows[0] if rows and isinstance(rows, list) else rows
+    fields = "problem", "problem_type", "path", "data_type", "solution", "completion" if ours else "output"
+    missing = [field for field in fields if field not in first]
+    if rows and missing:
+        raise UserError(f"{path} holds no completions: it has {', '.join(first)}, but no {', '.join(missing)}.")
+    if ours:
+        return rows
+    file = next((b.file for b in BENCHMARKS.values() if Path(b.file).stem in path.name), path.name)
+    return [gen_cot.parse_record(row, lost_golds=True) | dict(file=file, completion=row["output"]) for row in rows]
 
 
 def run_digest(adapter, args):
     """What tells completions of these settings from others, wherever models lie."""
     return digest([sft.base_digest(args.base), args.server or sft.weights_digest(adapter),
                    Path(args.observations).read_bytes() if args.observations else "",
-                   gen_cot.load_template(args), args.num_frames, args.max_pixels, args.max_completion_tokens,
-                   args.max_prompt_tokens, args.no_4bit, args.input])
+                   gen_cot.load_template(args), args.num_frames, args.min_frames, args.max_pixels,
+                   args.max_completion_tokens, args.max_prompt_tokens, args.no_4bit, args.input])
 
 
 def complete_all(records, files, names, runs, args):
@@ -245,13 +269,14 @@ def complete_all(records, files, names, runs, args):
         print(f"{found} of {len(records)} questions have an observation in {args.observations}.")
 
     for adapter, path in files.items():
-        if any(row["run"] != runs[adapter] for row in read_jsonl(path)):  # of other settings
+        if any(row.get("run") != runs[adapter] for row in read_completions(path)):  # of other settings
             gen_cot.move_aside(path)
-        done = {key_of(row) for row in read_jsonl(path) if row["completion"] is not None}
+        done = {key_of(row) for row in read_completions(path) if row["completion"] is not None}
         todo = [record for record in records if key_of(record) not in done]
         if not todo:
             continue
-        media = gen_cot.read_ahead(todo, args) if args.input == "video" else zip(todo, repeat(None))
+        read = partial(gen_cot.read_media, min_frames=args.min_frames) if args.min_frames else None
+        media = gen_cot.read_ahead(todo, args, read) if args.input == "video" else zip(todo, repeat(None))
         if args.server:
             rows = server_rows(media, observations, args)
         else:
@@ -409,6 +434,8 @@ def summarise(rows, bench, args, judge):
     for name in ("perception", "template", "no_tag", "truncated"):
         values = [row[name] for row in rows if row.get(name) is not None]  # a server's have no `truncated`
         summary[name] = round(100 * float(np.mean(values)), 2) if values else None
+    tokens = [row["tokens"] for row in rows if row.get("tokens")]
+    summary["tokens"] = round(float(np.mean(tokens)), 1) if tokens else None
     unknown = sum(row["perception"] is None for row in rows)
     summary["no verdict"] = 0 if unknown == len(rows) else unknown  # without a judge all are None
     if args.mismatch:
@@ -433,13 +460,29 @@ def print_table(file, summaries):
         if s["no verdict"]:
             print(f"  {s['no verdict']} observations got no verdict and count in no perception")
         if "mismatch" in s:
-            print("  think and answer: " + ", ".join(f"{n} {kind}" for kind, n in s["mismatch"].items()))
-    for name, value in zip(("Qwen2.5-VL-7B", "VideoP2R 7B", "VideoP2R 3B"), bench.paper):
-        print(f"{'paper: ' + name:<30}{value:>15.1f}")
+            counts = s["mismatch"]
+            read = counts["match"] + counts["mismatch"]
+            print(f"  think and answer: mismatch in {100 * counts['mismatch'] / max(1, read):.1f} % of {read}; "
+                  f"{counts['no']} settle on no option, {counts['unknown']} are unknown")
     print(" " * 30 + "".join(f"{name:>{len(name) + 3}}" for name in summaries))
     for group in first["groups"]:
         print(f"  {group:<28}" + "".join(f"{s['groups'].get(group, np.nan):>{len(name) + 3}.1f}"
                                          for name, s in summaries.items()))
+
+
+def print_summary(summary):
+    """Table 1 in Markdown: each file's first number, their mean, and the tokens of a completion; then the
+    paper's."""
+    files = list(summary["constant"])
+    rows = {name: [list(sets[file]["numbers"].values())[0][0] if file in sets else np.nan for file in files]
+            for name, sets in summary.items()}
+    for i, name in enumerate(("Qwen2.5-VL-7B", "VideoP2R 7B", "VideoP2R 3B")):
+        rows[f"paper: {name}"] = [(bench_of(file).paper or [np.nan] * 3)[i] for file in files]
+    print(f"\n| {' | '.join(['model', *files, 'average', 'tokens'])} |\n" + "|---" * (len(files) + 3) + "|")
+    for name, values in rows.items():
+        tokens = [one["tokens"] for one in summary.get(name, {}).values() if one["tokens"]]
+        cells = [*values, np.mean(values), np.mean(tokens or np.nan)]
+        print(f"| {name} | {' | '.join(f'{cell:.1f}' for cell in cells)} |".replace("nan", "-"))
 
 
 def row_names(adapters):
@@ -509,15 +552,28 @@ def print_agreement(file, judge):
     print(f"{'label':<10}{'judge True':>12}{'False':>12}{'None':>12}")
     for label in (True, False):
         print(f"{label!s:<10}" + "".join(f"{counts[label, verdict]:>12}" for verdict in (True, False, None)))
-    agreed, known = counts[True, True] + counts[False, False], len(records) - verdicts.count(None)
-    print(f"agreement {100 * agreed / max(1, known):.1f} % of {known} verdicts")
+    known = [(record["path"], record["label"], verdict >= RIGHT)
+             for record, verdict in zip(records, verdicts) if verdict is not None]
+    columns = dict(zip(("path", "label", "verdict"), map(np.array, zip(*known))))
+    columns["agreed"] = columns["label"] == columns["verdict"]
+    agreement, half, _ = interval(mean_of("agreed"), columns)
+    print(f"agreement {100 * agreement:.1f} ± {100 * half:.1f} % of {len(known)} verdicts, Cohen's kappa "
+          "{:.2f} ± {:.2f}".format(*interval(kappa, columns)))
+
+
+def kappa(columns, weights):
+    """A metric: Cohen's kappa, agreement beyond that of two who say yes as often, but at random."""
+    yes, also_yes, agreed = (np.average(columns[name], weights=weights)
+                             for name in ("label", "verdict", "agreed"))
+    chance = yes * also_yes + (1 - yes) * (1 - also_yes)
+    return (agreed - chance) / max(1 - chance, 1e-9)
 
 
 def print_comparison(a, b, scoring):
     """Two runs on the same questions, by file: the paper's metric, the difference with its interval, and p,
     twice the share of the bootstrap's draws in which the difference has the other sign (E3)."""
-    first = {key_of(row): score_row(row, scoring) for row in read_jsonl(a)}
-    second = {key_of(row): score_row(row, scoring) for row in read_jsonl(b)}
+    first = {key_of(row): score_row(row, scoring) for row in read_completions(a)}
+    second = {key_of(row): score_row(row, scoring) for row in read_completions(b)}
     pairs = [(first[key], second[key]) for key in first if key in second]
     print(f"A is {a}, {len(first)} questions. B is {b}, {len(second)}. They share {len(pairs)}.\n\n"
           "| file | questions | A | B | B − A | p |\n|---|---|---|---|---|---|")

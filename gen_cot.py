@@ -655,7 +655,7 @@ def fit_size(height, width, max_pixels, min_pixels=VIDEO_PIXELS):
     return h, w
 
 
-def read_frames(path, num_frames=16, max_pixels=128 * FACTOR**2):
+def read_frames(path, num_frames=16, max_pixels=128 * FACTOR**2, min_frames=4):
     """Sample and decode frames of a video as a player shows them, turned and stretched as the file says (G1).
 
     The packets say when each frame appears and which ones are keyframes. Where the frames then come with
@@ -670,12 +670,12 @@ def read_frames(path, num_frames=16, max_pixels=128 * FACTOR**2):
             stamps = [(packet.pts, packet.duration, packet.is_keyframe) for packet in container.demux(stream)
                       if packet.size and not packet.is_discard]
         try:
-            return pick_frames(path, stamps, num_frames, max_pixels)
+            return pick_frames(path, stamps, num_frames, max_pixels, min_frames)
         except LookupError:
             with open_video(path) as (container, stream):
                 frames = container.decode(stream)
                 stamps = [(frame.pts, frame.duration, False) for frame in frames]
-            return pick_frames(path, stamps, num_frames, max_pixels)
+            return pick_frames(path, stamps, num_frames, max_pixels, min_frames)
 
 
 @contextlib.contextmanager
@@ -691,7 +691,7 @@ def open_video(path):
         yield container, stream
 
 
-def pick_frames(path, stamps, num_frames, max_pixels):
+def pick_frames(path, stamps, num_frames, max_pixels, min_frames):
     """(frames, fps) as in `read_frames`, from the (pts, duration, is keyframe) of all frames. Keyframes are
     sought; without them frames are counted. LookupError where a frame is not where its packet said."""
     frames, at = [], -1  # at: the index of the frame that was decoded last. -1: none yet; None: after a seek
@@ -708,7 +708,7 @@ def pick_frames(path, stamps, num_frames, max_pixels):
 
         # decode on to each sampled frame, from the last keyframe before it where that is far ahead
         decoded = container.decode(stream)
-        for i in sample_indices(starts, end, num_frames):
+        for i in sample_indices(starts, end, num_frames, min_frames=min_frames):
             key = max((k for k in keyframes if k <= i), default=-1)
             if key > at + SEEK_OVER:
                 container.seek(stamps[key][0], stream=stream)
@@ -755,7 +755,7 @@ def read_image(path, max_pixels=IMAGE_PIXELS[1], min_pixels=IMAGE_PIXELS[0]):
         return np.asarray(image.convert("RGB").resize((width, height), Image.BICUBIC))[None]
 
 
-def read_folder(path, num_frames, max_pixels, rate=FOLDER_FPS):
+def read_folder(path, num_frames, max_pixels, rate=FOLDER_FPS, min_frames=4):
     """As `read_frames`, of a folder of pictures at `rate` per second in the order of their names, in which 10
     comes after 9."""
     with media_errors(path):
@@ -766,22 +766,23 @@ def read_folder(path, num_frames, max_pixels, rate=FOLDER_FPS):
         number = lambda match: f"{Decimal(match[0]):040.9f}"
         names.sort(key=lambda name: re.sub(r"\d+(\.\d+)?", number, Path(name).stem))
         assert names, "a folder without pictures"
-        wanted = sample_indices(np.arange(len(names)) / rate, len(names) / rate, num_frames)
+        wanted = sample_indices(np.arange(len(names)) / rate, len(names) / rate, num_frames,
+                                min_frames=min_frames)
         frames = [read_image(os.path.join(path, names[i]), max_pixels, VIDEO_PIXELS)[0] for i in wanted]
         size = frames[0].shape[1::-1]  # of all of them
         frames = [np.asarray(Image.fromarray(frame).resize(size, Image.BICUBIC)) for frame in frames]
         return np.stack(frames), len(frames) * rate / len(names)
 
 
-def read_media(record, num_frames=16, max_pixels=128):
+def read_media(record, num_frames=16, max_pixels=128, min_frames=4):
     """The record's frames and sampled fps (None for an image); `max_pixels` in units of 28×28. Raises
     MediaError."""
     if record["data_type"] == "image":
         return read_image(record["media"]), None
     if os.path.isdir(record["media"]):
         rate = frame_rate(record) or FOLDER_FPS
-        return read_folder(record["media"], num_frames, max_pixels * FACTOR**2, rate)
-    return read_frames(record["media"], num_frames, max_pixels * FACTOR**2)
+        return read_folder(record["media"], num_frames, max_pixels * FACTOR**2, rate, min_frames)
+    return read_frames(record["media"], num_frames, max_pixels * FACTOR**2, min_frames)
 
 
 def init_worker():

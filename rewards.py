@@ -448,15 +448,16 @@ def load_prompt(file, default, fields):
 # --- scoring "lenient": one reader of loose answers (R4) ----------------------------------------------------
 
 # what denies, hedges, compares or asks
-UNCLEAR = re.compile(r"[?不]|n['’]t\b|\b(?:not|neither|nor|or|either|wrong|incorrect|false|unlike|except|"
-                     r"without|rather|instead|than|maybe|perhaps|might|could|exclude|eliminate|rul\w+ out)\b", re.I)
+UNCLEAR = re.compile(r"(?i)[?不]|n['’]t\b|\b(?:not|neither|nor|or|either|wrong|incorrect|false|unlike|except|than|"
+                     r"without|rather|instead|maybe|perhaps|might|could|exclude|eliminate|rul\w+ out)\b")
 BE = r"(?:is|seems|(?:would|should|must) be)"
 ANNOUNCED = [re.compile(rf"(?:(?:{words})(?:\W*?\b{BE}\b|['’]s\b|[是为])?[\s:：*,]*)+", re.I) for words in (
     r"\banswer\b|答案", "=", r"\b(?:option|choice|choose|pick|letter|go with|it)\b|选项?",
     r"\b(?:so|thus|hence|therefore)\b")]  # "the answer is", and so on; they are tried in this order
 # where a reason or a remark begins: ", because …", " is right", ", the red one", but not ", C" or ", 5"
 REMARK = re.compile(rf",?\s+(?i:because|since|as|for|not|rather|{BE} (?:the )?(?:(?!not)\w+ )?(?:right|"
-                    r"correct|answer))\b|,\s(?!.*(?:\b[A-N]\b|\b[a-n]\W*\Z|\d))|\n(?!(?s:.*)\b[A-N][).:])")
+                    r"correct|answer))\b|,\s(?!.*(?:\b[A-N]\b|\b[a-n]\W*\Z|\d))|"
+                    r"\n(?!(?s:.*)\b[A-N][).:])")
 NUMBER = re.compile(r"(?<![\w.^])([-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?)"
                     r"\.?\s*([%°]|[^\W\d_]+)?")  # -1,200.5 cm
 # after a number these are no unit: "5k", "3 million", but "5 m"

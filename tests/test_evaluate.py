@@ -89,8 +89,8 @@ SHEETS = {
                    (dict(problem_id=601, problem_type="numerical"), "3.5", "3.50"),
                    (dict(problem_id=900), *WRONG)],
                   [100 * 4 / 6], dict(adaptation=50, comprehension=100, perception=50)),
-    "mmvu": ([(dict(subject="Art"), *RIGHT), (dict(subject="Law"), *WRONG), (dict(subject="Law"), "E", "E"),
-              (dict(subject="Law", problem_type="open-ended", options=[]), *RIGHT)],
+    "mmvu": ([(dict(path="videos/Art/1.mp4"), *RIGHT), (dict(path="./MMVU/videos/Law/2.mp4"), *WRONG),
+              (dict(path="videos/Law/9.mp4"), "E", "E"), (dict(path="videos/Law/2.mp4", problem_type="open-ended", options=[]), *RIGHT)],
              [100 * 2 / 3], dict(Art=100, Law=50)),
     "vcr": ([(dict(dimension="Plot"), *RIGHT), (dict(dimension="Plot"), *RIGHT),
              (dict(dimension="Time"), *WRONG)], [100 * 2 / 3], dict(Plot=100, Time=0)),
@@ -120,7 +120,7 @@ def test_a_benchmarks_numbers_equal_those_made_by_hand(folder, capsys, name):
     assert groups.items() <= summary["groups"].items() and len(summary["groups"]) >= len(groups)
     open_ended = [record["problem_type"] for record in records].count("open-ended")
     assert summary["questions"] == len(records) - open_ended
-    assert re.search(rf"paper: VideoP2R 7B +{bench.paper[1]}\n", capsys.readouterr().out)
+    assert re.search(rf"\| paper: VideoP2R 7B \| {bench.paper[1]} \|", capsys.readouterr().out)
 
 
 def test_mvbenchs_tasks_are_in_the_order_of_its_problem_ids():
@@ -441,7 +441,8 @@ def test_a_judges_agreement_with_labels_is_counted(folder, server, capsys):
     run("--judge-agreement", "labels.jsonl", "--judge", server.spec())
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["True", "3", "1", "1"] in lines and ["False", "1", "1", "0"] in lines
-    assert lines[-1] == "agreement 66.7 % of 6 verdicts".split()
+    # 4 of 6; both say yes to 4 of 6, so chance is 5/9, and kappa (4/6 - 5/9) / (4/9)
+    assert re.match(r"agreement 66.7 ± \d\d.\d % of 6 verdicts, Cohen's kappa 0.25 ± 0.\d\d", " ".join(lines[-1]))
 
 
 def test_labels_that_are_no_booleans_are_no_disagreement(folder):
@@ -577,10 +578,10 @@ def test_rows_that_are_not_there_yet_are_told(folder, capsys):
 
 
 def test_another_runs_observations_are_in_the_text_prompt_of_the_same_question(clips, server):
-    """Table 5: no frame goes out; a row of another file, id or question is not taken."""
+    """Table 5: no frame goes out; a row of another medium, id or question is not taken."""
     texts = [TRACE.format("A").replace(">o<", f">seen {i}<") for i in range(4)]
     notes = [answered(record, text, "toy.json") for record, text in zip(clips, texts)]
-    notes[1]["file"], notes[2]["problem_id"], notes[3]["problem"] = "other.json", 77, "Another question?"
+    notes[1]["path"], notes[2]["problem_id"], notes[3]["problem"] = "other.mp4", 77, "Another question?"
     write_jsonl("notes.jsonl", notes)
     teach(server)
     summary = run(*TOY, "--server", server.spec(), "--input", "text", "--observations", "notes.jsonl")
