@@ -11,11 +11,12 @@ command goes on where a killed run was; a file that was made with other settings
 
 Our choices:
 E1. Decoding is greedy, which is what the paper's temperature 0.01 with top-p 0.001 comes to.
-E2. The row "constant" gives to every question of a group (a benchmark's task, else a problem type) the one
-    answer that scores best on this very test set, of the 20 most frequent gold answers and, for numbers, the
-    median of all: what guessing could earn.
-E3. Intervals are 95 %, and p of a comparison counts, by a bootstrap over media: questions about one video are
-    drawn together. Near 95 % right on 30 media such an interval is too short and covers the truth too rarely.
+E2. The row "constant" gives to all questions of one problem type in a group (such as a benchmark's task) the
+    one answer that scores best on this very test set, of the 20 most frequent gold answers and, for numbers,
+    the median of all: what guessing could earn.
+E3. The 95 % intervals and the p of a comparison come from a bootstrap over media: questions about one video
+    are drawn together. Near 95 % right on 30 media such an interval is too short and covers the truth too
+    rarely.
 E4. An output without a complete answer block is scored as a whole, here and nowhere else, as the peers do;
     but not one that has begun the template, as a thought that was cut off is no answer. The table has the
     share of both, as `no tag`.
@@ -120,8 +121,8 @@ def main(args):
     summary = {name: {} for name in results}
     for file in dict.fromkeys(record["file"] for record in records):
         for name, rows in results.items():
-            if rows := [row for row in rows if row["file"] == file]:
-                summary[name][file] = summarise(rows, bench_of(file), args, judge)
+            if some := [row for row in rows if row["file"] == file]:
+                summary[name][file] = summarise(some, bench_of(file), args, judge)
         print_table(file, {name: sets[file] for name, sets in summary.items() if file in sets})
     print_summary(summary)
     gen_cot.print_stats("judge", judge)
@@ -145,7 +146,7 @@ def write_results(summary, records, runs, args):
 
 def mean_of(score, *groups):
     """A metric: the weighted mean of the column `score`. For each further column, in turn, the weights are
-    scaled so that all groups of rows with one value in it weigh alike."""
+    scaled so that each of its values has the same weight in all."""
     def metric(columns, weights):
         for group in groups:
             _, of_row = np.unique(columns[group], return_inverse=True)
@@ -243,11 +244,13 @@ def read_completions(path):
     fields = "problem", "problem_type", "path", "data_type", "solution", "completion" if ours else "output"
     missing = [field for field in fields if field not in first]
     if rows and missing:
-        raise UserError(f"{path} holds no completions: it has {', '.join(first)}, but no {', '.join(missing)}.")
+        raise UserError(f"{path} holds no completions: its first row has {', '.join(first)}, but no "
+                        f"{', '.join(missing)}.")
     if ours:
         return rows
     file = next((b.file for b in BENCHMARKS.values() if Path(b.file).stem in path.name), path.name)
-    return [gen_cot.parse_record(row, lost_golds=True) | dict(file=file, completion=row["output"]) for row in rows]
+    return [dict(gen_cot.parse_record(row, lost_golds=True), file=file, completion=row["output"])
+            for row in rows]
 
 
 def run_digest(adapter, args):
@@ -261,13 +264,13 @@ def run_digest(adapter, args):
 def complete_all(records, files, names, runs, args):
     """Write what is missing of each adapter's completions, as they come; the base is loaded once."""
     # the observations of another run, by their questions
-    observations, base = {}, None
-    for row in read_jsonl(args.observations) if args.observations else []:
-        observations[key_of(row)] = parse_trace(row["completion"] or "").observation
+    noted = read_completions(args.observations) if args.observations else []
+    observations = {key_of(row): parse_trace(row["completion"] or "").observation for row in noted}
     if args.observations:
         found = sum(bool(observations.get(key_of(record))) for record in records)
         print(f"{found} of {len(records)} questions have an observation in {args.observations}.")
 
+    base = None
     for adapter, path in files.items():
         if any(row.get("run") != runs[adapter] for row in read_completions(path)):  # of other settings
             gen_cot.move_aside(path)
@@ -301,8 +304,8 @@ def prompt_text(record, observations, args):
 
 
 def local_rows(model, tokenizer, media, observations, args):
-    """(record, row) of each (record, medium): (frames, fps), None or a MediaError. Decoded greedily in
-    batches (E1). The model then loses its adapter."""
+    """(record, row) of each (record, medium); a medium is (frames, fps), None or a MediaError. Decoded
+    greedily in batches (E1). The model then loses its adapter."""
     config = sft.unwrap(model).config
     while batch := list(islice(media, args.batch_size)):
         read = []
@@ -353,8 +356,8 @@ def relative_accuracy(answer, gold, strict=False):
         return 0.0
     thetas = np.linspace(0.5, 0.95, 10)
     if strict:
-        p, t, one = np.float32(p), np.float32(t), np.float32(1)
-        return float((abs(p - t) / (abs(t) + np.float32(1e-8)) < one - thetas.astype(np.float32)).mean())
+        p, t = np.float32(p), np.float32(t)
+        return float((abs(p - t) / (abs(t) + np.float32(1e-8)) < 1 - thetas.astype(np.float32)).mean())
     return float((abs(p - t) / abs(t) <= 1 - thetas).mean())
 
 
@@ -366,8 +369,8 @@ def score_row(row, scoring):
     answer = "" if trace.answer is None and begun else gold_answer(text)  # E4
     score = strict = answer_score(kind, answer, gold, scoring, row["options"])
     if kind == "regression" and bench_of(row["file"]).mra:
-        bare = without_units(answer, gold)
-        answer, gold = bare if scoring == "lenient" and "" not in bare else (answer, gold)
+        if scoring == "lenient" and "" not in (bare := without_units(answer, gold)):
+            answer, gold = bare
         score, strict = relative_accuracy(answer, gold), relative_accuracy(answer, gold, strict=True)
     return dict(row, score=score, strict=strict, template=min(format_rewards(text)), trace=trace,
                 no_tag=row["completion"] is not None and trace.answer is None, perception=None)
@@ -431,11 +434,10 @@ def summarise(rows, bench, args, judge):
         summary["numbers"][name] = [round(100 * x, 2) for x in interval(metric, columns)[:2]]
     for group in np.unique(columns["group"]):
         summary["groups"][str(group)] = round(100 * columns["score"][columns["group"] == group].mean(), 2)
-    for name in ("perception", "template", "no_tag", "truncated"):
+    for name in ("perception", "template", "no_tag", "truncated", "tokens"):
         values = [row[name] for row in rows if row.get(name) is not None]  # a server's have no `truncated`
-        summary[name] = round(100 * float(np.mean(values)), 2) if values else None
-    tokens = [row["tokens"] for row in rows if row.get("tokens")]
-    summary["tokens"] = round(float(np.mean(tokens)), 1) if tokens else None
+        scale = 1 if name == "tokens" else 100  # in per cent
+        summary[name] = round(scale * float(np.mean(values)), 2) if values else None
     unknown = sum(row["perception"] is None for row in rows)
     summary["no verdict"] = 0 if unknown == len(rows) else unknown  # without a judge all are None
     if args.mismatch:
@@ -454,7 +456,7 @@ def print_table(file, summaries):
     for name, s in summaries.items():
         cells = "".join(f"{value:>15.1f} ± {spread:<4.1f}" for value, spread in s["numbers"].values())
         cells += "".join(f"{'-' if s[rate] is None else round(s[rate], 1):>14}" for rate in rates)
-        print(f"{name:<30}{cells.replace('± nan ', '      ')}")
+        print(f"{name:<30}{cells.replace('± nan ', '      ')}")  # no interval, padded to four characters
         if s["unread"]:
             print(f"  {s['unread']} media are missing or unreadable, or got no reply, and count as wrong")
         if s["no verdict"]:
@@ -462,7 +464,7 @@ def print_table(file, summaries):
         if "mismatch" in s:
             counts = s["mismatch"]
             read = counts["match"] + counts["mismatch"]
-            print(f"  think and answer: mismatch in {100 * counts['mismatch'] / max(1, read):.1f} % of {read}; "
+            print(f"  think and answer: {100 * counts['mismatch'] / max(1, read):.1f} % of {read} differ; "
                   f"{counts['no']} settle on no option, {counts['unknown']} are unknown")
     print(" " * 30 + "".join(f"{name:>{len(name) + 3}}" for name in summaries))
     for group in first["groups"]:
@@ -488,7 +490,7 @@ def print_summary(summary):
 def row_names(adapters):
     """{adapter: (the end of its file's name, its name in the table)}, such as {"runs/tiny/sft": ("sft",
     "SFT")}. A name is what the adapter's run.json says; one that two share has its folder behind it."""
-    ends = [Path(adapter.partition("@http")[0]).name for adapter in adapters]  # of a server, its model
+    ends = [Path(adapter.partition("@http")[0]).name for adapter in adapters]  # "sft", or a server's model
     names = ["base" if adapter == "none" else end if ":" in adapter else sft.read_run(adapter)["algorithm"]
              for end, adapter in zip(ends, adapters)]
     folders = [end if ends.count(end) == 1 else adapter for end, adapter in zip(ends, adapters)]
@@ -583,7 +585,7 @@ def print_comparison(a, b, scoring):
         metric, sides = next(iter(bench.numbers.values())), [columns_of(side, bench) for side in zip(*some)]
 
         # on both sides with the same drawn media
-        gain = lambda columns, weights: metric(sides[1], weights) - metric(columns, weights)
+        gain = lambda first, weights: metric(sides[1], weights) - metric(first, weights)
         mean, spread, draws = interval(gain, sides[0])
         p = max(1 / len(draws), min(1, 2 * min((draws <= 0).mean(), (draws >= 0).mean())))
         means = " | ".join(f"{100 * metric(side, np.ones(len(some))):.1f}" for side in sides)
@@ -653,7 +655,7 @@ def page_media(records, args):
 def thumbnails(record, num_frames, max_pixels):
     """Up to eight frames of a medium, (data URI of a small JPEG, its time) each. Raises MediaError."""
     frames, fps = gen_cot.read_media(record, min(num_frames, 8), max_pixels)
-    # of such sides, 500 times eight are under 40 MB even of noise
+    # at these sides, eight pictures each of 500 media are under 40 MB, even if they are noise
     pictures = gen_cot.stamped_jpegs(frames, fps, quality=60, side=256 if fps is None else 112)
     return [(f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}", time) for time, jpeg in pictures]
 

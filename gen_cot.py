@@ -184,7 +184,7 @@ def generate(records, args):
 
     Replies are kept in traces.jsonl next to the output, rows {question, problem_id, key, output}. `question`
     and `problem_id` are for --traces. `key` is a hash of the teacher, the prompt, the path and the frames'
-    settings: what the file has for it is not asked again, nor is its medium decoded.
+    settings. A question whose key the file has is not asked again, and its medium is not decoded.
     """
     extra, template = json.loads(args.teacher_extra or "{}"), load_template(args)
     if args.teacher_extra is None and args.teacher.startswith("openai:") and "@http" in args.teacher:
@@ -201,7 +201,8 @@ def generate(records, args):
         return teacher.reply([*media_parts(*media), build_prompt(record, template)], key=key,
                              question=question_key(record), problem_id=record.get("problem_id"))
 
-    # media are decoded ahead, and 2 x --teacher-concurrency questions are under way; replies come in order
+    # All of this is lazy: `read_ahead` decodes ahead; taking a job asks its question; `in_order` takes
+    # 2 x --teacher-concurrency of them ahead of the reply that is waited for.
     jobs = (teacher.pool.submit(ask, key, record, media)
             for key, (record, media) in zip(todo, read_ahead(todo.values(), args)))
     outputs = dict(teacher.replies)
@@ -245,7 +246,8 @@ def id_of(number):
 
 def load_traces(path, records):
     """The raw trace (str) of each record from a file of {problem_id, output}, or None. A row with the
-    `question` of `generate` is found by that. An id that two questions or two traces share is not used."""
+    `question` of `generate` is found by that. An id is not used that two questions share, or two traces that
+    differ."""
     traces, ids = {}, collections.Counter(id_of(record.get("problem_id")) for record in records)
     for row in read_json(path):
         if not isinstance(row, dict) or not isinstance(row.get("output"), str):
@@ -263,8 +265,8 @@ def load_traces(path, records):
 # --- steps 2 and 3: what is kept ----------------------------------------------------------------------------
 
 def bare_trace(reply):
-    """The trace in a teacher's reply, without what is around it: the teacher's own thoughts, which end in
-    </think> before the <observation>, a fence, a stop token."""
+    """The trace in a teacher's reply, without what can be around it: a fence; a stop token; the teacher's own
+    thoughts, up to a </think>."""
     found = re.fullmatch(r"(?:.*</think>)?(?:\s|```\w*)*(<observation>.*?</answer>)(?:\s|```|<\|\w+\|>)*",
                          reply, re.DOTALL)
     return found[1] if found else reply
@@ -376,7 +378,7 @@ def lock(path):
 
 def move_aside(path):
     """Keeps what an earlier run left at this path, under another name."""
-    name = next(name for n in itertools.count(1) if not os.path.exists(name := f"{path}.{n}"))
+    name = next(itertools.filterfalse(os.path.exists, (f"{path}.{n}" for n in itertools.count(1))))
     os.rename(path, name)
     print(f"{path} held an earlier run, which is now in {name}.")
 
@@ -404,9 +406,7 @@ def print_stats(name, client):
 MAX_BAD = 0.05  # share of bad records that is left out; more says that something else is wrong with the file
 FOLDER_FPS = 3.0  # of a folder of frames whose record names no rate (TVQA's in MVBench)
 # fields by which others name a part of a clip: start, video_start, clip_start_time, …
-PART_FIELDS = set("start end start_time end_time start_sec end_sec start_frame end_frame begin begin_time "
-                  "video_start video_end clip_start clip_end clip_start_time clip_end_time segment_start "
-                  "segment_end timestamps time_range span".split())
+PART = re.compile(r"((video|clip|segment)_)?(start|end|begin)(_(time|sec|frame))?|timestamps|time_range|span")
 VISION = r"<\|vision_start\|>.*?<\|vision_end\|>"  # Qwen's own tokens
 PLACE = rf"(<image>|<video>|{VISION})"  # of the medium, where it is at either end of the question
 PLACEHOLDER = re.compile(rf"\A({PLACE}\s*)+|({PLACE}\s*)+\Z|{VISION}", re.DOTALL)
@@ -449,13 +449,13 @@ def load_records(paths, media_root=None, left_out=(), lost_golds=False):
         print(strip_invisible(f"{len(bad)} records are left out. The first one is {bad[0]}"))
     if not records or len(bad) > MAX_BAD * (len(records) + len(bad)):
         raise UserError(f"{paths}: {len(records)} records are good, {len(bad)} are bad. Mend the file.")
-    # fields that change what is seen, where no stage follows them
-    parts = [record for record in records if not PART_FIELDS.isdisjoint(record)]
+    # what a record says of its clip and no stage follows, or should say and doesn't
+    fields = sorted(filter(PART.fullmatch, {field for record in records for field in record}))
+    parts = sum(not record.keys().isdisjoint(fields) for record in records)
     rates = [record for record in records if media_root and not frame_rate(record)
              and record["data_type"] == "video" and os.path.isdir(record["media"])]
     if parts:
-        fields = ", ".join(sorted(PART_FIELDS.intersection(parts[0])))
-        print(f"{len(parts)} records name a part of their clip ({fields}), but the whole clip is used.")
+        print(f"{parts} records name a part of their clip ({', '.join(fields)}), but the whole clip is used.")
     if rates:
         print(f"{len(rates)} folders of frames have no fps or sample_fps: {FOLDER_FPS:g} a second assumed.")
     return records
@@ -498,17 +498,18 @@ def parse_record(row, media_root=None, lost_golds=False):
 
 
 def parse_gold(record, options, lost_golds):
-    """The gold answer without tags, from a text or number; an option's new letter for its old one or its
-    text."""
+    """The gold answer without tags, from a text or number. Of multiple choice it is an option's new letter,
+    where the file has the option's old label or its text."""
     gold = gold_answer(as_text(record.get("solution"))) or gold_answer(as_text(record.get("answer")))
     if not gold:
         raise ValueError("it has no gold answer")
     if record["problem_type"] != "multiple choice":
         return gold
-    # without options, which may be in the question, any letter counts
+    # The letters of `options` are of their places in the file. Where an empty one was dropped there is a gap.
+    # Without options, which may be in the question, any letter counts.
     index = option_index(gold, list(options.values()), list(options or LETTERS))
     if index is None and options:
-        gold = f"none of the options: {gold}"  # which the old label of another option could be now
+        gold = f"none of the options: {gold}"  # alone it could be the new letter of another option
         if not lost_golds:
             raise ValueError(f"its gold is {gold}")
     return gold if index is None else LETTERS[index]
@@ -524,7 +525,7 @@ def as_text(value):
 
 
 def parse_options(options):
-    """{letter: option}, by the places in a list, null, or a list printed as JSON or Python (as in the
+    """{letter of its place: option}, from a list, null, or a list printed as JSON or Python (as in the
     authors' RL file). What only fills a table up is left out: empty texts, null, NaN."""
     if isinstance(options, str):
         try:
@@ -536,7 +537,7 @@ def parse_options(options):
     if isinstance(options, dict) or len(options or []) > 14:
         raise ValueError("its options are no list of at most 14, A to N")
     kept = {letter: text for letter, text in zip(LETTERS, map(as_text, options or [])) if text}
-    bare = [text for _, text in read_labels(list(kept.values()))] or kept.values()
+    bare = [text for _, text in read_labels(list(kept.values()))] or kept.values()  # of "C. nan" that is nan
     return {letter: kept[letter] for letter, text in zip(kept, bare) if text.lower() not in ("", "nan")}
 
 
@@ -583,10 +584,10 @@ def select_records(args):
     return drawn
 
 
-def hold_out(records, share=0.02):
+def hold_out(records, share):
     """(records of the media that are held out, all others). A `share` of the media is held out, by a hash of
-    their paths: the same ones in every stage and file. At least one is, from ten on; none, where it is 0. (So
-    the one of a small file may not be held out in another.)"""
+    their paths: the same ones in every stage and file. If there are ten media or more, at least one is. (That
+    one may not be held out in another file.) A share of 0 holds out none."""
     ranks = sorted((int(digest(path), 16) / 16**24, path) for path in {record["path"] for record in records})
     count = max(sum(rank < share for rank, _ in ranks), share > 0 and len(ranks) >= 10)
     chosen = {path for _, path in ranks[:count]}
@@ -635,7 +636,7 @@ def sample_indices(starts, end, num_frames=16, fps=2.0, min_frames=4):
         starts: (N,) seconds at which each frame appears, ascending. end: second at which the last one goes.
         num_frames: most frames. fps: frames wanted per second.
     """
-    edges = np.append(starts, end)
+    edges = np.append(starts, end)  # frame i is on screen from edges[i] to edges[i + 1]
     wanted = math.floor((end - edges[0]) * fps + 1e-6)
     wanted = min(max(wanted, min_frames), num_frames, max(len(starts), 2))
     times = np.linspace(edges[:2].mean(), edges[-2:].mean(), max(wanted // 2 * 2, 2))
@@ -643,8 +644,8 @@ def sample_indices(starts, end, num_frames=16, fps=2.0, min_frames=4):
 
 
 def fit_size(height, width, max_pixels, min_pixels=VIDEO_PIXELS):
-    """(height, width) as multiples of 28, at least min_pixels and at most max_pixels in area, which goes
-    first; the aspect kept (G2). A very long shape can exceed max_pixels, as no side is under 28."""
+    """(height, width) as multiples of 28 with the aspect kept, of at least min_pixels and, above all, at most
+    max_pixels in area (G2). A very long shape can exceed max_pixels, as no side is under 28."""
     h, w = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
     if h * w < min_pixels:
         scale = math.sqrt(min_pixels / (height * width))
@@ -673,8 +674,7 @@ def read_frames(path, num_frames=16, max_pixels=128 * FACTOR**2, min_frames=4):
             return pick_frames(path, stamps, num_frames, max_pixels, min_frames)
         except LookupError:
             with open_video(path) as (container, stream):
-                frames = container.decode(stream)
-                stamps = [(frame.pts, frame.duration, False) for frame in frames]
+                stamps = [(frame.pts, frame.duration, False) for frame in container.decode(stream)]
             return pick_frames(path, stamps, num_frames, max_pixels, min_frames)
 
 
@@ -731,7 +731,7 @@ def to_pixels(frame, stream, shape, max_pixels):
     sides = [frame.height, frame.width * float(stream.sample_aspect_ratio or 1)]
     # the pixel (x, y) is shown at (a x + c y, b x + d y), and moved into view
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
-    if abs(b) > abs(a):
+    if abs(b) > abs(a):  # with x and y swapped it is (c x + a y, d x + b y)
         image, a, d, sides = image.transpose(Image.TRANSPOSE), c, b, sides[::-1]
     image = ImageOps.mirror(image) if a < 0 else image
     image = ImageOps.flip(image) if d < 0 else image
@@ -745,7 +745,7 @@ def read_image(path, max_pixels=IMAGE_PIXELS[1], min_pixels=IMAGE_PIXELS[0]):
     with media_errors(path), Image.open(path, formats=IMAGE_FORMATS) as image:
         if image.mode in ("I", "F"):
             raise ValueError("what is white in 32 bits is not known: save it with 8 or 16 bits a channel")
-        image.load()  # after which a TIFF, which Pillow turns itself, is not turned twice
+        image.load()  # first, as it turns a TIFF, which `exif_transpose` then leaves as it is
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # convert("L") alone would clip it to white
             image = image.convert("I").point(lambda value: value / 256).convert("L")
@@ -836,8 +836,8 @@ def read_ahead(records, args, read=None, timeout=None):
 
 
 def in_order(jobs, ahead):
-    """The items of an iterator that begins a job with each, in order; `ahead` of them are under way while one
-    is used."""
+    """The items of `jobs`, in order. Taking an item from `jobs` begins its job; `ahead` of them are begun,
+    the one in use included."""
     waiting = collections.deque(itertools.islice(jobs, ahead))
     while waiting:
         yield waiting.popleft()

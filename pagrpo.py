@@ -61,7 +61,8 @@ P6. If the judge fails to give a verdict on a completion, R_P is NaN, never 0. T
         reasoning, separation         0             0        the one reward contains R_P
         assignment (GDPO)            A_R           A_R       the sum, with A_P = 0
     The KL term still applies to it. If the judge gives no verdict at all in an update, nothing is learnt from
-    that update (it is still one of the `--updates`). Three such updates in a row stop the run. Neither holds
+    that update (it is still one of the `--updates`). Three such updates in a row stop the run, in a shorter
+    run all of them. Neither holds
     for `--without perception`, which needs no verdicts.
 P7. The rows of Table 2. In those marked * all tokens of a completion have one advantage, and the loss average
     is the completion's (`get_args`). The judge is asked in any case, for the log. GDPO, which is not the
@@ -196,6 +197,7 @@ def train(model, tokenizer, records, judge, args):
     # A few of the prompts about held-out media are for the curves. All others are trained on, over and over.
     fixed = gen_cot.draw(fixed, FIXED, seed=0)
     print(f"{len(fixed)} prompts of held-out media for the curves")
+    # by default the tokens of a question of 300 words with all frames
     limit = args.max_prompt_tokens or len(sft.worst_prompt(tokenizer, config, args)[1].input_ids)
     fixed_media = gen_cot.read_ahead(sft.shard(fixed, len(fixed)), args)
     own_fixed, _ = sft.encode_batch(fixed_media, len(fixed), template, tokenizer, config, limit)
@@ -301,7 +303,7 @@ def update(model, tokenizer, optimizer, encoded, judge, lr, args):
     with sft.measured("judge", metrics):
         # gather_object joins the lists of all ranks; on one GPU it gives back its argument
         verdicts = gather_object(score_groups(groups, tokenizer, judge, args))
-    silent = bool(verdicts) and all(verdict is None for verdict in verdicts)  # the judge, though it was asked
+    silent = set(verdicts) == {None}  # the judge was asked, and gave no verdict
     if args.without == "perception" or not silent:
         with sft.measured("update", metrics):
             metrics |= update_policy(model, optimizer, groups, lr, args)
@@ -338,11 +340,11 @@ def score_groups(groups, tokenizer, judge, args):
     # ask the judge about all observations at once
     records, texts = [], []
     for group in groups:
-        texts += tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)  # so is padding
+        texts += tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)  # no padding
         records += [group.record] * len(group.completion_ids)
     observations = [parse_trace(text).observation for text in texts]
     verdicts = ask_judge(judge, records, observations)
-    # each completion and what it said of it, in this order; a judge that is a function has no words
+    # (text, verdict, the judge's words) of each completion, group by group; of a function there are no words
     of_completions = zip(texts, verdicts, getattr(judge, "replies", [None] * len(verdicts)))
 
     # reward the two processes of each completion, and compare them within its group
@@ -419,7 +421,7 @@ def segment_masks(completion_ids, tokenizer):
     """Which tokens are perception's and which are reasoning's (P1).
 
     After an opened observation, of the tokens `red.</obs`, `ervation>`, `<think>` the second is the last of
-    o_P: it is the first one that does not end before the closing tag's end.
+    o_P: it holds the closing tag's last character.
 
     Tokens are decoded one by one. A character that is split over several tokens is then decoded wrongly. The
     tags are plain ASCII, so they are found all the same.
@@ -542,7 +544,7 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
 
     # A token is predicted from the state of the one before it. For a completion's first that is the prompt's
     # last, at P - 1; for the others it is the one before in the packed sequence.
-    before = torch.where(offsets == 0, P - 1, P - 1 + torch.arange(len(tokens), device=device))
+    before = torch.arange(P - 1, P - 1 + len(tokens), device=device).masked_fill(offsets == 0, P - 1)
     logprobs = sft.logprobs_from_hidden(model, hidden[before], tokens)
     return torch.zeros(completion_ids.shape, device=device).masked_scatter(completion_mask, logprobs)
 
@@ -567,7 +569,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, lengths=N
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
-AttentionMaskInterface.register("shared_prefix", sdpa_mask)  # for others' passes from then on
+AttentionMaskInterface.register("shared_prefix", sdpa_mask)  # for passes that give no mask of their own
 
 
 # --- rollout ------------------------------------------------------------------------------------------------
@@ -598,8 +600,8 @@ class RolloutCache:
 
     def update(self, keys, values, layer, *args, **kwargs):
         """Called by the library's attention with (n, heads, tokens, d) of the new tokens; returns n rows of
-        all columns so far. A prompt's one row goes into all G rows of the part, and one comes back (n = 1);
-        while decoding all rows go in and come back."""
+        all columns so far. A prompt is one row (n = 1): it is written to all G rows of its group, and one of
+        them comes back. While decoding, n is all rows."""
         stop, seen = self.columns.stop, []
         for room, new in zip(self.layers[layer], (keys, values)):
             room[self.rows, :, stop - new.shape[2]:stop] = new
@@ -623,11 +625,11 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
         completion_ids (B·G, T) int64, padded behind the end-of-sequence token; completion_mask (B·G, T) bool,
         true up to and including it; logprobs (B·G, T) float32 of the sampled tokens.
     """
-    # prompts of unequal length, aligned at their ends; their completions decode in step
     for prompt in prompts:
         if prompt.embeds is None:  # one by one: the tower's activations are large
             sft.embed_prompts(model, [prompt])
     qwen, head, device = sft.unwrap(model).model, sft.unwrap(model).lm_head, prompts[0].embeds.device
+    # prompts of unequal length are aligned at their ends; their completions decode in step
     width, G = max(len(p.input_ids) for p in prompts), num_generations
     padding = torch.tensor([width - len(p.input_ids) for p in prompts], device=device)  # on the left
     position = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(G)
@@ -637,7 +639,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
     cache = RolloutCache.empty(prompts[0].embeds, qwen.config.text_config, *shape)
 
     def feed(embeds, positions, part, mask=None):  # (n, tokens, D), (3, n, tokens) -> (n, D) of the last
-        # `cache` was called past_key_values before transformers 5.24, the pinned version
+        # transformers 5.24, which is pinned, calls it `cache`; earlier ones called it past_key_values
         return qwen.language_model(inputs_embeds=embeds, position_ids=positions, cache=part,
                                    attention_mask={"full_attention": mask}).last_hidden_state[:, -1]
 
@@ -645,7 +647,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
         # prefill each prompt once, for all rows of its group
         hidden = []
         for b, prompt in enumerate(prompts):
-            # without its padding, which needs no mask here; in all G rows of its group at once
+            # its own columns alone, so that no mask is needed; in all G rows of its group at once
             part = replace(cache, rows=slice(b * G, (b + 1) * G), columns=slice(int(padding[b]), width))
             hidden.append(feed(prompt.embeds[None], prompt.positions[:, None].to(device), part))
         hidden = torch.cat(hidden).repeat_interleave(G, dim=0)  # (B·G, D)
@@ -666,7 +668,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
             ids.append(token)
             masks.append(running)
             running = running & (token != tokenizer.eos_token_id)
-            if not running.any():
+            if t + 1 == max_tokens or not running.any():
                 break
             columns = slice(0, width + t + 1)  # with the token that is fed now
             hidden = feed(qwen.language_model.embed_tokens(token)[:, None], position.expand(3, -1)[..., None],
@@ -759,8 +761,7 @@ def probe(model, tokenizer, judge, args):
     optimizer = sft.setup_training(model, args)
     sft.optimiser_step(model, optimizer, 0.0, args.max_grad_norm)  # gradients of 0: allocates AdamW's moments
     record, prompt = sft.worst_prompt(tokenizer, sft.unwrap(model).config, args)
-    # `eos_token_id` is None after this. No token equals that in `rollout`, `segment_masks`, `score_groups`:
-    # completions run to their limit.
+    # `eos_token_id` is None after this, and no token equals None: completions run to their limit.
     tokenizer.eos_token = None
     encoded = [(dict(record, sample_index=i), replace(prompt))
                for i in range(sft.shard_size(args.prompts_per_update))]
@@ -871,8 +872,8 @@ def show(row):
     for i, completion in enumerate(row["completions"]):
         for k, process, colour in ((0, "perception", cyan), (1, "reasoning", yellow)):
             text = "".join(piece for piece, segment in completion["tokens"] if segment == process[0].upper())
-            advantage = row["advantages"][row["algorithm"]][k][i]
-            head = f"{'' if k else i + 1:>2}{completion['scores'][process]:6.2f}, {advantage:+5.2f}  "
+            advantage, number = row["advantages"][row["algorithm"]][k][i], "" if k else i + 1
+            head = f"{number:>2}{completion['scores'][process]:6.2f}, {advantage:+5.2f}  "
             lines.append(colour + textwrap.fill(strip_invisible(text) or "-", 80, initial_indent=head,
                                                 subsequent_indent=" " * len(head)) + plain)
     tqdm.write("\n".join(lines))

@@ -11,15 +11,17 @@ type (Eq. 4). Every stage imports this file, which needs no torch.
 
 Our choices where the paper is silent:
 R1. Format: the stripped completion is the three blocks in order, each once, none empty, only white space
-    between. Neither process pays for the other. Perception is judged on the text up to and including the
-    first </observation>, which must be one observation block. Reasoning is judged on what comes after that,
-    which must be one think and one answer block. Without any </observation> perception gets 0, and reasoning
-    is judged on what comes after an open observation, or on all. Tags are case-sensitive.
-R2. The answer is the first answer block after the think block; without a complete think block, the first of
-    all, so that `<answer>B</answer>` alone is B. No answer, or an empty one, scores 0 whatever the gold is.
+    between. A fault in one process's part costs the other nothing. Perception is judged on the text up to
+    and including the first </observation>, which must be one observation block. Reasoning is judged on what
+    comes after that, which must be one think and one answer block. Without any </observation> perception
+    gets 0. Reasoning is then judged from the first think or answer tag on if an observation was opened, else
+    on the whole text. Tags are case-sensitive.
+R2. The answer is the first answer block after the think block; without a complete think block, the first one
+    anywhere, so that `<answer>B</answer>` alone is B. No answer, or an empty one, scores 0 whatever the gold
+    is.
 R3. Scoring "paper" agrees with the metric of Video-R1 and its successors unless that can be exploited.
     Unlike there, NaN, infinities and empty texts score 0, and a regression's 0 for a gold of 0 scores 1.
-    Characters that show nothing count nowhere.
+    In answers, characters that show nothing don't count.
 R4. Scoring "lenient" never gives less, and takes what a person would. For B also b, B., (B), B. text,
     **B**, \\boxed{B}, the option's text, "the answer is B", "B, because …". For 5 also 5 m, "there are 5
     chairs", "2 + 3 = 5". And any answer that is written as the gold is. What is denied, or one of two, is no
@@ -54,7 +56,6 @@ from nltk import edit_distance
 from rouge_score.rouge_scorer import RougeScorer
 from urllib3.exceptions import HTTPError
 
-TAGS = ("observation", "think", "answer")
 OBSERVATION_OPENING = "Based on the question, I need to notice"
 THINK_OPENING = "Based on the observations,"
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
@@ -71,12 +72,13 @@ class UserError(SystemExit):
 
 # --- the template -------------------------------------------------------------------------------------------
 
-Trace = namedtuple("Trace", TAGS)  # the stripped content of each block, None for one that isn't complete
+# the stripped content of each block, None for one that isn't complete
+Trace = namedtuple("Trace", "observation think answer")
 
 
 def parse_trace(text):
-    """Trace of `text`: the first observation block; the first think block after it, or of all without an
-    observation; the first answer block after that, or of all without a think block (R2)."""
+    """Trace of `text`: the first observation block; the first think block after it (without an observation,
+    in the whole text); the first answer block after that (without a think block, in the whole text; R2)."""
     observation, rest = cut_block(text, "observation")
     think, rest = cut_block(rest, "think")
     answer, _ = cut_block(text if think is None else rest, "answer")
@@ -102,7 +104,7 @@ def format_rewards(completion):
     observation that is never closed gives `O.T.tA.a`, which is (0, 1).
     """
     sketch = ""
-    for piece in re.split("(</?(?:observation|think|answer)>)", completion):
+    for piece in re.split(f"({'|'.join(SKETCH)})", completion):
         if piece.strip():
             sketch += SKETCH.get(piece, "." if strip_invisible(piece) else "-")
     before, closing, after = sketch.partition("o")
@@ -154,8 +156,8 @@ def answer_score(problem_type, answer, gold, scoring="paper", options=None):
     if not answer or not gold:
         return 0.0
     if problem_type == "multiple choice":
-        key = option_key(gold, options)
-        if options and key not in LETTERS:  # a gold that is none of the options
+        key = option_key(gold, options)  # a letter; of a gold that is no option its words
+        if options and key not in LETTERS:
             return 0.0
         return float(answer == gold or lenient and option_key(answer, options, True) == key != "")
     if answer == gold and lenient:
@@ -279,8 +281,8 @@ def make_judge(spec, prompt_file=None, generate=None, **client_options):
 
 
 class Judge:
-    """A language model as judge: `ask(prompts, lacks)` gives a reply to each prompt, or None for it, where
-    `lacks(reply)` says what a reply lacks. After a call, `replies` holds its words on each pair, None where
+    """A language model as judge: `ask(prompts, lacks)` gives a reply, or None, to each prompt. `lacks(reply)`
+    says what a reply lacks, "" if nothing. After a call, `replies` holds its words on each pair, None where
     it wasn't asked or said nothing."""
 
     def __init__(self, ask, prompt, stats=None):
@@ -305,7 +307,8 @@ def read_verdict(reply):
     None where it says neither (R6)."""
     reply = reply.lower().rpartition("</think>")[2].partition("<think>")[0]
     said = re.findall(r"<judge?ment>(.*?)</judge?ment>", reply, re.DOTALL)
-    # its first word, but not that of "Yes or No", nor where another tag was opened before
+    # its first word, unless it goes on ("nothing") or hedges ("Yes or No", "Yes/No"), or the block holds
+    # another opening tag
     hedged = r"[a-z]|[\s,(]*(?:or|and)\W+(?:yes|no)\b|\s*[/|\\]|.*<judge"
     word = re.match(rf"[\W_]*(yes|no)(?!{hedged})", said[-1], re.DOTALL) if said else None
     return word and word[1] == "yes"
@@ -352,7 +355,7 @@ def fill_prompt(template, **fields):
 LETTERS = list("ABCDEFGHIJKLMN")
 LABEL = r"[(（\[]?([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2})"  # of an option; one that is written in full-width signs, too
 BARE_LABEL = re.compile(r"""["'“‘`$({<【「\\_\s]*""" + LABEL + r"""["'”’`$)}>\]）】」\\_.,:;!、．：。\s]*""")
-# "A. text", "(2) text", "B.4", but not "1.5"
+# "A. text", "(2) text", "B.4", but not "1.5": no point between two digits
 OPTION = re.compile(LABEL + r"(?:[)）\]、]|(?<!\d)[.:．：]|[.:．：](?!\d))\s*(.*)", re.DOTALL)
 
 
@@ -371,8 +374,8 @@ def read_labels(options):
 def option_index(answer, options, letters):
     """The index of the option that an answer picks, or None. `letters` are those of options without labels.
 
-    Tried in turn: a bare label (where the options carry none, their texts as written go before it); an
-    option's whole text; "B. …".
+    Tried in turn: 1 a bare label, unless the options carry none and one of their texts is just that; 2 an
+    option's whole text; 3 "B. …".
     """
     labelled = read_labels(options)
     labels, texts = zip(*labelled) if labelled else (tuple(letters), options)
@@ -380,16 +383,16 @@ def option_index(answer, options, letters):
 
     def labelled_by(match):
         label = match and unicodedata.normalize("NFKC", match[1]).upper()
-        known = letters if labels[:1] < ("A",) and label in letters else labels  # a B where they are 1, 2, 3
+        known = letters if label in letters and labels[0].isdigit() else labels  # a B where they are 1, 2, 3
         return known.index(label) if label in known else None
 
-    index = labelled_by(BARE_LABEL.fullmatch(answer))
+    index = labelled_by(BARE_LABEL.fullmatch(answer))  # 1
     if index is not None and (labelled or answer not in texts):
         return index
-    for form in (str, str.lower, option_words):  # as written first: a sign can be all that differs
+    for form in (str, str.lower, option_words):  # 2, as written first: a sign can be all that differs
         if found := [i for i, text in enumerate(texts) if form(text) == form(answer) != ""]:
             return found[0] if len(found) == 1 else None
-    label = OPTION.fullmatch(answer)
+    label = OPTION.fullmatch(answer)  # 3
     if label and label[2] not in texts and re.search(r"\b[A-N][).:]\s", label[2]):
         return None  # a list of options picks none
     return labelled_by(label)
@@ -408,8 +411,8 @@ def normalise_text(text):
 
 
 def label_options(options):
-    """Options with the letters A, B, … before them, such as "A. red". Where all have these, they stay as they
-    are written, in capitals; other labels, such as numbers, are replaced."""
+    """Options with the letters A, B, … before them, such as "A. red". Where all have these, only the letter
+    is made a capital: "(a) red" becomes "(A) red". Other labels, such as numbers, are replaced."""
     labelled = read_labels(options)
     if [label for label, _ in labelled] == LETTERS[:len(options)]:
         written = [OPTION.fullmatch(option)[1] for option in options]
@@ -427,7 +430,8 @@ def question_text(record):
 
 
 def correct_answer(record):
-    """(letter, text) of the gold answer, such as ("B", "a red car"), with letter "" for all but options."""
+    """(letter, text) of the gold answer, such as ("B", "a red car"). The letter is "" if there are no
+    options, or if the gold is none of them."""
     gold, options = gold_answer(record["solution"]), label_options(record.get("options") or [])
     for letter, text in read_labels(options):
         if letter == option_key(gold, options):
@@ -448,8 +452,8 @@ def load_prompt(file, default, fields):
 # --- scoring "lenient": one reader of loose answers (R4) ----------------------------------------------------
 
 # what denies, hedges, compares or asks
-UNCLEAR = re.compile(r"(?i)[?不]|n['’]t\b|\b(?:not|neither|nor|or|either|wrong|incorrect|false|unlike|except|than|"
-                     r"without|rather|instead|maybe|perhaps|might|could|exclude|eliminate|rul\w+ out)\b")
+UNCLEAR = re.compile(r"(?i)[?不]|n['’]t\b|\b(?:not|neither|nor|or|either|wrong|incorrect|false|unlike|"
+                     r"than|except|without|instead|maybe|perhaps|might|could|exclude|eliminate|ruled? out)\b")
 BE = r"(?:is|seems|(?:would|should|must) be)"
 ANNOUNCED = [re.compile(rf"(?:(?:{words})(?:\W*?\b{BE}\b|['’]s\b|[是为])?[\s:：*,]*)+", re.I) for words in (
     r"\banswer\b|答案", "=", r"\b(?:option|choice|choose|pick|letter|go with|it)\b|选项?",
@@ -493,17 +497,17 @@ def read_number(answer):
 
 
 def without_units(answer, gold):
-    """The numbers in both, as texts; two empty texts where both have units, which differ, or where one has
-    more than its number, and that is a multiplier."""
+    """The numbers in both, as texts. Two empty texts if one holds no number, if both have units and these
+    differ, or if only one has a unit and that is a multiplier."""
     (a, unit), (b, gold_unit) = read_number(answer), read_number(gold)
     bare = "" in (unit, gold_unit) and not MULTIPLIER.fullmatch(unit + gold_unit)
     return (a, b) if bare or unit == gold_unit else ("", "")
 
 
 def option_key(answer, options, loose=False):
-    """What a multiple-choice answer picks: the letter of an option by its place, else its own words, else "".
-    Without options it can pick any letter. loose: by one of its pieces, or as the one option whose whole text
-    is in it."""
+    """What a multiple-choice answer picks: the letter of the option's place. If it picks none, its own words,
+    normalised. Without options it can pick any letter. loose: one of its pieces can pick, too, and so can the
+    one option whose whole text is in it."""
     for piece in pieces(answer) if loose else [answer]:
         index = option_index(piece, options or [], LETTERS[:len(options or LETTERS)])
         if index is not None:
@@ -528,8 +532,8 @@ MAX_UNANSWERED = 30  # questions in a row without an answer end a run
 class ChatClient:
     """A remote model over the Messages API (anthropic:MODEL) or chat-completions (openai:MODEL@BASE_URL).
 
-    Raises UserError for a bad spec or a missing key, where the server refuses every request (401, 403, 404),
-    and after MAX_UNANSWERED.
+    Raises UserError for a bad spec or a missing key, where the server refuses every request (401, 403, 404, a
+    redirect), after MAX_UNANSWERED, and after `max_calls`.
 
     Args:
         cache: JSON Lines file of replies, {key, output, …}. What it holds is not asked for again.
@@ -542,7 +546,8 @@ class ChatClient:
 
     def __init__(self, spec, cache=os.devnull, concurrency=8, timeout=60.0, max_calls=None, max_tokens=1024,
                  extra=None, backoff=0.5):
-        # openai:MODEL, openai:MODEL@20250514, openai:MODEL@http://HOST/v1; no password, as files name the URL
+        # openai:MODEL, openai:MODEL@20250514, openai:MODEL@http://HOST/v1. A URL with user:password@ is
+        # refused, as URLs are written to files. A model's name is not empty, and can end in @ and digits.
         match = re.fullmatch(r"(anthropic|openai):((?!@http).[^@]*(?:@\d+)?)(?:@(https?://[^@?#]+))?", spec)
         if not match:
             raise UserError("A remote model is written anthropic:MODEL or openai:MODEL@http://HOST/v1.")
@@ -562,7 +567,7 @@ class ChatClient:
         self.session.auth = lambda request: request  # or a netrc file would replace the key
         self.timeout, self.max_calls, self.backoff = timeout, max_calls, backoff
         self.pool, self.lock, self.stop = ThreadPoolExecutor(concurrency), threading.Lock(), threading.Event()
-        self.stats, self.unanswered = Counter(), 0  # questions in a row
+        self.stats, self.unanswered = Counter(), 0  # unanswered: in a row so far; stats has the total
         self.replies = {row["key"]: row["output"] for row in read_jsonl(cache) if "key" in row}
         self.file = open_append(cache)
 
@@ -577,8 +582,8 @@ class ChatClient:
                 for key, content in dict(zip(keys, contents)).items()}
         try:
             return [jobs[key].result() for key in keys]
-        except BaseException:  # a refusal, the call limit, Ctrl-C: ask nothing more, and wake whoever waits;
-            self.stop.set()  # a reply on its way is still written
+        except BaseException:  # a refusal, the call limit, Ctrl-C: ask nothing more, and wake whoever waits
+            self.stop.set()
             raise
 
     def key_of(self, content):
@@ -648,7 +653,8 @@ class ChatClient:
             content = [self.content_part(part) for part in content]
         body = self.body | {"messages": [{"role": "user", "content": content}]}
         deadline, data = time.monotonic() + self.timeout, b""
-        # in pieces, as the library's own limit is one for each; no redirect, which could carry the key away
+        # in pieces, as the library's timeout is for each piece, ours for the whole reply. No redirect, which
+        # could carry the key away.
         with self.session.post(self.url, json=body, timeout=self.timeout, stream=True,
                                allow_redirects=False) as response:
             while piece := response.raw.read1(2**16, decode_content=True):  # as much as has come

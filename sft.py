@@ -50,7 +50,8 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # advertises, as it is imported
+# bitsandbytes logs an advertisement as it is imported
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -81,7 +82,7 @@ class TrainingFlags(ModelFlags):
     lr: float = 1e-4  # peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)
     max_grad_norm: float = 5.0  # clip gradients to this norm (Video-R1: 5)
     checkpointing: bool = True  # of activations, to save memory
-    max_prompt_tokens: int | None = None  # longer prompts are left out (default: 300 words and the frames)
+    max_prompt_tokens: int | None = None  # longer prompts are left out (default: 300 words, all frames)
     save_every: int = 20  # steps between two checkpoints
     resume: bool = False  # go on from a stopped run's last checkpoint, if there is one
 
@@ -117,11 +118,11 @@ def train(model, tokenizer, records, args):
     """SFT over the records, `--epochs` times; writes run.json, metrics.jsonl, curves.png and the adapter."""
     _, records = hold_out(records, args.held_out)
     run = describe_run("process-agnostic SFT" if args.process_agnostic else "SFT", records, args)
-    # each epoch in an order of its own
     template, optimizer, order = load_template(args), setup_training(model, args), []
     config = unwrap(model).config
+    # by default the tokens of a question of 300 words with all frames
     limit = args.max_prompt_tokens or len(worst_prompt(tokenizer, config, args)[1].input_ids)
-    for epoch in range(args.epochs):
+    for epoch in range(args.epochs):  # each in an order of its own
         order += random.Random(args.seed + epoch).sample(records, len(records))
     steps, start = math.ceil(len(order) / args.batch_size), load_checkpoint(model, optimizer, run, args)
     media = read_ahead(shard(order[start * args.batch_size:], args.batch_size), args)
@@ -172,7 +173,7 @@ def sft_loss(model, prompts, completions):
     for prompt, completion in zip(prompts, completions):
         after = prompt.next_position + torch.arange(len(completion))
         embeds.append(torch.cat([prompt.embeds, qwen.language_model.embed_tokens(completion.to(device))]))
-        positions.append(torch.cat([prompt.positions, after.expand(3, -1)], dim=1).T)  # (S, 3)
+        positions.append(torch.cat([prompt.positions, after.expand(3, -1)], dim=1).T)
     attention_mask = pad_sequence([e.new_ones(len(e), dtype=torch.bool) for e in embeds], batch_first=True)
     hidden = qwen.language_model(  # (B, S, D)
         inputs_embeds=pad_sequence(embeds, batch_first=True), attention_mask=attention_mask,  # (B, S)
@@ -256,7 +257,8 @@ def load_model(base, adapter=None, four_bit=True, lora_rank=64, trainable=True):
 
 def add_adapter(model, adapter=None, lora_rank=64, trainable=True):
     """The model with a LoRA adapter named `policy`: the one saved in the folder `adapter`, or a fresh one (B
-    = 0). One that does not fit this base, which peft would pass over, is an error."""
+    = 0). Its weights are float32, which is peft's default. One that does not fit this base, which peft would
+    pass over, is an error."""
     if adapter is None:
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS)
         model = get_peft_model(model, config, adapter_name="policy")
@@ -266,13 +268,13 @@ def add_adapter(model, adapter=None, lora_rank=64, trainable=True):
         expected = get_peft_model_state_dict(model, adapter_name="policy").keys()
         assert load_peft_weights(str(adapter), "cpu").keys() == expected, f"{adapter} is of another model"
         changes = [p.any() for name, p in model.named_parameters() if "lora_B" in name]
-        assert all(changes), f"{adapter} changes nothing: it is of another model, or learnt nothing"
+        assert all(changes), f"{adapter} leaves a layer as it is: it is of another model, or learnt nothing"
         config = model.peft_config["policy"]
         plain = not (config.lora_dropout or config.use_dora or config.lora_bias) and config.bias == "none"
         assert plain, f"{adapter} has dropout, DoRA or biases, which `pagrpo.merged` would decode without"
         check_finite(model)
     model.requires_grad_(False)
-    model.set_requires_grad("policy", trainable)  # its weights are float32, which is peft's default
+    model.set_requires_grad("policy", trainable)
     return model.eval()
 
 
@@ -345,7 +347,7 @@ def pack_frames(frames):
     pixels = pixels.reshape(t, TEMPORAL, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
     # axes 0 t, 1 frame, 2 h/2, 3 row of two, 4 y, 5 w/2, 6 column of two, 7 x, 8 channel
     pixels = pixels.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/2, w/2, 2, 2, channel, 2 frames, 14, 14)
-    return torch.from_numpy(pixels.reshape(t * h * w, -1).copy()), (t, h, w)
+    return torch.from_numpy(pixels.reshape(t * h * w, -1)), (t, h, w)
 
 
 def rope_positions(input_ids, grid_thw, second_per_grid, config):
@@ -373,7 +375,7 @@ def rope_positions(input_ids, grid_thw, second_per_grid, config):
             (t, h, w), seconds = next(media)
             h, w = h // vision.spatial_merge_size, w // vision.spatial_merge_size
             times = torch.arange(t, dtype=torch.float64) * (vision.tokens_per_second * seconds)
-            times = (times + 1e-6).floor().long()  # 93 · 16/16 comes out of floats as 92.999…
+            times = (times + 1e-6).floor().long()  # what should be 93 can come out of floats as 92.999…
             block = torch.cartesian_prod(times, torch.arange(h), torch.arange(w)).T  # (3, t · h · w)
         else:
             # of text, up to the next visual token
@@ -549,7 +551,7 @@ def optimiser_step(model, optimizer, lr, clip, loss=0.0):
 
 def worst_prompt(tokenizer, config, args, words=300):
     """(record, Prompt) of a clip with as many visual tokens as these settings allow, and a long question."""
-    rows = math.gcd(args.max_pixels, 8)  # rows of blocks; max_pixels counts blocks
+    rows = math.gcd(args.max_pixels, 8)  # of blocks: a divisor, so that all frames have max_pixels blocks
     shape = args.num_frames, rows * FACTOR, args.max_pixels // rows * FACTOR, 3
     pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     record = dict(problem="the " * words, problem_type="free-form", solution="the", options=[])
@@ -591,7 +593,7 @@ def encode_batch(media, size, template, tokenizer, config, limit=None):
 # === keeping a run alive: skip on a first reading ===========================================================
 
 def describe_run(name, records, args, adapter="none"):
-    """What a run is, wherever it lies: what run.json next to its adapter says. `adapter` is the folder that
+    """The content of run.json: what identifies a run, wherever its folder lies. `adapter` is the folder that
     it starts from."""
     if not records:
         raise UserError("All media are held out: pass a lower --held-out, or more records.")
@@ -642,8 +644,8 @@ def is_finished(args):
 
 
 def check_resume(run, old):
-    """Whether a run that `old` describes can go on as `run`, which gets the flags that it had before. Raises
-    UserError where it would become another run."""
+    """Raises UserError if the run that `old` describes would become another one by going on as `run`. Prints
+    flags that have changed, and keeps the old ones in run["earlier_flags"]."""
     for key in ("base", "adapter", "data", "algorithm", "loss_average"):
         # of "SFT + GRPO" the last part, as what it starts from is known by its weights
         before, now = (str(either.get(key)).rpartition(" + ")[2] for either in (old, run))
@@ -670,8 +672,8 @@ def save_checkpoint(step, model, optimizer, folder):
 
 
 def load_checkpoint(model, optimizer, run, args):
-    """The step to go on with, weights and AdamW's moments being put back; 0 for a run that begins. Without
-    --resume that moves an earlier one aside. Writes run.json."""
+    """The step to go on with, weights and AdamW's moments being put back; 0 for a run that begins. A run that
+    begins without --resume moves an earlier one aside. Writes run.json."""
     path = args.output / "checkpoint.pt"
     if args.resume and path.exists():
         check_resume(run, read_run(args.output))
@@ -698,7 +700,8 @@ def resumable(name, start, steps, model, optimizer, args):
     the run ends with the command that goes on. A second Ctrl-C or SIGTERM ends it at once, with the last
     checkpoint. An error in the loop's body saves, too, unless AdamW has begun its step.
     """
-    asked, adamw_steps = [], lambda: sum(int(state["step"]) for state in optimizer.state.values())
+    asked = []  # the signals so far
+    adamw_steps = lambda: sum(int(state["step"]) for state in optimizer.state.values())
 
     def receive(number, frame):  # raises nothing: an exception inside a __del__ would be swallowed
         asked.append(number)
@@ -715,7 +718,7 @@ def resumable(name, start, steps, model, optimizer, args):
         before = adamw_steps()
         try:
             yield step
-        except GeneratorExit:  # Python closes the generator as soon as the loop's body fails
+        except GeneratorExit:  # an error in the loop's body drops this generator, which raises it here
             if adamw_steps() == before:
                 save_checkpoint(step, model, optimizer, args.output)
             raise

@@ -78,7 +78,7 @@ def main(args):
                     records.append(record)
             except (LookupError, ValueError, TypeError, AttributeError, SyntaxError) as error:
                 tell("bad record", f"{where}: {type(error).__name__} {error}")
-            fields = [name for name in gen_cot.PART_FIELDS.intersection(row) if row[name] is not None]
+            fields = [name for name in row if gen_cot.PART.fullmatch(name) and row[name] is not None]
             if len(records) > used and fields:
                 tell("part of a clip", f"{where}: {', '.join(fields)}")
 

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import random
 import re
 import shutil
 import sys
@@ -220,6 +221,59 @@ def test_vsis_numbers_are_read_with_their_unit_where_scoring_is_lenient(folder):
         assert rescore(asked, said, "--scoring", scoring, file=file)["numbers"]["official"][0] == official
 
 
+def peers():
+    """The rows of the table in docs/results.md: what the peers' own code, unchanged, makes of an answer."""
+    table = re.search(r"^\| answer \|.*?\n\n", (ROOT / "docs/results.md").read_text(), re.MULTILINE | re.DOTALL)[0]
+    head, _, *rows = [[cell.strip() for cell in line.split(" | ")] for line in table.strip().splitlines()]
+    names = [name.strip("| ") for name in head]
+    return [dict(zip(names, [cell.strip("| ") for cell in row])) for row in rows]
+
+
+def test_our_two_scorings_are_as_the_table_of_the_peers_says():
+    """Paper's equals Video-R1's on every kind of answer; lenient takes no denied or second letter for one."""
+    said = {"(nothing)": "", "a whole trace that ends with B": TRACE.format("B")}
+    colours = [f"{letter}. {name}" for letter, name in zip("ABCD", ("red", "blue", "green", "yellow"))]
+    rows = peers()
+    assert len(rows) == 19 and all(len(row) == 10 for row in rows)
+    for row in rows:
+        text = said.get(row["answer"], row["answer"].strip("`"))
+        record = dict(question("B", options=colours), completion=text, file="eval_mmvu.json")
+        scores = [str(int(evaluate.score_row(record, scoring)["score"])) for scoring in ("paper", "lenient")]
+        assert [row["paper"], row["lenient"]] == scores and row["paper"] == row["Video-R1"], text
+
+
+NUMBERS = {  # answer to 2.4: Video-R1's relative accuracy; VSI-Bench's own; ours where scoring is lenient
+    "2.4": (1, 1, 1), "2": (0.7, 0.7, 0.7), "1.2": (0, 0.1, 0.1), "": (0, 0, 0), "2.4 m": (0, 1, 1), "2.4.": (0, 1, 1),
+    "2.4 meters": (0, 1, 1), "about 2.4 metres": (0, 0, 1), "=2.4": (0, 0, 1), "The answer is 2.4.": (0, 0, 1)}
+
+
+@pytest.mark.parametrize("answer", NUMBERS)
+def test_numbers_score_as_video_r1s_and_at_least_as_vsi_benchs_own(answer):
+    theirs, own, ours = NUMBERS[answer]
+    row = dict(question("2.4"), completion=answer, file=evaluate.BENCHMARKS["vsi"].file)
+    assert evaluate.score_row(row, "paper")["strict"] == pytest.approx(theirs)
+    assert evaluate.score_row(row, "lenient")["score"] == pytest.approx(ours) and ours >= own
+
+
+NUMERIC = 1, 2, 7, 8
+
+
+@pytest.mark.parametrize("share, letter, number, own", [
+    (0.03, "{}. text", "{} m", 81.68), (0.3, "{}.", "{} meters", 81.68)])
+def test_vsis_official_number_is_that_of_its_own_script_on_untidy_answers(share, letter, number, own):
+    """Two mixes, a fifth of them wrong; `own` is what thinking-in-space's code, unchanged, gives them."""
+    rng, bench, rows = random.Random(0), evaluate.BENCHMARKS["vsi"], []
+    tasks = sorted({task for task, _, _ in VSI})  # ten, of which four ask for numbers
+    for i in range(1000):
+        record = question("4" if i % 10 in NUMERIC else "AB"[i // 10 % 2], i, original_question_type=tasks[i % 10], options=None)
+        record["problem_type"] = "regression" if i % 10 in NUMERIC else "multiple choice"
+        said = record["solution"][8] if rng.random() > 0.2 else "2" if i % 10 in NUMERIC else "C"
+        form = (number if i % 10 in NUMERIC else letter) if rng.random() < share else "{}"
+        rows.append(evaluate.score_row(record | dict(completion=form.format(said), file=bench.file), "lenient"))
+    official = bench.numbers["official"](evaluate.columns_of(rows, bench), np.ones(len(rows)))
+    assert 100 * official == pytest.approx(own, abs=1.0)
+
+
 @pytest.mark.parametrize("problem_id", [0, 4001, None, "validation_Art_0"])
 def test_a_problem_id_that_tells_no_group_is_an_error_before_anything_is_decoded(folder, problem_id):
     file = evaluate.BENCHMARKS["mvbench"].file
@@ -371,6 +425,66 @@ def test_a_comparison_is_by_the_benchmarks_own_metric(folder, capsys):
     assert "| 4 | 50.0 | 100.0 | +50.0 ± " in capsys.readouterr().out
 
 
+# --- others' files, several files ---
+
+def video_r1s(name, rows):
+    """A file as Video-R1's evaluation leaves it, with its own verdicts, which are not ours."""
+    results = [row | dict(output=text, prediction="?", reward=0.0, correct=False) for row, text in rows]
+    Path(name).write_text(json.dumps({"results": results, "final_acc": [{"mean_acc": 0.0, "mean_mra": 0.0}]}, indent=2))
+    return name
+
+
+def test_another_evaluations_file_is_scored_and_compared_as_ours(folder, capsys):
+    records, texts = [question(i=i) for i in range(4)], ["A", TRACE.format("A"), "A.", TRACE.format("B")]
+    bench, theirs = evaluate.BENCHMARKS["mmvu"].file, "out/eval_mmvu_Video-R1-7B_greedy_output.json"
+    ours = rescore(records, [TRACE.format(gold) for gold in "AABB"], file=bench)
+    video_r1s(theirs, zip(records, texts))
+    rows = run("--data", bench, "--adapters", "none", theirs, "--rescore", "--output", "out")
+    assert rows["base"][bench] == ours and rows[theirs][bench]["numbers"]["accuracy"][0] == 50
+    run("--compare", theirs, "out/completions-none.jsonl", "--scoring", "lenient")
+    assert "| eval_mmvu.json | 4 | 75.0 | 50.0 | -25.0 ± " in capsys.readouterr().out
+    run("--compare", theirs, theirs)  # with itself
+    assert capsys.readouterr().out.splitlines()[-1].split(" | ")[-1] == "1 |"
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("a.json", {"rows": {}, "settings": {}}, "has rows, settings, but no problem, "),
+    ("a.json", {"results": [{"id": 1, "output": "A"}]}, "has id, output, but no problem, "),
+    ("a.json", [question()], "solution, process, data_source, but no output"),
+    ("a.jsonl", {"file": "q.json", "problem_id": 1, "completion": "A"}, "but no problem, problem_type, ")])
+def test_a_file_that_holds_no_completions_is_named_with_what_it_holds(folder, name, content, said):
+    Path(name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{name} holds no completions: its first row .*{said}"):
+        run("--compare", name, name)
+
+
+def test_the_last_table_has_a_line_for_each_model_with_all_files(folder, capsys):
+    """--limit draws from each file; the paper's average is over what is shown."""
+    for name in ("mmvu", "tempcompass"):
+        file = evaluate.BENCHMARKS[name].file
+        Path(file).write_text(json.dumps([question(i=i, path=f"{name}/{i}.mp4") for i in range(9)]))
+        rows = [answered(record, "A" if i % 3 or name == "mmvu" else "B", file) | dict(tokens=10 + i)
+                for i, record in enumerate(json.loads(Path(file).read_text()))]
+        with open("out.jsonl", "a") as out:
+            out.writelines(json.dumps(row) + "\n" for row in rows)
+    Path("out").mkdir()
+    shutil.move("out.jsonl", "out/completions-none.jsonl")
+    flags = ["--bench", "mmvu", "tempcompass", "--bench-root", ".", "--adapters", "none", "--rescore", "--output", "out"]
+    run(*flags)
+    table = capsys.readouterr().out.split("| model |")[1].splitlines()
+    assert table[0] == " eval_mmvu.json | eval_tempcompass.json | average | tokens |"
+    assert table[3] == "| base | 100.0 | 66.7 | 83.3 | 14.0 |"
+    assert table[5] == "| paper: VideoP2R 7B | 65.4 | 74.5 | 70.0 | - |"
+    rows = run(*flags, "--limit", 4)["base"]
+    assert [rows[evaluate.BENCHMARKS[name].file]["questions"] for name in ("mmvu", "tempcompass")] == [4, 4]
+
+
+def test_a_thought_that_was_cut_off_is_no_answer():
+    for text, score in (("<think>The answer is A", 0), ("<observation>o</observation> <think>so A", 0), ("The answer is A", 1),
+                        ("<observation>A", 0), ("thoughts</think> A", 0)):
+        assert evaluate.score_row(answered(question(), text), "lenient")["score"] == score, text
+
+
 # --- the analyses ---
 
 THOUGHTS = [  # think, answer, read by rule, what a judge replies where it is asked
@@ -512,6 +626,17 @@ def test_a_run_over_real_media_is_decoded_once_and_scored_again_without_a_model(
 def teach(server, verdict="Yes"):
     server.behave = lambda prompt, attempt: TRACE.format("A") if "<observation>" in prompt else (
         f"<judgement>{verdict}</judgement>")
+
+
+def test_a_least_number_of_frames_is_read_where_it_is_asked_for(clips, server):
+    """A clip of 2 s: 4 frames at two a second, 12 where that is the least; a picture stays one."""
+    teach(server)
+    for flags, frames in (([], 4), (["--min-frames", 12], 12)):
+        server.seen.clear()
+        run(*TOY, "--server", server.spec(), *flags)
+        contents = [body["messages"][0]["content"] for _, _, body in server.seen if "Decide" in str(body)]
+        counts = {sum(part["type"] == "image_url" for part in content) for content in contents}
+        assert counts == {1, frames}
 
 
 def test_an_error_keeps_what_was_written(clips, monkeypatch):
