@@ -79,8 +79,6 @@ def get_args():
     if not args.adapters:
         there = [f for f in ("sft", "pagrpo") if (args.run_dir / f / "adapter_config.json").exists()]
         args.adapters = ["none", *(str(args.run_dir / folder) for folder in there)]
-        if not (args.compare or args.judge_agreement or args.html):
-            print(f"Adapters: {', '.join(args.adapters)}; looked for sft and pagrpo in {args.run_dir}.")
     return args
 
 
@@ -93,6 +91,7 @@ def main(args):
     if args.html:
         return write_page(args.html, judge, args)
     gen_cot.lock(args.output)
+    print(f"Adapters: {', '.join(args.adapters)}; by default none, and sft and pagrpo of {args.run_dir}.")
 
     # answer the questions, as far as they aren't answered yet
     records, names = load_questions(args), row_names(args.adapters)
@@ -172,7 +171,7 @@ class Benchmark(NamedTuple):
     file: str  # below --bench-root
     group: object  # record -> the group that is reported
     numbers: dict  # name -> metric(columns, weights); the first one is the paper's
-    paper: tuple = ()  # Table 1: Qwen2.5-VL-7B, VideoP2R 7B, VideoP2R 3B
+    paper: tuple = (np.nan,) * 3  # Table 1: Qwen2.5-VL-7B, VideoP2R 7B, VideoP2R 3B
     mra: bool = False  # numbers are scored by mean relative accuracy, not by the training metric
 
 
@@ -391,12 +390,11 @@ def constant_answers(records, scoring):
     rows, sets = [], collections.defaultdict(list)
     for record in records:
         sets[record["file"], record["problem_type"], bench_of(record["file"]).group(record)].append(record)
-    for (_, kind, _), asked in sorted(sets.items()):
+    for _, asked in sorted(sets.items()):
         golds = [gold_answer(record["solution"]) for record in asked]
         guesses = [gold for gold, _ in collections.Counter(golds).most_common(20)]
         numbers = [number for number in map(to_number, golds) if number is not None]
-        if kind in ("numerical", "regression") and numbers:
-            guesses.append(f"{statistics.median(numbers):g}")
+        guesses += [f"{statistics.median(numbers):g}"] if numbers else []
         tries = [[score_row(dict(r, completion=f"<answer>{guess}</answer>"), scoring) for r in asked]
                  for guess in guesses]
         rows += max(tries, key=lambda scored: sum(row["score"] for row in scored))
@@ -479,7 +477,7 @@ def print_summary(summary):
     rows = {name: [list(sets[file]["numbers"].values())[0][0] if file in sets else np.nan for file in files]
             for name, sets in summary.items()}
     for i, name in enumerate(("Qwen2.5-VL-7B", "VideoP2R 7B", "VideoP2R 3B")):
-        rows[f"paper: {name}"] = [(bench_of(file).paper or [np.nan] * 3)[i] for file in files]
+        rows[f"paper: {name}"] = [bench_of(file).paper[i] for file in files]
     print(f"\n| {' | '.join(['model', *files, 'average', 'tokens'])} |\n" + "|---" * (len(files) + 3) + "|")
     for name, values in rows.items():
         tokens = [one["tokens"] for one in summary.get(name, {}).values() if one["tokens"]]

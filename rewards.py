@@ -323,16 +323,13 @@ def ask_judge(judge, records, observations):
 def rule_judge(records, observations):
     """The judge `rule`: whether all evidence of a record, else every word of its answer, is observed, and
     nothing of its `counter_evidence`, which is false and would change the answer."""
-    verdicts = []
+    verdicts, as_list = [], lambda items: [items] if isinstance(items, str) else items or []
     for record, observation in zip(records, observations, strict=True):
-        evidence = record.get("evidence") or normalise_text(correct_answer(record)[1]).split()
-        phrases, false_phrases = (
-            [normalise_text(str(item)) for item in ([items] if isinstance(items, str) else items)]
-            for items in (evidence, record.get("counter_evidence") or []))
         words = f" {normalise_text(observation or '')} "
-        refuted = any(f" {phrase} " in words for phrase in false_phrases)
-        enough = bool(phrases) and all(phrase and f" {phrase} " in words for phrase in phrases)
-        verdicts.append(enough and not refuted)
+        seen = lambda items: [f" {normalise_text(str(item))} " in words for item in as_list(items)]
+        evidence = record.get("evidence") or normalise_text(correct_answer(record)[1]).split()
+        enough = bool(words.strip() and evidence) and all(seen(evidence))
+        verdicts.append(enough and not any(seen(record.get("counter_evidence"))))
     return verdicts
 
 
@@ -393,9 +390,8 @@ def option_index(answer, options, letters):
         if found := [i for i, text in enumerate(texts) if form(text) == form(answer) != ""]:
             return found[0] if len(found) == 1 else None
     label = OPTION.fullmatch(answer)  # 3
-    if label and label[2] not in texts and re.search(r"\b[A-N][).:]\s", label[2]):
-        return None  # a list of options picks none
-    return labelled_by(label)
+    is_list = label and label[2] not in texts and re.search(r"\b[A-N][).:]\s", label[2])
+    return None if is_list else labelled_by(label)
 
 
 def option_words(text):

@@ -629,14 +629,14 @@ def teach(server, verdict="Yes"):
 
 
 def test_a_least_number_of_frames_is_read_where_it_is_asked_for(clips, server):
-    """A clip of 2 s: 4 frames at two a second, 12 where that is the least; a picture stays one."""
+    """Clips of 4 and 5 s have 8 and 10 frames at two a second, 12 where that is the least; a picture stays one."""
     teach(server)
-    for flags, frames in (([], 4), (["--min-frames", 12], 12)):
+    for flags, frames in (([], {8, 10}), (["--min-frames", 12], {12})):
         server.seen.clear()
         run(*TOY, "--server", server.spec(), *flags)
         contents = [body["messages"][0]["content"] for _, _, body in server.seen if "Decide" in str(body)]
         counts = {sum(part["type"] == "image_url" for part in content) for content in contents}
-        assert counts == {1, frames}
+        assert counts == {1} | frames
 
 
 def test_an_error_keeps_what_was_written(clips, monkeypatch):
