@@ -173,6 +173,7 @@ class Benchmark(NamedTuple):
     numbers: dict  # name -> metric(columns, weights); the first one is the paper's
     paper: tuple = (np.nan,) * 3  # Table 1: Qwen2.5-VL-7B, VideoP2R 7B, VideoP2R 3B
     mra: bool = False  # numbers are scored by mean relative accuracy, not by the training metric
+    task: object = str  # group -> the task that it is a part of
 
 
 def field(name):
@@ -184,7 +185,8 @@ BENCHMARKS = {
                      # Video-R1's and the paper's: the mean of accuracy and MRA, with a strict <
                      {"(accuracy + MRA) / 2": mean_of("strict", "problem_type"),
                       # VSI-Bench's own: eight tasks; relative direction is the mean of three difficulties
-                      "official": mean_of("score", "group", "task")}, (30.1, 36.8, 38.7), True),
+                      "official": mean_of("score", "group", "task")}, (30.1, 36.8, 38.7), True,
+                     lambda group: re.sub("_(easy|medium|hard)$", "", group)),
     "videommmu": Benchmark("eval_videommmu.json", lambda r: TRACKS[min(2, (int(r["problem_id"]) - 1) // 300)],
                            {"accuracy": pooled}, (48.1, 55.0, 45.3)),
     "mmvu": Benchmark("eval_mmvu.json", lambda r: Path(r["path"]).parent.name, {"accuracy": pooled},
@@ -415,8 +417,7 @@ def interval(metric, columns):
 def columns_of(rows, bench):
     """What a metric needs of scored rows: dict of arrays (questions,)."""
     columns = {"group": np.array([bench.group(row) for row in rows])}
-    # VSI-Bench's object_rel_direction_easy, _medium and _hard are one task
-    columns["task"] = np.array([re.sub("_(easy|medium|hard)$", "", group) for group in columns["group"]])
+    columns["task"] = np.array([bench.task(group) for group in columns["group"]])
     for name in ("score", "strict", "problem_type", "path"):
         columns[name] = np.array([row[name] for row in rows])
     return columns
@@ -547,15 +548,15 @@ def print_agreement(file, judge):
     """Table 4: the judge's verdicts next to human labels."""
     records = gen_cot.load_records(file)
     assert all(record["label"] in (True, False) for record in records), "a label is true or false"
-    verdicts = judge(records, [record["observation"] for record in records])
-    counts = collections.Counter((record["label"], verdict) for record, verdict in zip(records, verdicts))
+    verdicts = ask_judge(judge, records, [record["observation"] for record in records])
+    said = [verdict and verdict >= RIGHT for verdict in verdicts]  # None stays None
+    counts = collections.Counter((record["label"], verdict) for record, verdict in zip(records, said))
     print(f"{'label':<10}{'judge True':>12}{'False':>12}{'None':>12}")
     for label in (True, False):
         print(f"{label!s:<10}" + "".join(f"{counts[label, verdict]:>12}" for verdict in (True, False, None)))
-    known = [(record["path"], record["label"], verdict >= RIGHT)
-             for record, verdict in zip(records, verdicts) if verdict is not None]
-    columns = dict(zip(("path", "label", "verdict"), map(np.array, zip(*known))))
-    columns["agreed"] = columns["label"] == columns["verdict"]
+    known = [(r["path"], r["label"], verdict) for r, verdict in zip(records, said) if verdict is not None]
+    columns = dict(zip(("path", "label", "said"), map(np.array, zip(*known))))
+    columns["agreed"] = columns["label"] == columns["said"]
     agreement, half, _ = interval(mean_of("agreed"), columns)
     print(f"agreement {100 * agreement:.1f} ± {100 * half:.1f} % of {len(known)} verdicts, Cohen's kappa "
           "{:.2f} ± {:.2f}".format(*interval(kappa, columns)))
@@ -563,9 +564,8 @@ def print_agreement(file, judge):
 
 def kappa(columns, weights):
     """A metric: Cohen's kappa, agreement beyond that of two who say yes as often, but at random."""
-    yes, also_yes, agreed = (np.average(columns[name], weights=weights)
-                             for name in ("label", "verdict", "agreed"))
-    chance = yes * also_yes + (1 - yes) * (1 - also_yes)
+    label, said, agreed = (np.average(columns[name], weights=weights) for name in ("label", "said", "agreed"))
+    chance = label * said + (1 - label) * (1 - said)
     return (agreed - chance) / max(1 - chance, 1e-9)
 
 

@@ -244,8 +244,7 @@ def load_base(base, four_bit=True):
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     dtypes |= {module.compute_dtype for module in model.modules() if hasattr(module, "compute_dtype")}
     assert dtypes == {dtype}, f"{base} is in {dtypes}, this device wants {dtype}: take the base in 16 bits"
-    print(f"{base}: {sum(linears.values())} linear layers in 4 bits, "
-          f"{len(linears) - sum(linears.values())} not quantised, on {device}.")
+    print(f"{base}: {sum(linears.values())} of {len(linears)} linear layers in 4 bits, on {device}.")
     return model.requires_grad_(False), AutoTokenizer.from_pretrained(base)
 
 

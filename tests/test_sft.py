@@ -290,7 +290,7 @@ def test_what_is_in_four_bits_and_what_trains(capsys):
     linears = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
     assert four_bit == {f"model.language_model.layers.{i}.{name}" for i in range(layers) for name in linears}
     assert "lm_head" in kinds and sum("visual" in name for name in kinds) > 5
-    counts = f"{7 * layers} linear layers in 4 bits, {len(kinds) - 7 * layers} not quantised"
+    counts = f"{7 * layers} of {len(kinds)} linear layers in 4 bits"
     assert counts in capsys.readouterr().out
     states = [m.weight.quant_state for m in model.modules() if type(m).__name__ == "Linear4bit"]
     assert all(state.quant_type == "nf4" and state.nested for state in states)  # nested: double quantisation
