@@ -2,6 +2,7 @@
 
     python evaluate.py --model tiny                        # base, SFT, SFT + PA-GRPO on the toy's test split
     python evaluate.py --model qwen2.5-vl-7b --bench all   # the paper's seven benchmarks (Table 1)
+    python evaluate.py --model tiny --ask "Which colour comes first?" --media clip.mp4
     python evaluate.py --model tiny --rescore --scoring lenient --mismatch      # no model is loaded
     python evaluate.py --compare A/completions-pagrpo.jsonl B/completions-pagrpo.jsonl
     python evaluate.py --html runs/tiny                    # one page of a run's rollouts and completions
@@ -45,7 +46,8 @@ import sft
 from pagrpo import rollout
 from rewards import (LETTERS, RIGHT, UNCLEAR, ChatClient, UserError, answer_score, ask_judge, correct_answer,
                      digest, fill_prompt, format_rewards, gold_answer, json_line, open_append, option_key,
-                     parse_trace, question_text, read_jsonl, rule_judge, to_number, without_units, write_text)
+                     parse_trace, question_text, read_jsonl, rule_judge, strip_invisible, to_number,
+                     without_units, write_text)
 
 TINY = dict(data="data/toy/test.jsonl", media_root="data/toy", max_pixels=4, max_completion_tokens=112,
             batch_size=50, held_out=0.05)
@@ -58,6 +60,10 @@ class Args(sft.ModelFlags):
     max_pixels: int = 256  # most pixels per frame of a video, in units of 28x28 (paper: 256 for inference)
     adapters: tuple[str, ...] = ()  # folders, none, or files of completions (default: none, runs/<model>/…)
     server: str | None = None  # openai:MODEL@BASE_URL, which decodes in place of base and adapters
+    server_extra: str | None = None  # fields of a request (default: {"temperature": 0, "max_tokens": …})
+    ask: str | None = None  # only: answer this question about --media, with each adapter
+    media: Path | None = None  # a picture, a clip or a folder of frames
+    options: tuple[str, ...] = ()  # of --ask: makes it a multiple choice
     bench: tuple[str, ...] = ()  # vsi, videommmu, mmvu, vcr, mvbench, tempcompass, videomme, all
     bench_root: str = "data/Video-R1-eval"  # folder of their question files
     only_held_out: bool = False  # only questions about the media that the trainers hold out (--held-out)
@@ -79,6 +85,9 @@ def get_args():
     if not args.adapters:
         there = [f for f in ("sft", "pagrpo") if (args.run_dir / f / "adapter_config.json").exists()]
         args.adapters = ["none", *(str(args.run_dir / folder) for folder in there)]
+    # a bare name is a folder of the model's runs
+    args.adapters = [str(args.run_dir / name) if (args.run_dir / name).is_dir() else name
+                     for name in args.adapters]
     return args
 
 
@@ -90,6 +99,8 @@ def main(args):
         return print_agreement(args.judge_agreement, judge)
     if args.html:
         return write_page(args.html, judge, args)
+    if args.ask:
+        return answer_one(args)
     gen_cot.lock(args.output)
     print(f"Adapters: {', '.join(args.adapters)}; by default none, and sft and pagrpo of {args.run_dir}.")
 
@@ -171,7 +182,7 @@ class Benchmark(NamedTuple):
     file: str  # below --bench-root
     group: object  # record -> the group that is reported
     numbers: dict  # name -> metric(columns, weights); the first one is the paper's
-    paper: tuple = (np.nan,) * 3  # Table 1: Qwen2.5-VL-7B, VideoP2R 7B, VideoP2R 3B
+    paper: tuple = ()  # Table 1: Qwen2.5-VL-7B, VideoP2R 7B, VideoP2R 3B
     mra: bool = False  # numbers are scored by mean relative accuracy, not by the training metric
     task: object = str  # group -> the task that it is a part of
 
@@ -259,7 +270,8 @@ def run_digest(adapter, args):
     return digest([sft.base_digest(args.base), args.server or sft.weights_digest(adapter),
                    Path(args.observations).read_bytes() if args.observations else "",
                    gen_cot.load_template(args), args.num_frames, args.min_frames, args.max_pixels,
-                   args.max_completion_tokens, args.max_prompt_tokens, args.no_4bit, args.input])
+                   args.max_completion_tokens, args.max_prompt_tokens, args.no_4bit, args.input,
+                   args.server_extra])
 
 
 def complete_all(records, files, names, runs, args):
@@ -281,18 +293,23 @@ def complete_all(records, files, names, runs, args):
             continue
         read = partial(gen_cot.read_media, min_frames=args.min_frames) if args.min_frames else None
         media = gen_cot.read_ahead(todo, args, read) if args.input == "video" else zip(todo, repeat(None))
-        if args.server:
-            rows = server_rows(media, observations, args)
-        else:
-            if not base:
-                sft.setup_process(args)
-                base = sft.load_base(args.base, not args.no_4bit)
-            model = sft.add_adapter(base[0], None if adapter == "none" else adapter, trainable=False)
-            rows = local_rows(model, base[1], media, observations, args)
+        if not args.server and not base:
+            sft.setup_process(args)
+            base = sft.load_base(args.base, not args.no_4bit)
+        rows = rows_of(adapter, base, media, observations, args)
         with open_append(path) as file:
             for record, row in tqdm(rows, names[adapter][1], len(todo)):
                 record = {k: v for k, v in record.items() if k != "media"}
                 file.write(json_line(record | row | dict(run=runs[adapter], model=names[adapter][1])))
+
+
+def rows_of(adapter, base, media, observations, args):
+    """(record, row) of each (record, medium), by the server or by this adapter of `base`, (model, tokenizer).
+    A medium is (frames, fps), None or a MediaError."""
+    if args.server:
+        return server_rows(media, observations, args)
+    model = sft.add_adapter(base[0], None if adapter == "none" else adapter, trainable=False)
+    return local_rows(model, base[1], media, observations, args)
 
 
 def prompt_text(record, observations, args):
@@ -305,8 +322,7 @@ def prompt_text(record, observations, args):
 
 
 def local_rows(model, tokenizer, media, observations, args):
-    """(record, row) of each (record, medium); a medium is (frames, fps), None or a MediaError. Decoded
-    greedily in batches (E1). The model then loses its adapter."""
+    """`rows_of` by the model, decoded greedily in batches (E1). The model then loses its adapter."""
     config = sft.unwrap(model).config
     while batch := list(islice(media, args.batch_size)):
         read = []
@@ -329,10 +345,10 @@ def local_rows(model, tokenizer, media, observations, args):
 
 
 def server_rows(media, observations, args):
-    """(record, row) of each (record, medium), answered by a server, to which stamped frames go as to a
-    teacher."""
+    """`rows_of` by a server, to which stamped frames go as to a teacher."""
+    extra = {"temperature": 0, "max_tokens": args.max_completion_tokens}
     client = ChatClient(args.server, timeout=600,
-                        extra={"temperature": 0, "max_tokens": args.max_completion_tokens})
+                        extra=extra if args.server_extra is None else json.loads(args.server_extra))
 
     def ask(record, medium):
         if isinstance(medium, gen_cot.MediaError):
@@ -477,8 +493,9 @@ def print_summary(summary):
     files = list(summary["constant"])
     rows = {name: [list(sets[file]["numbers"].values())[0][0] if file in sets else np.nan for file in files]
             for name, sets in summary.items()}
-    for i, name in enumerate(("Qwen2.5-VL-7B", "VideoP2R 7B", "VideoP2R 3B")):
-        rows[f"paper: {name}"] = [bench_of(file).paper[i] for file in files]
+    papers = ("Qwen2.5-VL-7B", "VideoP2R 7B", "VideoP2R 3B") if any(bench_of(f).paper for f in files) else ()
+    for i, name in enumerate(papers):
+        rows[f"paper: {name}"] = [(bench_of(file).paper or [np.nan] * 3)[i] for file in files]
     print(f"\n| {' | '.join(['model', *files, 'average', 'tokens'])} |\n" + "|---" * (len(files) + 3) + "|")
     for name, values in rows.items():
         tokens = [one["tokens"] for one in summary.get(name, {}).values() if one["tokens"]]
@@ -496,6 +513,48 @@ def row_names(adapters):
     stems = [re.sub(r"[^\w.]+", "-", folder).strip("-") for folder in folders]
     names = [name if names.count(name) == 1 else f"{name} ({end})" for name, end in zip(names, folders)]
     return dict(zip(adapters, zip(stems, names)))
+
+
+# --- a question of one's own --------------------------------------------------------------------------------
+
+COLOURS = {"perception": "\033[36m", "reasoning": "\033[33m", "answer": "\033[32m", "": ""}  # on a terminal
+
+
+HUES = {"<observation>": "perception", "<think>": "reasoning", "<answer>": "answer"}
+
+
+def trace_pieces(text):
+    """[text, hue] of each part of a completion, which join to it."""
+    parts = re.split(f"(?={'|'.join(HUES)})", text)
+    return [(part, HUES.get(part.partition(">")[0] + ">", "")) for part in parts if part]
+
+
+def answer_one(args):
+    """Answers --ask about --media with each adapter, on screen: the observation in cyan, the thought in yellow,
+    the answer in green."""
+    if not args.media or not args.media.exists():
+        raise UserError("--ask wants --media: a picture, a clip or a folder of frames that is there.")
+    is_image = gen_cot.Image.registered_extensions().get(args.media.suffix.lower()) in gen_cot.STILL_FORMATS
+    record = gen_cot.parse_record(dict(
+        problem=args.ask, problem_type="multiple choice" if args.options else "free-form", solution="A",
+        options=list(args.options), data_type="image" if is_image else "video", path=args.media.name),
+        args.media.parent)
+    (_, medium), = gen_cot.read_ahead([record], args)
+    if isinstance(medium, gen_cot.MediaError):
+        raise UserError(str(medium))
+    frames, fps = medium
+    print("One picture." if is_image else f"{len(frames)} frames, from 0.0 to {len(frames) / fps:.1f} s.")
+    if args.base == gen_cot.MODELS["tiny"] and frames.shape[1:3] != (56, 56):
+        print("The toy has only seen coloured signs and shapes of 56 x 56 pixels: this is scaled to that.")
+        frames = np.stack([gen_cot.Image.fromarray(frame).resize((56, 56)) for frame in frames])
+    sft.setup_process(args)
+    base = None if args.server else sft.load_base(args.base, not args.no_4bit)
+    for adapter, (_, name) in row_names(args.adapters).items():
+        (_, row), = rows_of(adapter, base, iter([(record, (frames, fps))]), {}, args)
+        print(f"\n{name}")
+        for text, hue in trace_pieces(row["completion"] or "no reply"):
+            colour, plain = (COLOURS[hue], "\033[0m") if sys.stdout.isatty() else ("", "")
+            print(colour + strip_invisible(text) + plain)
 
 
 # === skip on a first reading ================================================================================
@@ -624,17 +683,14 @@ def page_rollout(row, name):
     return row | dict(run=name, moments=moments)
 
 
-HUES = {"<observation>": "perception", "<think>": "reasoning", "<answer>": "answer"}
-
-
 def page_sample(row, path):
     """What the page tells of a scored completion; `pieces` are its text in parts, [text, colour] each."""
-    trace, parts = row["trace"], re.split(f"(?={'|'.join(HUES)})", row["completion"] or "")
+    trace = row["trace"]
     letter = settled_by_rule(trace.think or "", row["options"])  # None where there are no options
     fields = ("file", "path", "data_type", "problem", "problem_type", "options", "score", "no_tag")
     return {field: row[field] for field in fields} | dict(
         completions=f"{row.get('model', '')} ({path})", gold=gold_answer(row["solution"]),
-        pieces=[(part, HUES.get(part.partition(">")[0] + ">", "")) for part in parts],
+        pieces=trace_pieces(row["completion"] or ""),
         right=row["score"] >= RIGHT, unread=row["completion"] is None, truncated=bool(row.get("truncated")),
         perception=None if row["perception"] is None else row["perception"] >= RIGHT,
         mismatch=bool(letter and trace.answer) and letter != option_key(trace.answer, row["options"], True))

@@ -88,7 +88,7 @@ class Flags:
     prompt_file: str | None = None  # a text file with {question} and {answer_form} in place of our prompt
     num_frames: int = 16  # most frames per video (paper: 16 for training, 32 for inference)
     max_pixels: int = 128  # most pixels per frame of a video, in units of 28x28 (paper: 128; inference: 256)
-    judge: str | None = None  # rule, anthropic:MODEL, openai:MODEL@URL, in pagrpo.py self (paper: Claude 3.7)
+    judge: str | None = None  # rule, anthropic:MODEL, openai:MODEL@URL, FILE.py:FUNCTION (paper: Claude 3.7)
     judge_prompt_file: str | None = None  # in our prompt's place, with {question}, {answer}, {observation}
     judge_max_calls: int | None = None  # the run stops after so many questions to the judge
     scoring: Literal["paper", "lenient"] = "paper"  # how answers are compared
@@ -388,8 +388,8 @@ def judge_from(args, generate=None):
     Raises UserError where it gives no verdict."""
     make = functools.partial(make_judge, args.judge, args.judge_prompt_file, generate)
     trial = dict(problem="What colour is the car?", problem_type="free-form", solution="red")
-    verdict = True if args.judge in ("rule", "self") else make()([trial], ["The car is red."])[0]
-    if verdict is None:
+    remote = str(args.judge).startswith(("anthropic:", "openai:"))
+    if remote and make()([trial], ["The car is red."])[0] is None:
         raise UserError(f"The judge {args.judge} gave no verdict on a question of trial: see above.")
     cache = f"runs/judge-cache-{os.environ.get('RANK', 0)}.jsonl"  # one file a rank
     return make(cache=cache, max_calls=args.judge_max_calls)
@@ -608,6 +608,7 @@ FACTOR = 28  # one visual token covers 28 × 28 pixels: patches of 14, merged tw
 IMAGE_PIXELS = (4 * FACTOR**2, 256 * FACTOR**2)  # least and most pixels of a still image
 VIDEO_PIXELS = 128 * FACTOR**2  # to which smaller frames of a clip are enlarged, as the peers do
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # others could start programs
+STILL_FORMATS = set(IMAGE_FORMATS) - {"GIF"}
 VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,asf,flv,ogg,gif,h264,hevc,ivf,dv,mxf,rm"
 SEEK_OVER = 32  # frames; to jump over fewer costs more than to decode them
 DECODE_TIMEOUT = 60  # seconds for one medium

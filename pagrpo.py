@@ -131,7 +131,8 @@ class Args(sft.TrainingFlags):
     perception_length: tuple[int, int] = (128, 320)  # tokens of o_P (P1) that earn the length bonus (paper)
     reasoning_length: tuple[int, int] = (320, 512)  # tokens of o_R (P1) that earn the length bonus (paper)
     lr: float = 1e-5  # peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)
-    show_every: int = 25  # every N updates: a group on screen, accuracies on up to 48 held-out prompts
+    show_every: int = 25  # every N updates: curves, a group on screen, accuracy on up to 48 held-out prompts
+    keep_every: int | None = None  # keep the adapter of every N updates, as adapter-000100 and so on
     probe: bool = False  # run one update in the worst case, print its seconds and peak memory, save nothing
 
     def __post_init__(self):
@@ -161,10 +162,10 @@ def get_args():
 
 
 def main(args):
-    # For your own perception reward replace this statement by `judge = f`, with any f(records, observations)
-    # -> list of True, False or None (P6), or of floats in [0, 1], which are then the accuracy in Eq. 3 (an
-    # accuracy above 0 can earn the length bonus). A record is as `load_records` gives it, with `media`,
-    # the path of its file; an observation is a str, or None where the block isn't complete.
+    # Your own perception reward is --judge FILE.py:FUNCTION, with any f(records, observations) -> list of
+    # True, False or None (P6), or of floats in [0, 1], which are then the accuracy in Eq. 3 (an accuracy
+    # above 0 can earn the length bonus). A record is as `load_records` gives it, with `media`, the path of
+    # its file; an observation is a str, or None where the block isn't complete.
     # (The lambda finds `model`, which is loaded below, when it is called.)
     judge = gen_cot.judge_from(args, generate=lambda prompts: self_judge(model, tokenizer, prompts, args))
     sft.setup_process(args)
@@ -202,6 +203,7 @@ def train(model, tokenizer, records, judge, args):
     fixed_media = gen_cot.read_ahead(sft.shard(fixed, len(fixed)), args)
     own_fixed, _ = sft.encode_batch(fixed_media, len(fixed), template, tokenizer, config, limit)
     media = gen_cot.read_ahead(endless(records, args.seed, args.prompts_per_update, start), args)
+    tracker = sft.start_tracker(args)
     with (sft.open_log(args.output / "metrics.jsonl", start) as log,
           sft.open_log(args.output / "rollouts.jsonl", start) as rollouts):
         for step in sft.resumable("PA-GRPO", start, args.updates, model, optimizer, args):
@@ -225,9 +227,24 @@ def train(model, tokenizer, records, judge, args):
                 if step % args.show_every == 0:
                     keep_groups(groups[:2], step, rollouts, tokenizer, args)
                 del groups  # frees their embeddings before the next batch makes its own
-            sft.log_row(log, row)
+            # keep what --keep-every asks for, and look at it, and at the last policy
+            kept = bool(args.keep_every) and (step + 1) % args.keep_every == 0
+            if fixed and (kept or step + 1 == args.updates):
+                row |= fixed_accuracies(model, own_fixed, tokenizer, judge, args)
+            if kept and sft.is_first():
+                row["kept"] = f"adapter-{step + 1:06d}"
+                sft.save_adapter(model, args.output / row["kept"], run | {"steps": step + 1})
+            sft.log_row(log, row, tracker)
+            if step % args.show_every == 0:
+                sft.plot_curves(CURVES, args.output)
     sft.finish(model, CURVES, run, args.output)
-    tell_lost_processes(read_jsonl(args.output / "metrics.jsonl"), args)
+    rows = read_jsonl(args.output / "metrics.jsonl")
+    tell_lost_processes(rows, args)
+    kept = [row for row in rows if row.get("kept") and row.get("fixed/reasoning") is not None]
+    if kept:
+        best = max(kept, key=lambda row: row["fixed/reasoning"])
+        print(f"Of the adapters kept, {best['kept']} answers the held-out prompts best "
+              f"({best['fixed/reasoning']:.2f}). They chose it: report a figure on other questions.")
     gen_cot.print_stats("judge", judge)
 
 
@@ -310,6 +327,10 @@ def update(model, tokenizer, optimizer, encoded, judge, lr, args):
         flat = [not (g.perception_mask * g.perception_advantages[:, None]
                      + g.reasoning_mask * g.reasoning_advantages[:, None]).any() for g in groups]
         metrics["frac_no_gradient"] = nan_mean(gather_object(flat))  # but for the KL term (Fig. 6c)
+    # the entropy of each process, by its sampled tokens
+    for process in ("perception", "reasoning"):
+        own = [-group.sampled_logprobs[getattr(group, f"{process}_mask")] for group in groups]
+        metrics[f"entropy/{process}"] = nan_mean(gather_object(torch.cat(own).tolist()))
     metrics["peak_gib"] = max(value for key, value in metrics.items() if key.startswith("gib/"))
     return groups, reward_metrics(gather_object([group.scores for group in groups])) | metrics
 
@@ -786,6 +807,7 @@ CURVES = {"reward": ["reward"], "KL to the reference": ["kl"],
           "accuracy": ["rewards/perception_accuracy", "rewards/reasoning_accuracy"],
           "fixed prompts, greedy": ["fixed/perception", "fixed/reasoning"],
           "format": ["rewards/perception_format", "rewards/reasoning_format"],
+          "entropy": ["entropy/perception", "entropy/reasoning"],
           "tokens": ["length/perception", "length/reasoning"],
           "groups with equal rewards": ["frac_reward_zero_std/perception", "frac_reward_zero_std/reasoning",
                                         "frac_reward_zero_std/sum"]}
@@ -825,7 +847,7 @@ def keep_groups(groups, step, file, tokenizer, args):
         row = rollout_row(group, tokenizer, args)
         sft.log_row(file, dict(step=step, group=i, **row))
         if i == 0:
-            show(row)
+            show(row, step)
 
 
 # value of --without: the algorithm's name, for the switch on the page of traces
@@ -862,14 +884,16 @@ def token_pieces(ids, perception, tokenizer):
             start = stop
 
 
-def show(row):
-    """A group (`rollout_row`) on screen, two paragraphs per completion: perception in cyan, reasoning in
-    yellow."""
+def show(row, step=0):
+    """The best and the worst completion of a group (`rollout_row`) on screen, two paragraphs each: perception
+    in cyan, reasoning in yellow."""
     cyan, yellow, plain = ("\033[36m", "\033[33m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
     record = row["record"]
-    lines = ["", f"{record['problem']} {' '.join(record['options'])}  gold {record['solution']}",
-             "reward, advantage: perception, reasoning"]
-    for i, completion in enumerate(row["completions"]):
+    lines = ["", f"update {step}: {record['problem']} {' '.join(record['options'])}",
+             f"gold {record['solution']}; best and worst completion, with reward and advantage of each process"]
+    rewards = np.nan_to_num([completion["scores"]["reward"] for completion in row["completions"]])
+    for i in dict.fromkeys((int(rewards.argmax()), int(rewards.argmin()))):
+        completion = row["completions"][i]
         for k, process, colour in ((0, "perception", cyan), (1, "reasoning", yellow)):
             text = "".join(piece for piece, segment in completion["tokens"] if segment == process[0].upper())
             advantage, number = row["advantages"][row["algorithm"]][k][i], "" if k else i + 1

@@ -42,6 +42,7 @@ import math
 import os
 import random
 import re
+import runpy
 import sys
 import threading
 import time
@@ -257,7 +258,7 @@ Explain in two or three sentences. Then end your reply with a single judgement, 
 
 def make_judge(spec, prompt_file=None, generate=None, **client_options):
     """The judge that `spec` names: judge(records, observations) -> list of True, False or None, one per pair.
-    Any function of this form is a judge.
+    Any function of this form is a judge. So is one that gives floats in [0, 1], the accuracy in Eq. 3.
 
         rule                   every item of record["evidence"], else every word of the correct answer, stands
                                in the observation as whole words: exact, free, offline, but no language model
@@ -265,6 +266,7 @@ def make_judge(spec, prompt_file=None, generate=None, **client_options):
         openai:MODEL@BASE_URL  any chat-completions server (vLLM, llama.cpp, Ollama), by default OpenAI's;
                                the key, where the server wants one, is in OPENAI_API_KEY
         self                   the frozen base: `generate` maps a list of prompts to a list of replies
+        FILE.py:FUNCTION       a function of one's own
 
     `prompt_file` replaces SUFFICIENCY_PROMPT; `client_options` go to ChatClient. Raises UserError for an
     unknown spec, a missing key, or a prompt file without {question}, {answer} and {observation}.
@@ -272,12 +274,16 @@ def make_judge(spec, prompt_file=None, generate=None, **client_options):
     prompt = load_prompt(prompt_file, SUFFICIENCY_PROMPT, ("question", "answer", "observation"))
     if spec == "rule":
         return rule_judge
+    file, _, name = str(spec).rpartition(":")
+    if file.endswith(".py") and Path(file).exists() and (judge := runpy.run_path(file).get(name)):
+        return judge
     if spec == "self" and generate:
         return Judge(lambda prompts, lacks: generate(prompts), prompt)
     if str(spec).startswith(("anthropic:", "openai:")):
         client = ChatClient(spec, **client_options)
         return Judge(client.ask, prompt, client.stats)
-    raise UserError(f"Unknown judge {spec!r}: pass rule, anthropic:MODEL, openai:MODEL@URL; pagrpo.py: self.")
+    raise UserError(f"Unknown judge {spec!r}: pass rule, anthropic:MODEL, openai:MODEL@URL, "
+                    "FILE.py:FUNCTION, or in pagrpo.py self.")
 
 
 class Judge:

@@ -48,6 +48,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import gather_object, reduce
 
 # bitsandbytes logs an advertisement as it is imported
@@ -63,6 +64,7 @@ from gen_cot import (FACTOR, MODELS, Flags, MediaError, build_prompt, hold_out, 
 from rewards import (UserError, digest, json_line, open_append, parse_trace, read_jsonl, write_jsonl,
                      write_text)
 
+CURVES = {"loss": ["loss"], "gradient norm": ["grad_norm"]}
 TINY = dict(data="runs/tiny/gen_cot/cot.jsonl", media_root="data/toy", lr=2e-3, lora_rank=32, micro_batch=16,
             max_pixels=4, checkpointing=False, held_out=0.05)
 
@@ -84,6 +86,8 @@ class TrainingFlags(ModelFlags):
     checkpointing: bool = True  # of activations, to save memory
     max_prompt_tokens: int | None = None  # longer prompts are left out (default: 300 words, all frames)
     save_every: int = 20  # steps between two checkpoints
+    show_every: int = 25  # steps between two drawings of curves.png
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None  # gets every row of the log, too
     resume: bool = False  # go on from a stopped run's last checkpoint, if there is one
 
 
@@ -126,6 +130,7 @@ def train(model, tokenizer, records, args):
         order += random.Random(args.seed + epoch).sample(records, len(records))
     steps, start = math.ceil(len(order) / args.batch_size), load_checkpoint(model, optimizer, run, args)
     media = read_ahead(shard(order[start * args.batch_size:], args.batch_size), args)
+    tracker = start_tracker(args)
     with open_log(args.output / "metrics.jsonl", start) as log:
         for step in resumable("SFT", start, steps, model, optimizer, args):
             # take a batch: its media were decoded while the last step ran
@@ -136,8 +141,10 @@ def train(model, tokenizer, records, args):
             if row["skipped_media"] < size:
                 with measured("step", row):
                     row |= sft_step(model, tokenizer, optimizer, encoded, row["lr"], args)
-            log_row(log, row)
-    finish(model, {"loss": ["loss"], "gradient norm": ["grad_norm"]}, run, args.output)
+            log_row(log, row, tracker)
+            if step % args.show_every == 0:
+                plot_curves(CURVES, args.output)
+    finish(model, CURVES, run, args.output)
 
 
 def sft_step(model, tokenizer, optimizer, encoded, lr, args):
@@ -298,14 +305,16 @@ def unwrap(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def save_adapter(model, folder):
-    """Write the policy adapter in peft's own format; each of its files appears whole or not at all."""
+def save_adapter(model, folder, run=None):
+    """Write the policy adapter in peft's own format, and run.json; each file appears whole or not at all."""
     check_finite(model)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=folder) as partial:
         model.save_pretrained(partial, selected_adapters=["policy"])
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             os.replace(f"{partial}/policy/{name}", folder / name)
+    if run:
+        write_text(folder / "run.json", json.dumps(run, indent=1))
 
 
 # --- from a record to tensors -------------------------------------------------------------------------------
@@ -736,11 +745,14 @@ def open_log(path, start):
     return open_append(path)
 
 
-def log_row(file, row):
-    """Append a row to the log, floats with six digits, null for what is not finite, at any depth."""
+def log_row(file, row, tracker=None):
+    """Append a row to the log, floats with six digits, null for what is not finite, at any depth. Its numbers
+    go to the tracker, too."""
     row = json.loads(json.dumps(row), parse_float=lambda digits: float(f"{float(digits):.6g}"),
                      parse_constant=lambda nan: None)
     file.write(json_line(row))
+    if tracker:
+        tracker.log({key: value for key, value in row.items() if isinstance(value, float | int)}, row["step"])
 
 
 def finish(model, curves, run, folder):
@@ -750,9 +762,8 @@ def finish(model, curves, run, folder):
         rows = read_jsonl(folder / "metrics.jsonl")
         if not any("loss" in row for row in rows):
             raise UserError("Nothing was learnt in any step: see above.")
-        save_adapter(model, folder)
-        write_text(folder / "run.json", json.dumps(run | {"steps": len(rows)}, indent=1))
-        plot_curves(rows, curves, folder)
+        save_adapter(model, folder, run | {"steps": len(rows)})
+        plot_curves(curves, folder)
         # what a kill left of `save_adapter` and `save_checkpoint`, and at the end checkpoint.pt
         for path in sorted(folder.glob("checkpoint*")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -760,12 +771,27 @@ def finish(model, curves, run, folder):
         print(f"{len(rows)} steps, {lost} media skipped; adapter, metrics.jsonl and curves.png in {folder}")
 
 
-def plot_curves(rows, curves, folder, window=15):
-    """Draw `curves.png` from the log's rows, running means; curves: {title: its keys in the log}."""
+def start_tracker(args):
+    """accelerate's tracker of --tracker, or None. A package that is missing is named by its ImportError."""
+    if args.tracker and is_first():
+        folder = {"logging_dir": args.output} if args.tracker == "tensorboard" else {}
+        tracker = LOGGER_TYPE_TO_CLASS[args.tracker]("videop2r", **folder)
+        tracker.start()
+        return tracker
+
+
+def plot_curves(curves, folder, window=15):
+    """Draw `curves.png` from metrics.jsonl, running means; curves: {title: its keys in the log}. Those that
+    have no value so far are left out."""
+    rows = read_jsonl(folder / "metrics.jsonl") if is_first() else []
+    seen = {key for row in rows for key in row if row[key] is not None}
+    curves = {title: keys for title, keys in curves.items() if seen.intersection(keys)}
+    if not curves:
+        return
     from matplotlib.figure import Figure  # a second to import; without pyplot, which would look for a screen
     lines, columns = math.ceil(len(curves) / 3), min(len(curves), 3)
     figure = Figure(figsize=(4 * columns, 3 * lines), layout="constrained")
-    for axis, (title, keys) in zip(figure.subplots(lines, columns).flat, curves.items()):
+    for axis, (title, keys) in zip(figure.subplots(lines, columns, squeeze=False).flat, curves.items()):
         for key in keys:
             known = [row for row in rows if row.get(key) is not None]
             values = [row[key] for row in known]
