@@ -888,9 +888,9 @@ def show(row, step=0):
     """The best and the worst completion of a group (`rollout_row`) on screen, two paragraphs each: perception
     in cyan, reasoning in yellow."""
     cyan, yellow, plain = ("\033[36m", "\033[33m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
-    record = row["record"]
-    lines = ["", f"update {step}: {record['problem']} {' '.join(record['options'])}",
-             f"gold {record['solution']}; best and worst completion, with reward and advantage of each process"]
+    record, options = row["record"], " ".join(row["record"]["options"])
+    lines = ["", f"update {step}: {record['problem']} {options}  gold {record['solution']}",
+             "best and worst of the group; reward, advantage: perception, reasoning"]
     rewards = np.nan_to_num([completion["scores"]["reward"] for completion in row["completions"]])
     for i in dict.fromkeys((int(rewards.argmax()), int(rewards.argmin()))):
         completion = row["completions"][i]

@@ -1,4 +1,6 @@
 """Every number of the tables against sheets of answers scored by hand; then the runs themselves."""
+import base64
+import io
 import json
 import math
 import os
@@ -637,6 +639,73 @@ def test_a_least_number_of_frames_is_read_where_it_is_asked_for(clips, server):
         contents = [body["messages"][0]["content"] for _, _, body in server.seen if "Decide" in str(body)]
         counts = {sum(part["type"] == "image_url" for part in content) for content in contents}
         assert counts == {1} | frames
+
+
+ASK = ["--ask", "What is there?", "--output", "out"]
+
+
+@pytest.mark.parametrize("media, options, said", [
+    ("clip", [], ["{} frames, from 0.0 to {:.1f} s."]), ("picture", ["red", "blue"], ["One picture."]),
+    ("photo.jpg", [], ["One picture.", "56 x 56 pixels: this is scaled to that."]),
+    ("folder", [], ["4 frames, from 0.0 to 2.0 s."])])
+def test_a_question_of_ones_own_is_answered_on_screen(clips, server, capsys, media, options, said):
+    """No data file and no gold answer; each model's trace is below the other's."""
+    clip = next(record["path"] for record in clips if record["data_type"] == "video")
+    picture = next(record["path"] for record in clips if record["data_type"] == "image")
+    Image.new("RGB", (4000, 3000), "red").save("photo.jpg")
+    Path("folder").mkdir()
+    for i in range(6):
+        Image.new("RGB", (56, 56), (40 * i, 0, 0)).save(f"folder/{i}.png")
+    teach(server)
+    path = dict(clip=clip, picture=picture).get(media, media)
+    flags = [*ASK, "--media", path, *(["--options", *options] if options else [])]
+    assert run(*flags, "--server", server.spec()) is None
+    out = capsys.readouterr().out
+    if media == "clip":
+        frames, fps = gen_cot.read_frames(clip, 32)
+        said = [said[0].format(len(frames), len(frames) / fps)]
+    assert all(line in out for line in said) and "\n<think>t</think>\n<answer>A</answer>" in out
+    (_, _, body), = server.seen
+    text = body["messages"][0]["content"][-1]["text"]
+    assert "What is there?" in text and ("A. red\nB. blue" in text) == bool(options)
+    if media == "photo.jpg":
+        picture = Image.open(io.BytesIO(base64.b64decode(str(body).split("base64,")[1].split("'")[0])))
+        assert picture.size == (56, 56)
+
+
+def test_a_question_of_ones_own_is_answered_by_each_adapter(clips, capsys, monkeypatch):
+    """A bare name is a folder of the model's runs."""
+    model, _ = sft.load_model("data/toy/base", four_bit=False)
+    for name, p in model.named_parameters():
+        p.data += 0.01 * ("lora_B" in name)
+    sft.save_adapter(model, Path("runs/tiny/mine"), dict(algorithm="SFT + mine"))
+    flags = [*ASK, "--media", clips[0]["path"], "--no-4bit", "--max-completion-tokens", 8, "--adapters", "none", "mine"]
+    run(*flags)
+    out = capsys.readouterr().out
+    assert out.index("\nbase\n") < out.index("\nSFT + mine\n")
+    traces = re.split(r"\n(?:base|SFT \+ mine)\n", out)[1:]
+    assert traces[0] != traces[1] and all(trace.strip() for trace in traces) and "\033" not in out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    run(*flags)
+    assert "\033[0m" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("media, says", [
+    ([], "wants --media"), (["--media", "nowhere.mp4"], "wants --media"),
+    (["--media", "media/damaged.mp4"], "damaged.mp4 can't be read")])
+def test_a_question_about_nothing_that_can_be_read_is_one_sentence(clips, media, says):
+    with pytest.raises(UserError, match=says):
+        run(*ASK, *media)
+
+
+@pytest.mark.parametrize("extra, sent", [
+    ([], {"temperature": 0, "max_tokens": 24}), (["--server-extra", "{}"], {}),
+    (["--server-extra", '{"max_completion_tokens": 9}'], {"max_completion_tokens": 9})])
+def test_the_fields_of_a_servers_request_can_be_replaced(clips, server, extra, sent):
+    teach(server)
+    run(*TOY, "--server", server.spec(), "--max-completion-tokens", 24, "--limit", 1, *extra)
+    (_, _, body), = server.seen
+    assert {key: value for key, value in body.items() if key not in ("model", "messages")} == sent
 
 
 def test_an_error_keeps_what_was_written(clips, monkeypatch):

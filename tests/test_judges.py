@@ -2,6 +2,8 @@
 import base64
 import contextlib
 import functools
+import importlib
+import math
 import json
 import os
 import random
@@ -21,7 +23,7 @@ import pytest
 import gen_cot
 import rewards
 from conftest import KEY, ROOT, Fault, reply_body
-from rewards import ChatClient, UserError, make_judge, read_jsonl
+from rewards import ChatClient, UserError, ask_judge, make_judge, read_jsonl
 
 YES, NO = "It is described. <judgement>Yes</judgement>", "It is not. <judgement>No</judgement>"
 FENCE = re.compile(r"=== BEGIN (\w+) (\w+) ===\n(.*?)\n=== END \1 \2 ===", re.DOTALL)
@@ -301,6 +303,25 @@ def test_a_judge_is_tried_before_anything_is_paid_for(
         for _ in range(2):
             gen_cot.judge_from(args)
     assert len(server.seen) == calls
+
+
+@pytest.mark.parametrize("stage", ["gen_cot", "pagrpo", "evaluate"])
+def test_a_function_in_a_file_is_a_judge_in_every_stage(tmp_path, monkeypatch, stage):
+    """It is not tried on a made-up record, which may lack what it looks at."""
+    (tmp_path / "mine.py").write_text("""
+import math
+SHARE = 0.25
+def judge(records, observations):
+    return [SHARE if record["media"] else math.nan for record in records]
+""")
+    module, spec = importlib.import_module(stage), f"{tmp_path}/mine.py:judge"
+    monkeypatch.setattr(sys, "argv", [f"{stage}.py", "--model", "tiny", "--judge", spec])
+    judge = gen_cot.judge_from(module.get_args())
+    records = [record() | dict(media="a.png"), record() | dict(media="")]
+    assert ask_judge(judge, records, ["seen", "seen"]) == [0.25, None]
+    for spec in (f"{tmp_path}/mine.py:other", f"{tmp_path}/other.py:judge", "mine.py"):
+        with pytest.raises(UserError, match="FILE.py:FUNCTION"):
+            make_judge(spec)
 
 
 # --- cache and limits ---

@@ -102,7 +102,8 @@ def test_records_and_file_names_do_not_steer_the_terminal(toy_records, tmp_path,
 
 def test_completions_replies_and_reasons_do_not_steer_the_terminal(capsys):
     texts = [["<observation>", "P"], [EVIL, "P"], [f"</observation> <think>{EVIL}", "R"]], [[EVIL, "R"]]
-    completions = [dict(tokens=tokens, scores=dict(perception=1.0, reasoning=1.0)) for tokens in texts]
+    completions = [dict(tokens=tokens, scores=dict(perception=1.0, reasoning=1.0, reward=2.0 - i))
+                   for i, tokens in enumerate(texts)]
     pagrpo.show(dict(record=dict(problem="Which?", options=["A. x"], solution="A"), completions=completions,
                      algorithm="GRPO", advantages={"GRPO": [[0.5, -0.5]] * 2}))
     said = capsys.readouterr().out
