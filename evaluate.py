@@ -12,19 +12,19 @@ command goes on where a killed run was; a file that was made with other settings
 
 Our choices:
 E1. Decoding is greedy, which is what the paper's temperature 0.01 with top-p 0.001 comes to.
-E2. The row "constant" gives to all questions of one problem type in a group (such as a benchmark's task) the
-    one answer that scores best on this very test set, of the 20 most frequent gold answers and, for numbers,
-    the median of all: what guessing could earn.
+E2. The row "constant" is what guessing could earn. All questions of a group (such as a benchmark's task) and
+    problem type get one answer: of the 20 most frequent golds and, for numbers, their median, the one that
+    scores best on this very test set.
 E3. The 95 % intervals and the p of a comparison come from a bootstrap over media: questions about one video
     are drawn together. Near 95 % right on 30 media such an interval is too short and covers the truth too
     rarely.
-E4. An output without a complete answer block is scored as a whole, here and nowhere else, as the peers do;
-    but not one that has begun the template, as a thought that was cut off is no answer. The table has the
-    share of both, as `no tag`.
+E4. An output without a complete answer block is scored as a whole, here and nowhere else, as the peers do.
+    If it has begun the template it gets 0: a thought that was cut off is no answer. `no tag` in the table is
+    the share of all outputs without a complete answer block.
 E5. Every question counts. One whose medium is missing or unreadable is answered wrongly, and the table has
     their number. Open-ended questions, which the paper doesn't score, are left out.
 E6. A trace is a mismatch (Table 6) where the option that its think segment settles on is not its answer.
-    A conclusion with one letter in it is read by rule; the rest by `--judge`, or is unknown without one.
+    A conclusion that names one option is read by rule; the rest by `--judge`, or is unknown without one.
 """
 import base64
 import collections
@@ -56,7 +56,7 @@ TINY = dict(data="data/toy/test.jsonl", media_root="data/toy", max_pixels=4, max
 @dataclass
 class Args(sft.ModelFlags):
     num_frames: int = 32  # most frames per video (paper: 32 for inference)
-    min_frames: int | None = None  # least frames per video, if it has them (default: 4; with 32 always 32)
+    min_frames: int | None = None  # least frames per video that has them (default: 4; pass 32 for always 32)
     max_pixels: int = 256  # most pixels per frame of a video, in units of 28x28 (paper: 256 for inference)
     adapters: tuple[str, ...] = ()  # folders, none, or files of completions (default: none, runs/<model>/…)
     server: str | None = None  # openai:MODEL@BASE_URL, which decodes in place of base and adapters
@@ -156,7 +156,8 @@ def write_results(summary, records, runs, args):
 
 def mean_of(score, *groups):
     """A metric: the weighted mean of the column `score`. For each further column, in turn, the weights are
-    scaled so that each of its values has the same weight in all."""
+    scaled so that they add up to 1 for each of its values. With "group", "task": the mean of the tasks, each
+    the mean of its groups, each the mean of its questions."""
     def metric(columns, weights):
         for group in groups:
             _, of_row = np.unique(columns[group], return_inverse=True)
@@ -196,8 +197,8 @@ BENCHMARKS = {
                      # Video-R1's and the paper's: the mean of accuracy and MRA, with a strict <
                      {"(accuracy + MRA) / 2": mean_of("strict", "problem_type"),
                       # VSI-Bench's own: eight tasks; relative direction is the mean of three difficulties
-                      "official": mean_of("score", "group", "task")}, (30.1, 36.8, 38.7), True,
-                     lambda group: re.sub("_(easy|medium|hard)$", "", group)),
+                      "official": mean_of("score", "group", "task")}, (30.1, 36.8, 38.7), mra=True,
+                     task=lambda group: re.sub("_(easy|medium|hard)$", "", group)),
     "videommmu": Benchmark("eval_videommmu.json", lambda r: TRACKS[min(2, (int(r["problem_id"]) - 1) // 300)],
                            {"accuracy": pooled}, (48.1, 55.0, 45.3)),
     "mmvu": Benchmark("eval_mmvu.json", lambda r: Path(r["path"]).parent.name, {"accuracy": pooled},
@@ -383,7 +384,7 @@ def score_row(row, scoring):
     `template`."""
     text, kind, gold = row["completion"] or "", row["problem_type"], gold_answer(row["solution"])
     trace, begun = parse_trace(text), "<observation>" in text or "<think>" in text
-    answer = "" if trace.answer is None and begun else gold_answer(text)  # E4
+    answer = "" if trace.answer is None and begun else gold_answer(text)  # its answer block, else all (E4)
     score = strict = answer_score(kind, answer, gold, scoring, row["options"])
     if kind == "regression" and bench_of(row["file"]).mra:
         if scoring == "lenient" and "" not in (bare := without_units(answer, gold)):
@@ -530,8 +531,8 @@ def trace_pieces(text):
 
 
 def answer_one(args):
-    """Answers --ask about --media with each adapter, on screen: the observation in cyan, the thought in yellow,
-    the answer in green."""
+    """Answers --ask about --media with each adapter, on screen: the observation in cyan, the thought in
+    yellow, the answer in green."""
     if not args.media or not args.media.exists():
         raise UserError("--ask wants --media: a picture, a clip or a folder of frames that is there.")
     is_image = gen_cot.Image.registered_extensions().get(args.media.suffix.lower()) in gen_cot.STILL_FORMATS

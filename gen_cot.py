@@ -22,7 +22,7 @@ Our choices where the paper is silent:
 G1. Frames are sampled at 2 per second, T of them, between 4 and `--num-frames`, never more than the clip has,
     and rounded down to a multiple of two (a clip of one frame gives it twice). Their times are evenly spaced
     from the middle of the first frame to the middle of the last. At each we take the frame that a player has
-    on screen. The sampled rate, from which S1 makes positions, is T over the duration of the pictures.
+    on screen. The sampled rate, of which sft.py makes positions, is T over the seconds of all its frames.
 G2. Both sides of a frame are rounded to multiples of 28 (patch 14 × merge 2) within the pixel budget, aspect
     kept. Frames of a clip under 128·28² pixels are enlarged to that, as far as the budget allows.
 G3. The options appear once in the prompt: they are appended unless the question holds them as "A. text".
@@ -95,7 +95,7 @@ class Flags:
     seed: int = 0  # of the draw of --limit, the data's order, a fresh adapter, and the sampling
     output: Path | None = None  # file or folder of the results (default: in runs/<model>)
 
-    def __post_init__(self):  # some are silent errors: a negative norm turns the gradient round
+    def __post_init__(self):  # some are silent errors: a negative --max-grad-norm turns the gradient round
         for name, value in vars(self).items():
             if isinstance(value, (int, float)) and not 0 <= value < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} {value} is no number from 0 on")
@@ -183,8 +183,8 @@ def generate(records, args):
     """Step 1: the raw trace (str) of each record; None without a reply, MediaError for an unreadable medium.
 
     Replies are kept in traces.jsonl next to the output, rows {question, problem_id, key, output}. `question`
-    and `problem_id` are for --traces. `key` is a hash of the teacher, the prompt, the path and the frames'
-    settings. A question whose key the file has is not asked again, and its medium is not decoded.
+    and `problem_id` are for --traces. `key` is a hash of the teacher, its extra fields, the prompt, the path
+    and the frames' settings. A question whose key the file has is not asked again, nor its medium decoded.
     """
     extra, template = json.loads(args.teacher_extra or "{}"), load_template(args)
     if args.teacher_extra is None and args.teacher.startswith("openai:") and "@http" in args.teacher:
@@ -201,8 +201,8 @@ def generate(records, args):
         return teacher.reply([*media_parts(*media), build_prompt(record, template)], key=key,
                              question=question_key(record), problem_id=record.get("problem_id"))
 
-    # All of this is lazy: `read_ahead` decodes ahead; taking a job asks its question; `in_order` takes
-    # 2 x --teacher-concurrency of them ahead of the reply that is waited for.
+    # Nothing runs before the bar is read. Then `read_ahead` decodes media, `submit` starts the questions, and
+    # `in_order` has up to 2 x --teacher-concurrency of them under way and gives their replies in order.
     jobs = (teacher.pool.submit(ask, key, record, media)
             for key, (record, media) in zip(todo, read_ahead(todo.values(), args)))
     outputs = dict(teacher.replies)
@@ -246,14 +246,15 @@ def id_of(number):
 
 def load_traces(path, records):
     """The raw trace (str) of each record from a file of {problem_id, output}, or None. A row with the
-    `question` of `generate` is found by that. An id is not used that two questions share, or two traces that
-    differ."""
+    `question` of `generate` is found by that. An id is not used if two questions have it, or if two traces
+    have it that differ."""
     traces, ids = {}, collections.Counter(id_of(record.get("problem_id")) for record in records)
     for row in read_json(path):
         if not isinstance(row, dict) or not isinstance(row.get("output"), str):
             continue  # a line that a kill tore, or an error
         own = re.fullmatch("[0-9a-f]{24}", str(row.get("question")))
         key = own[0] if own else id_of(row["problem_id"])
+        # the same trace twice is fine; different ones: None
         traces[key] = row["output"] if traces.get(key, row["output"]) == row["output"] else None
     outputs = []
     for record in records:
@@ -338,8 +339,8 @@ def print_yield(records, reasons, args):
 # --- a script from its command line on ----------------------------------------------------------------------
 
 def parse_args(flags, tiny, output, description):
-    """The command line as `flags`, a dataclass, with `tiny` for defaults where that is the model. Adds base,
-    run_dir and, within it, the default output."""
+    """The command line as `flags`, a dataclass. With --model tiny the dict `tiny` replaces its defaults. Adds
+    base, run_dir and, within it, the default output."""
     # tyro needs the defaults before it reads the command line
     default = flags(**tiny) if re.search(r"--model[= ]tiny( |\Z)", " ".join(sys.argv)) else None
     args = tyro.cli(flags, default=default, description=description.partition("\n\n")[0],
@@ -420,7 +421,7 @@ def load_records(paths, media_root=None, left_out=(), lost_golds=False):
         paths: a path or a glob pattern, whose files are read in sorted order.
         media_root: folder of the media; where given, each record gets `media`, its medium's path below it.
         left_out: problem types of records that are left out, in lower case.
-        lost_golds: whether records stay whose gold is none of their options.
+        lost_golds: keep a record even if its gold is none of its options.
 
     Returns:
         list of dict with the data set's field names: `problem_id, problem, data_type, problem_type, options`
@@ -449,7 +450,7 @@ def load_records(paths, media_root=None, left_out=(), lost_golds=False):
         print(strip_invisible(f"{len(bad)} records are left out. The first one is {bad[0]}"))
     if not records or len(bad) > MAX_BAD * (len(records) + len(bad)):
         raise UserError(f"{paths}: {len(records)} records are good, {len(bad)} are bad. Mend the file.")
-    # what a record says of its clip and no stage follows, or should say and doesn't
+    # tell of fields that name a part of a clip, which no stage uses, and of folders of frames without a rate
     fields = sorted(filter(PART.fullmatch, {field for record in records for field in record}))
     parts = sum(not record.keys().isdisjoint(fields) for record in records)
     rates = [record for record in records if media_root and not frame_rate(record)
@@ -505,8 +506,8 @@ def parse_gold(record, options, lost_golds):
         raise ValueError("it has no gold answer")
     if record["problem_type"] != "multiple choice":
         return gold
-    # The letters of `options` are of their places in the file. Where an empty one was dropped there is a gap.
-    # Without options, which may be in the question, any letter counts.
+    # `options` has the letters of the file's places: of ["", "red", "blue"] the last two are B and C there,
+    # and A and B in the record. Without options, which may be in the question, any letter counts.
     index = option_index(gold, list(options.values()), list(options or LETTERS))
     if index is None and options:
         gold = f"none of the options: {gold}"  # alone it could be the new letter of another option
@@ -537,7 +538,7 @@ def parse_options(options):
     if isinstance(options, dict) or len(options or []) > 14:
         raise ValueError("its options are no list of at most 14, A to N")
     kept = {letter: text for letter, text in zip(LETTERS, map(as_text, options or [])) if text}
-    bare = [text for _, text in read_labels(list(kept.values()))] or kept.values()  # of "C. nan" that is nan
+    bare = [text for _, text in read_labels(list(kept.values()))] or kept.values()  # "C. nan" -> "nan"
     return {letter: kept[letter] for letter, text in zip(kept, bare) if text.lower() not in ("", "nan")}
 
 
@@ -586,8 +587,8 @@ def select_records(args):
 
 def hold_out(records, share):
     """(records of the media that are held out, all others). A `share` of the media is held out, by a hash of
-    their paths: the same ones in every stage and file. If there are ten media or more, at least one is. (That
-    one may not be held out in another file.) A share of 0 holds out none."""
+    their paths: the same ones in every stage and file. Only where the hash picks none of ten media or more,
+    the one with the least hash is, and may not be in another file. A share of 0 holds out none."""
     ranks = sorted((int(digest(path), 16) / 16**24, path) for path in {record["path"] for record in records})
     count = max(sum(rank < share for rank, _ in ranks), share > 0 and len(ranks) >= 10)
     chosen = {path for _, path in ranks[:count]}
@@ -693,8 +694,9 @@ def open_video(path):
 
 
 def pick_frames(path, stamps, num_frames, max_pixels, min_frames):
-    """(frames, fps) as in `read_frames`, from the (pts, duration, is keyframe) of all frames. Keyframes are
-    sought; without them frames are counted. LookupError where a frame is not where its packet said."""
+    """(frames, fps) as in `read_frames`, from the (pts, duration, is keyframe) of all frames. Seeks to
+    keyframes; where the stamps have none, frame i is the i-th one decoded. LookupError where a frame is not
+    where its packet said."""
     frames, at = [], -1  # at: the index of the frame that was decoded last. -1: none yet; None: after a seek
     with open_video(path) as (container, stream):
         # when each frame appears: its packet's time, else one after the other at the stream's rate
@@ -714,6 +716,7 @@ def pick_frames(path, stamps, num_frames, max_pixels, min_frames):
             if key > at + SEEK_OVER:
                 container.seek(stamps[key][0], stream=stream)
                 decoded, at = container.decode(stream), None
+            # at == i: the frame that was decoded last is wanted again
             while at is None or at < i:
                 frame = next(decoded, None)
                 if frame is None or at is None and frame.pict_type != av.video.frame.PictureType.I:
@@ -732,7 +735,8 @@ def to_pixels(frame, stream, shape, max_pixels):
     sides = [frame.height, frame.width * float(stream.sample_aspect_ratio or 1)]
     # the pixel (x, y) is shown at (a x + c y, b x + d y), and moved into view
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
-    if abs(b) > abs(a):  # with x and y swapped it is (c x + a y, d x + b y)
+    # turned by a quarter: swap x and y, then it is (c x + a y, d x + b y); a < 0 mirrors x, d < 0 mirrors y
+    if abs(b) > abs(a):
         image, a, d, sides = image.transpose(Image.TRANSPOSE), c, b, sides[::-1]
     image = ImageOps.mirror(image) if a < 0 else image
     image = ImageOps.flip(image) if d < 0 else image
@@ -770,7 +774,7 @@ def read_folder(path, num_frames, max_pixels, rate=FOLDER_FPS, min_frames=4):
         wanted = sample_indices(np.arange(len(names)) / rate, len(names) / rate, num_frames,
                                 min_frames=min_frames)
         frames = [read_image(os.path.join(path, names[i]), max_pixels, VIDEO_PIXELS)[0] for i in wanted]
-        size = frames[0].shape[1::-1]  # of all of them
+        size = frames[0].shape[1::-1]  # (W, H) of the first one, for all
         frames = [np.asarray(Image.fromarray(frame).resize(size, Image.BICUBIC)) for frame in frames]
         return np.stack(frames), len(frames) * rate / len(names)
 

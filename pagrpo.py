@@ -20,15 +20,15 @@ where i and j count completions, k is P or R, and ρ = π_θ / π_old per token.
 the completions. π_ref is the frozen model that RL starts from: the one after SFT, or the base where there was
 no SFT (`add_reference`). Eq. 7 leaves the average over a segment's tokens open; ours is choice P2.
 
-    python pagrpo.py --model tiny              # a laptop's CPU: 2.5 minutes, 0.6 GiB
+    python pagrpo.py --model tiny              # a laptop's CPU: 2 minutes, 0.6 GiB
     python pagrpo.py --model qwen2.5-vl-7b     # one consumer GPU
 
 Why the loss is about 0: with one gradient step per rollout (μ = 1) ρ is exactly 1. So the mean of ρ A over a
-segment is its A, and over the group these add up to 0. What is left is β times the KL: about 2β times the
-logged `kl`, as the means of the two segments are added and `kl` is one mean over all tokens (β times it under
-`--loss-average completion`). But the gradient of the policy term, the mean of A · ∇ log π, is not 0. Watch
-the rewards. The policy term's value is not quite 0 in two cases: a completion lacks a segment; or PA-GRPO is
-run with `--loss-average completion`, where A_P and A_R are weighted by the lengths of their segments.
+segment is its A, and over the group these add up to 0. What is left is the KL term: a mean of β KL for each
+segment, so about 2β times the logged `kl`, which is one mean over all tokens. (Under `--loss-average
+completion` it is one mean, too: β times `kl`.) The policy term's value is not quite 0 in two cases. A
+completion can lack a segment. And PA-GRPO can be run with `--loss-average completion`, where A_P and A_R are
+weighted by the lengths of their segments. Its gradient, the mean of A · ∇ log π, is not 0. Watch the rewards.
 
 Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (at most the limit),
 S tokens of a packed sequence, D hidden, V vocabulary. "Process" means perception or reasoning; a process of
@@ -54,15 +54,15 @@ P5. Completions are sampled at temperature 1. Of the added tokens (visual, chat 
     distribution that it was drawn from.
 P6. If the judge fails to give a verdict on a completion, R_P is NaN, never 0. The completion is left out of
     the mean and std of every reward that contains R_P, and its advantage for that reward is 0. The advantages
-    that its tokens still get:
-        value of --without       o_P's tokens  o_R's tokens  why
-        none (PA-GRPO), or length     0            A_R       each has its own
+    that its tokens still get, by the value of --without:
+                                 o_P's tokens  o_R's tokens  why
+        (PA-GRPO), length             0            A_R       each has its own
         perception (GRPO)            A_R           A_R       A_R needs no verdict
         reasoning, separation         0             0        the one reward contains R_P
         assignment (GDPO)            A_R           A_R       the sum, with A_P = 0
     The KL term still applies to it. If the judge gives no verdict at all in an update, nothing is learnt from
-    that update (it is still one of the `--updates`). Three such updates in a row stop the run, in a shorter
-    run all of them. Neither holds
+    that update (it is still one of the `--updates`). Three such updates in a row (all, if there are fewer)
+    stop the run. Neither holds
     for `--without perception`, which needs no verdicts.
 P7. The rows of Table 2. In those marked * all tokens of a completion have one advantage, and the loss average
     is the completion's (`get_args`). The judge is asked in any case, for the log. GDPO, which is not the
@@ -115,7 +115,7 @@ FIXED = 48  # prompts of held-out media for the `fixed/…` curves, at most; the
 class Args(sft.TrainingFlags):
     data: str = "data/VideoP2R-263k_rl.part*.json.gz"  # questions: JSON or JSON Lines, .gz, globs allowed
     adapter: str | None = None  # the SFT adapter to start from (default: runs/<model>/sft); none: the base
-    judge: str = "self"  # rule, anthropic:MODEL, openai:MODEL@URL, self: the frozen base (paper: Claude 3.7)
+    judge: str = "self"  # the frozen base; or rule, anthropic:MODEL, openai:MODEL@URL, FILE.py:FUNCTION
     algorithm: Literal["pa-grpo", "grpo"] = "pa-grpo"  # grpo is --without perception
     without: Literal["perception", "reasoning", "length", "separation", "assignment"] | None = None  # P7
     num_generations: int = 8  # completions per prompt, G (paper: 8)
@@ -212,7 +212,7 @@ def train(model, tokenizer, records, judge, args):
                                                   limit)
             row = {"step": step, "lr": sft.cosine_lr(step, args.updates, args.lr), "scoring": args.scoring}
             row |= media_log  # sec/media, and skipped_media of all ranks
-            # look at the policy so far
+            # look at the policy before this update
             if fixed and step % args.show_every == 0:
                 row |= fixed_accuracies(model, own_fixed, tokenizer, judge, args)
             # sample, score, learn
@@ -227,7 +227,7 @@ def train(model, tokenizer, records, judge, args):
                 if step % args.show_every == 0:
                     keep_groups(groups[:2], step, rollouts, tokenizer, args)
                 del groups  # frees their embeddings before the next batch makes its own
-            # keep what --keep-every asks for, and look at it, and at the last policy
+            # after it: keep what --keep-every asks for, and look at that and at the last policy
             kept = bool(args.keep_every) and (step + 1) % args.keep_every == 0
             if fixed and (kept or step + 1 == args.updates):
                 row |= fixed_accuracies(model, own_fixed, tokenizer, judge, args)
@@ -267,7 +267,7 @@ def tell_lost_processes(rows, args):
 
 def endless(records, seed, batch_size, step=0):
     """This rank's share of the records in random order, over and over, each pass in a new order, starting at
-    batch `step`; `sample_index` counts those of all ranks."""
+    batch `step`; `sample_index` is a record's number in the whole run, of all ranks."""
     rng = random.Random(seed)
     passes = chain.from_iterable(rng.sample(records, len(records)) for _ in count())
     numbered = (dict(record, sample_index=i) for i, record in enumerate(passes))
@@ -293,7 +293,7 @@ class Group:
     prompt: sft.Prompt  # with embeds (P, D), by `rollout`, and positions (3, P): time, row, column (M-RoPE)
     completion_ids: torch.Tensor  # (G, T)
     completion_mask: torch.Tensor  # (G, T)
-    sampled_logprobs: torch.Tensor  # (G, T), by the rollout, for logprob_gap alone
+    sampled_logprobs: torch.Tensor  # (G, T), by the rollout, for logprob_gap and entropy alone
     perception_mask: torch.Tensor  # (G, T)
     reasoning_mask: torch.Tensor  # (G, T)
     scores: list = None  # G of dict, see `process_rewards`
@@ -361,7 +361,7 @@ def score_groups(groups, tokenizer, judge, args):
     # ask the judge about all observations at once
     records, texts = [], []
     for group in groups:
-        texts += tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)  # no padding
+        texts += tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)  # not the padding
         records += [group.record] * len(group.completion_ids)
     observations = [parse_trace(text).observation for text in texts]
     verdicts = ask_judge(judge, records, observations)
@@ -441,8 +441,8 @@ def update_policy(model, optimizer, groups, lr, args):
 def segment_masks(completion_ids, tokenizer):
     """Which tokens are perception's and which are reasoning's (P1).
 
-    After an opened observation, of the tokens `red.</obs`, `ervation>`, `<think>` the second is the last of
-    o_P: it holds the closing tag's last character.
+    An example from within an observation: of the tokens `red.</obs`, `ervation>`, `<think>` the second is the
+    last of o_P, as it holds the closing tag's last character.
 
     Tokens are decoded one by one. A character that is split over several tokens is then decoded wrongly. The
     tags are plain ASCII, so they are found all the same.
@@ -463,9 +463,9 @@ def segment_masks(completion_ids, tokenizer):
         ends = np.cumsum([len(piece) for piece in pieces])  # characters up to the end of each token
         if "<observation>" not in text:
             split = 0
-        elif "</observation>" in text:  # tokens that end before its ">", and the one that has it
+        elif "</observation>" in text:  # the tokens that end before its ">", and the one that holds it
             split = int((ends < text.index("</observation>") + len("</observation>")).sum()) + 1
-        elif "<think>" in text:  # tokens that end before its "<"
+        elif "<think>" in text:  # the whole tokens before it
             split = int((ends <= text.index("<think>")).sum())
         else:
             split = length
@@ -629,6 +629,17 @@ class RolloutCache:
             seen.append(room[self.rows, :, self.columns][:len(keys)])  # as many rows as came in
         return seen
 
+    def close_gaps(self, going, n):
+        """Of the first n rows those in `going`, ascending, go on. The last of them move into the places of
+        those that have ended. Returns where each row was before, (len(going),)."""
+        order = torch.arange(len(going), device=going.device)
+        ended = torch.ones(n, dtype=torch.bool, device=going.device).index_fill(0, going, False)
+        gaps, moved = ended[:len(going)].nonzero()[:, 0], going[going >= len(going)]
+        order[gaps] = moved
+        for room in chain.from_iterable(self.layers):
+            room[gaps] = room[moved]
+        return order
+
 
 @torch.no_grad()
 def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=None):
@@ -676,27 +687,31 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
         if padding.any():
             index = torch.arange(width + max_tokens, device=device)
             attention_mask = (index >= padding.repeat_interleave(G)[:, None])[:, None, None]
-        # sample a token of every row, then feed it, until all rows have ended
-        running = torch.ones(len(hidden), dtype=torch.bool, device=device)
-        ids, masks, logprobs = [], [], []
+        # sample a token of every row that goes on, then feed it, until all have ended
+        rows = torch.arange(len(hidden), device=device)  # the row of the result of each row of the cache
+        ids = torch.full((len(rows), max_tokens), tokenizer.pad_token_id, device=device)
+        mask, logprobs = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.float32)
+        uniforms = uniforms if uniforms is None else uniforms.to(device)
         for t in range(max_tokens):
-            logits = head(hidden).float()  # (B·G, V)
+            logits = head(hidden).float()  # (n, V)
             allowed = logits.index_fill(-1, banned, -torch.inf)
-            token = allowed.argmax(-1) if uniforms is None else sample_from(allowed, uniforms[:, t])
-            token = torch.where(running, token, tokenizer.pad_token_id)
+            token = allowed.argmax(-1) if uniforms is None else sample_from(allowed, uniforms[rows, t])
+            ids[rows, t], mask[rows, t] = token, True
             # normalised over the whole vocabulary, the banned tokens too (P5)
-            logprobs.append(-F.cross_entropy(logits, token, reduction="none") * running)
-            ids.append(token)
-            masks.append(running)
-            running = running & (token != tokenizer.eos_token_id)
-            if t + 1 == max_tokens or not running.any():
+            logprobs[rows, t] = -F.cross_entropy(logits, token, reduction="none")
+            going = (mask[rows, t] & (token != tokenizer.eos_token_id)).nonzero()[:, 0]
+            if t + 1 == max_tokens or not len(going):
                 break
+            if len(going) < len(rows):
+                order = cache.close_gaps(going, len(rows))
+                rows, token, position = rows[order], token[order], position[order]
+                attention_mask = None if attention_mask is None else attention_mask[order]
             columns = slice(0, width + t + 1)  # with the token that is fed now
             hidden = feed(qwen.language_model.embed_tokens(token)[:, None], position.expand(3, -1)[..., None],
-                          replace(cache, columns=columns),
+                          replace(cache, rows=slice(0, len(rows)), columns=columns),
                           None if attention_mask is None else attention_mask[..., columns])
             position = position + 1
-    return torch.stack(ids, 1), torch.stack(masks, 1), torch.stack(logprobs, 1)
+    return ids[:, :t + 1], mask[:, :t + 1], logprobs[:, :t + 1]
 
 
 def sample_from(logits, uniforms):
@@ -755,8 +770,8 @@ def add_reference(model, args):
 
 @contextlib.contextmanager
 def use_adapter(model, name):
-    """Within the block the adapter `name` is active; afterwards `policy` again, also where a pass fails:
-    `resumable` saves what is trainable then."""
+    """Within the block the adapter `name` is active. Afterwards `policy` is, even after an error: what
+    `resumable` then saves is what is trainable."""
     model.set_adapter(name, inference_mode=True)
     try:
         yield
@@ -856,7 +871,7 @@ ALGORITHMS = {None: "PA-GRPO", "perception": "GRPO", "assignment": "GDPO", "sepa
 
 def rollout_row(group, tokenizer, args):
     """A group as rollouts.jsonl holds it: all that `show` and the page of `evaluate.py --html` tell of it.
-    Its advantages, ((G,), (G,)), are those under this run's algorithm and under the ALGORITHMS."""
+    Its advantages are, for this run's algorithm and each of ALGORITHMS, perception's (G,) and reasoning's."""
     rewards = [torch.tensor([s[k] for s in group.scores]) for k in ("perception", "reasoning")]
     # those of the page's switch, and this run's own
     names = ALGORITHMS | {args.without: ALGORITHMS.get(args.without, f"without {args.without}")}

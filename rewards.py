@@ -14,8 +14,8 @@ R1. Format: the stripped completion is the three blocks in order, each once, non
     between. A fault in one process's part costs the other nothing. Perception is judged on the text up to
     and including the first </observation>, which must be one observation block. Reasoning is judged on what
     comes after that, which must be one think and one answer block. Without any </observation> perception
-    gets 0. Reasoning is then judged from the first think or answer tag on if an observation was opened, else
-    on the whole text. Tags are case-sensitive.
+    gets 0, and reasoning is judged on the whole text; but where an <observation> is before the first think or
+    answer tag, only from that tag on. Tags are case-sensitive.
 R2. The answer is the first answer block after the think block; without a complete think block, the first one
     anywhere, so that `<answer>B</answer>` alone is B. No answer, or an empty one, scores 0 whatever the gold
     is.
@@ -24,10 +24,10 @@ R3. Scoring "paper" agrees with the metric of Video-R1 and its successors unless
     In answers, characters that show nothing don't count.
 R4. Scoring "lenient" never gives less, and takes what a person would. For B also b, B., (B), B. text,
     **B**, \\boxed{B}, the option's text, "the answer is B", "B, because …". For 5 also 5 m, "there are 5
-    chairs", "2 + 3 = 5". And any answer that is written as the gold is. What is denied, or one of two, is no
-    answer. A unit that only one side has doesn't count, but "3 million" is not 3.
+    chairs", "2 + 3 = 5". And any answer that is written as the gold is. What is denied ("not B"), or leaves a
+    choice ("A or B"), is no answer. A unit that only one side has doesn't count, but "3 million" is not 3.
 R5. A judge that gives no verdict (a remote one is asked again where that can help) says None, "unknown",
-    never False. A missing or empty observation is False, and the judge is not asked.
+    never False. A missing or empty observation is False, and a language model is not asked about it.
 R6. The observation is written by a policy that is paid for a Yes. So what enters a judge's prompt loses its
     tags and invisible characters and is fenced by lines with a hash of all that is fenced. No text can hold
     its own hash, so none can fake the line that ends it. And only the last judgement of the judge's own reply
@@ -109,7 +109,7 @@ def format_rewards(completion):
         if piece.strip():
             sketch += SKETCH.get(piece, "." if strip_invisible(piece) else "-")
     before, closing, after = sketch.partition("o")
-    if not closing:  # no observation, or one that is left open
+    if not closing:  # where an <observation> is before the first think or answer tag, cut all before that
         after = re.sub("^[^TtAa]*O[^TtAa]*", "", sketch)
     return float(before == "O." and closing == "o"), float(after == "T.tA.a")
 
@@ -157,7 +157,7 @@ def answer_score(problem_type, answer, gold, scoring="paper", options=None):
     if not answer or not gold:
         return 0.0
     if problem_type == "multiple choice":
-        key = option_key(gold, options)  # a letter; of a gold that is no option its words
+        key = option_key(gold, options)  # the letter of the option that the gold is, else the gold's words
         if options and key not in LETTERS:
             return 0.0
         return float(answer == gold or lenient and option_key(answer, options, True) == key != "")
@@ -260,8 +260,9 @@ def make_judge(spec, prompt_file=None, generate=None, **client_options):
     """The judge that `spec` names: judge(records, observations) -> list of True, False or None, one per pair.
     Any function of this form is a judge. So is one that gives floats in [0, 1], the accuracy in Eq. 3.
 
-        rule                   every item of record["evidence"], else every word of the correct answer, stands
-                               in the observation as whole words: exact, free, offline, but no language model
+        rule                   every item of record["evidence"], else every word of the correct answer, is in
+                               the observation as whole words, and nothing of "counter_evidence": exact, free,
+                               offline, but no language model
         anthropic:MODEL        the Messages API; its key is in ANTHROPIC_API_KEY
         openai:MODEL@BASE_URL  any chat-completions server (vLLM, llama.cpp, Ollama), by default OpenAI's;
                                the key, where the server wants one, is in OPENAI_API_KEY
@@ -313,8 +314,8 @@ def read_verdict(reply):
     None where it says neither (R6)."""
     reply = reply.lower().rpartition("</think>")[2].partition("<think>")[0]
     said = re.findall(r"<judge?ment>(.*?)</judge?ment>", reply, re.DOTALL)
-    # its first word, unless it goes on ("nothing") or hedges ("Yes or No", "Yes/No"), or the block holds
-    # another opening tag
+    # its first word; but nothing if a letter follows ("nothing"), an "or yes", "and no", a slash or a bar, or
+    # if another opening tag follows
     hedged = r"[a-z]|[\s,(]*(?:or|and)\W+(?:yes|no)\b|\s*[/|\\]|.*<judge"
     word = re.match(rf"[\W_]*(yes|no)(?!{hedged})", said[-1], re.DOTALL) if said else None
     return word and word[1] == "yes"
@@ -339,7 +340,7 @@ def rule_judge(records, observations):
     return verdicts
 
 
-TAG_LIKE = re.compile(r"[<＜﹤‹〈⟨〈❮«《˂]\s?(/?)\s?([\w-]{1,40})\s?/?\s?[>＞﹥›〉⟩〉❯»》˃]")  # of any kind
+TAG_LIKE = re.compile(r"[<＜﹤‹〈⟨〈❮«《˂]\s?(/?)\s?([\w-]{1,40})\s?/?\s?[>＞﹥›〉⟩〉❯»》˃]")  # in any brackets
 
 
 def fill_prompt(template, **fields):
@@ -356,7 +357,7 @@ def fill_prompt(template, **fields):
 
 
 LETTERS = list("ABCDEFGHIJKLMN")
-LABEL = r"[(（\[]?([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2})"  # of an option; one that is written in full-width signs, too
+LABEL = r"[(（\[]?([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2})"  # of an option: a letter or a number, full-width ones, too
 BARE_LABEL = re.compile(r"""["'“‘`$({<【「\\_\s]*""" + LABEL + r"""["'”’`$)}>\]）】」\\_.,:;!、．：。\s]*""")
 # "A. text", "(2) text", "B.4", but not "1.5": no point between two digits
 OPTION = re.compile(LABEL + r"(?:[)）\]、]|(?<!\d)[.:．：]|[.:．：](?!\d))\s*(.*)", re.DOTALL)
@@ -375,9 +376,9 @@ def read_labels(options):
 
 
 def option_index(answer, options, letters):
-    """The index of the option that an answer picks, or None. `letters` are those of options without labels.
+    """The index of the option that an answer picks, or None. `letters`: the labels of options without any.
 
-    Tried in turn: 1 a bare label, unless the options carry none and one of their texts is just that; 2 an
+    Tried in turn: 1 a bare label, unless the options have no labels and the answer is the text of one; 2 an
     option's whole text; 3 "B. …".
     """
     labelled = read_labels(options)
@@ -386,7 +387,7 @@ def option_index(answer, options, letters):
 
     def labelled_by(match):
         label = match and unicodedata.normalize("NFKC", match[1]).upper()
-        known = letters if label in letters and labels[0].isdigit() else labels  # a B where they are 1, 2, 3
+        known = letters if label in letters and labels[0].isdigit() else labels  # B: the second of 1, 2, 3
         return known.index(label) if label in known else None
 
     index = labelled_by(BARE_LABEL.fullmatch(answer))  # 1
@@ -396,6 +397,7 @@ def option_index(answer, options, letters):
         if found := [i for i, text in enumerate(texts) if form(text) == form(answer) != ""]:
             return found[0] if len(found) == 1 else None
     label = OPTION.fullmatch(answer)  # 3
+    # "B. red C. blue" lists options and picks none
     is_list = label and label[2] not in texts and re.search(r"\b[A-N][).:]\s", label[2])
     return None if is_list else labelled_by(label)
 
@@ -459,14 +461,14 @@ UNCLEAR = re.compile(r"(?i)[?不]|n['’]t\b|\b(?:not|neither|nor|or|either|wron
 BE = r"(?:is|seems|(?:would|should|must) be)"
 ANNOUNCED = [re.compile(rf"(?:(?:{words})(?:\W*?\b{BE}\b|['’]s\b|[是为])?[\s:：*,]*)+", re.I) for words in (
     r"\banswer\b|答案", "=", r"\b(?:option|choice|choose|pick|letter|go with|it)\b|选项?",
-    r"\b(?:so|thus|hence|therefore)\b")]  # "the answer is", and so on; they are tried in this order
-# where a reason or a remark begins: ", because …", " is right", ", the red one", but not ", C" or ", 5"
+    r"\b(?:so|thus|hence|therefore)\b")]  # with verb and colon: "the answer is: ", "=", "option ", "so, "
+# where a remark begins: ", because …"; " is right"; a comma or a new line, unless another label follows
 REMARK = re.compile(rf",?\s+(?i:because|since|as|for|not|rather|{BE} (?:the )?(?:(?!not)\w+ )?(?:right|"
                     r"correct|answer))\b|,\s(?!.*(?:\b[A-N]\b|\b[a-n]\W*\Z|\d))|"
                     r"\n(?!(?s:.*)\b[A-N][).:])")
 NUMBER = re.compile(r"(?<![\w.^])([-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?)"
                     r"\.?\s*([%°]|[^\W\d_]+)?")  # -1,200.5 cm
-# after a number these are no unit: "5k", "3 million", but "5 m"
+# after a number these are no unit: a letter but g, h, m and s; "million" and the like
 MULTIPLIER = re.compile(r"[A-Za-fi-ln-rt-zπ]|[百千万亿].*|(?i:hundred|thousand|.+illion|dozen|half|pi)")
 
 
@@ -482,8 +484,9 @@ def pieces(answer):
     yield from (answer, unwrap_answer(answer))
     plain = answer.replace("**", "")
     for start in ANNOUNCED:
+        # said: what is behind the last announcement; before: what is between those
         *before, said = start.split(plain)
-        most = 9 if start in ANNOUNCED[:2] else 1  # the last answer, but not "option A, option B"
+        most = 9 if start in ANNOUNCED[:2] else 1  # the last "answer is", but not "option A, option B"
         if 0 < len(before) <= most and not UNCLEAR.search(re.split(r"[,;.!?\n]", before[-1])[-1]):
             yield from (said, re.split(r"[.!?;。]\s|\n", REMARK.split(said)[0])[0])
     yield REMARK.split(plain)[0]
@@ -499,8 +502,8 @@ def read_number(answer):
 
 
 def without_units(answer, gold):
-    """The numbers in both, as texts. Two empty texts if one holds no number, if both have units and these
-    differ, or if only one has a unit and that is a multiplier."""
+    """The numbers in both, as texts, "" for none. Both are "" if both have units and these differ, or if only
+    one has a unit and that is a multiplier."""
     (a, unit), (b, gold_unit) = read_number(answer), read_number(gold)
     bare = "" in (unit, gold_unit) and not MULTIPLIER.fullmatch(unit + gold_unit)
     return (a, b) if bare or unit == gold_unit else ("", "")
@@ -508,15 +511,15 @@ def without_units(answer, gold):
 
 def option_key(answer, options, loose=False):
     """What a multiple-choice answer picks: the letter of the option's place. If it picks none, its own words,
-    normalised. Without options it can pick any letter. loose: one of its pieces can pick, too, and so can the
-    one option whose whole text is in it."""
+    normalised. Without options it can pick any letter. loose: also what one of its `pieces` picks, or the
+    only option whose whole text is in it."""
     for piece in pieces(answer) if loose else [answer]:
         index = option_index(piece, options or [], LETTERS[:len(options or LETTERS)])
         if index is not None:
             return LETTERS[index]
     texts = [text for _, text in read_labels(options or [])] or options or []
     held = [text for text in texts if loose and f" {option_words(text)} " in f" {option_words(answer)} "]
-    # those that are in no longer one: of "car" and "a red car" the second
+    # without those that a longer one contains, as "a red car" contains "car"
     held = [text for text in held if not any(text in other and text != other for other in held)]
     if len(held) == 1 < len(held[0]) and not UNCLEAR.search(answer.lower().replace(held[0].lower(), "")):
         return LETTERS[texts.index(held[0])]
@@ -549,7 +552,7 @@ class ChatClient:
     def __init__(self, spec, cache=os.devnull, concurrency=8, timeout=60.0, max_calls=None, max_tokens=1024,
                  extra=None, backoff=0.5):
         # openai:MODEL, openai:MODEL@20250514, openai:MODEL@http://HOST/v1. A URL with user:password@ is
-        # refused, as URLs are written to files. A model's name is not empty, and can end in @ and digits.
+        # refused, as URLs are written to files. The name of a model has no other @ than one before digits.
         match = re.fullmatch(r"(anthropic|openai):((?!@http).[^@]*(?:@\d+)?)(?:@(https?://[^@?#]+))?", spec)
         if not match:
             raise UserError("A remote model is written anthropic:MODEL or openai:MODEL@http://HOST/v1.")

@@ -84,7 +84,7 @@ class TrainingFlags(ModelFlags):
     lr: float = 1e-4  # peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)
     max_grad_norm: float = 5.0  # clip gradients to this norm (Video-R1: 5)
     checkpointing: bool = True  # of activations, to save memory
-    max_prompt_tokens: int | None = None  # longer prompts are left out (default: 300 words, all frames)
+    max_prompt_tokens: int | None = None  # leave out longer prompts (default: over 300 words and all frames)
     save_every: int = 20  # steps between two checkpoints
     show_every: int = 25  # steps between two drawings of curves.png
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None  # gets every row of the log, too
@@ -133,7 +133,7 @@ def train(model, tokenizer, records, args):
     tracker = start_tracker(args)
     with open_log(args.output / "metrics.jsonl", start) as log:
         for step in resumable("SFT", start, steps, model, optimizer, args):
-            # take a batch: its media were decoded while the last step ran
+            # take this rank's share of a batch: its media were decoded while the last step ran
             size = min(args.batch_size, len(order) - step * args.batch_size)
             encoded, media_log = encode_batch(media, size, template, tokenizer, config, limit)
             row = {"step": step, "lr": cosine_lr(step, steps, args.lr)} | media_log
@@ -263,8 +263,8 @@ def load_model(base, adapter=None, four_bit=True, lora_rank=64, trainable=True):
 
 def add_adapter(model, adapter=None, lora_rank=64, trainable=True):
     """The model with a LoRA adapter named `policy`: the one saved in the folder `adapter`, or a fresh one (B
-    = 0). Its weights are float32, which is peft's default. One that does not fit this base, which peft would
-    pass over, is an error."""
+    = 0). Its weights are float32, which is peft's default. A saved one that doesn't fit this base is an
+    error; peft would load what fits and say nothing."""
     if adapter is None:
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS)
         model = get_peft_model(model, config, adapter_name="policy")
@@ -285,7 +285,7 @@ def add_adapter(model, adapter=None, lora_rank=64, trainable=True):
 
 
 def check_adapter(adapter, lora_rank=None):
-    """Raises UserError where the folder holds no saved adapter, for which peft would ask the hub, or one of
+    """Raises UserError where the folder has no adapter (peft would look for one on the hub), or one of
     another rank."""
     path = Path(adapter) / "adapter_config.json"
     if not path.exists():
@@ -559,7 +559,7 @@ def optimiser_step(model, optimizer, lr, clip, loss=0.0):
 
 def worst_prompt(tokenizer, config, args, words=300):
     """(record, Prompt) of a clip with as many visual tokens as these settings allow, and a long question."""
-    rows = math.gcd(args.max_pixels, 8)  # of blocks: a divisor, so that all frames have max_pixels blocks
+    rows = math.gcd(args.max_pixels, 8)  # of 28×28 blocks; a divisor, so that rows × columns = max_pixels
     shape = args.num_frames, rows * FACTOR, args.max_pixels // rows * FACTOR, 3
     pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     record = dict(problem="the " * words, problem_type="free-form", solution="the", options=[])
@@ -655,7 +655,7 @@ def check_resume(run, old):
     """Raises UserError if the run that `old` describes would become another one by going on as `run`. Prints
     flags that have changed, and keeps the old ones in run["earlier_flags"]."""
     for key in ("base", "adapter", "data", "algorithm", "loss_average"):
-        # of "SFT + GRPO" the last part, as what it starts from is known by its weights
+        # of the name "SFT + GRPO" the last part: what a run starts from is compared by `adapter`, its weights
         before, now = (str(either.get(key)).rpartition(" + ")[2] for either in (old, run))
         if before != now:
             raise UserError(f"The run was begun with another {key}, {before} (now {now}): give it back what "
@@ -726,7 +726,7 @@ def resumable(name, start, steps, model, optimizer, args):
         before = adamw_steps()
         try:
             yield step
-        except GeneratorExit:  # an error in the loop's body drops this generator, which raises it here
+        except GeneratorExit:  # after an error in the caller's loop, as Python then closes this generator
             if adamw_steps() == before:
                 save_checkpoint(step, model, optimizer, args.output)
             raise
@@ -764,7 +764,7 @@ def finish(model, curves, run, folder):
             raise UserError("Nothing was learnt in any step: see above.")
         save_adapter(model, folder, run | {"steps": len(rows)})
         plot_curves(curves, folder)
-        # what a kill left of `save_adapter` and `save_checkpoint`, and at the end checkpoint.pt
+        # what a kill left of saves; checkpoint.pt is last, so that a kill in here leaves a run to go on with
         for path in sorted(folder.glob("checkpoint*")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         lost = sum(row["skipped_media"] for row in rows)

@@ -545,7 +545,8 @@ def test_groups_without_gradient_are_those_whose_tokens_have_no_advantage(monkey
     """Of four groups one has an advantage where it has tokens."""
     def made(perception_tokens, advantage):
         mask = torch.arange(4) < perception_tokens
-        return SimpleNamespace(scores=[], perception_mask=mask.expand(2, 4), reasoning_mask=~mask.expand(2, 4),
+        return SimpleNamespace(scores=[], sampled_logprobs=torch.zeros(2, 4),
+                               perception_mask=mask.expand(2, 4), reasoning_mask=~mask.expand(2, 4),
                                perception_advantages=torch.tensor(advantage),
                                reasoning_advantages=torch.zeros(2))
 
