@@ -654,57 +654,71 @@ def print_comparison(a, b, scoring):
 # --- the page -----------------------------------------------------------------------------------------------
 
 def write_page(folder, judge, args):
-    """Writes traces.html: every rollout and completion below the folder, with thumbnails, in one file."""
-    rollouts, samples = [], []
-    for path in sorted(folder.rglob("rollouts.jsonl")):
-        name = f"{sft.read_run(path.parent)['algorithm']} ({path.parent.relative_to(folder)})"
-        rollouts += [page_rollout(row, name) for row in read_jsonl(path)]
-    for path in sorted(folder.rglob("completions-*.jsonl")):
-        rows = score_rows(read_jsonl(path), judge, args.scoring)
-        samples += [page_sample(row, path.relative_to(folder)) for row in rows]
+    """Writes traces.html: every rollout and completion below the folder, with thumbnails, the evaluations'
+    tables and the curves of all runs, in one file. With --limit N only the first N questions, in the order of
+    their file, of those that most models have answered."""
+    rollouts, samples, curves = [], [], {}
+    results = {path.parent: json.loads(path.read_text("utf-8")) for path in folder.rglob("results.json")}
+    for place in sorted({path.parent for path in folder.rglob("*.jsonl")}):
+        run, below = sft.read_run(place), place.relative_to(folder)
+        name, settings = f"{run['algorithm']} ({below})", results.get(place, run).get("settings")
+        medium = partial(page_medium, place, settings or run.get("flags", {}), args)
+        curves[name] = read_jsonl(place / "metrics.jsonl")
+        rollouts += [page_rollout(row, name, medium) for row in read_jsonl(place / "rollouts.jsonl")]
+        for path in sorted(place.glob("completions-*.jsonl")):
+            scored = score_rows({key_of(row): row for row in read_jsonl(path)}.values(), judge, args.scoring)
+            samples += [page_sample(row, path.relative_to(folder), medium) for row in scored]
     if not rollouts and not samples:
         raise UserError(f"There is no rollouts.jsonl and no completions-*.jsonl below {folder}.")
-    media = page_media([row["record"] for row in rollouts] + samples, args)
-    data = dict(rollouts=rollouts, samples=samples, media=media)
+    kept = dict(collections.Counter(row["question"] for row in samples).most_common(args.limit))
+    samples = [row for row in samples if row["question"] in kept]
+    todo = {record["media"]: record for record in [row["record"] for row in rollouts] + samples}
+    found = tqdm(gen_cot.read_ahead(todo.values(), args, thumbnails), "media", len(todo))  # each read once
+    media = {record["media"]: pictures for record, pictures in found}
+    tables = {str(place.relative_to(folder)): told.get("rows", {}) for place, told in sorted(results.items())}
+    data = dict(rollouts=rollouts, samples=samples, media=media, tables=tables, curves=curves)
     # in ASCII, and without any tag; what can't be read is there as the MediaError's sentence
     text = json.dumps(data, allow_nan=False, default=str).replace("<", "\\u003c")
     page, template = folder / "traces.html", Path(__file__).with_name("data") / "trace_page.html"
     write_text(page, template.read_text(encoding="utf-8").replace("DATA", text))
-    print(f"{len(rollouts)} groups of training and {len(samples)} evaluated completions: open {page}")
+    lost = sum(isinstance(pictures, gen_cot.MediaError) for pictures in media.values())
+    print(f"{len(rollouts)} groups of training and {len(samples)} evaluated completions; {lost} of "
+          f"{len(media)} media can't be read: open {page}")
 
 
-def page_rollout(row, name):
-    """A row of rollouts.jsonl with its `run`, the gold answer, and the `moments` of each reward: (mean, std),
-    or False where fewer than two are known."""
+def page_rollout(row, name, medium):
+    """A row of rollouts.jsonl with its `run`, the gold answer, its `media`, and the `moments` of each reward:
+    (mean, std), or False where fewer than two are known."""
     moments = {}
     for key in ("perception", "reasoning", "reward"):
         known = [c["scores"][key] for c in row["completions"] if c["scores"][key] is not None]
         moments[key] = len(known) > 1 and (statistics.mean(known), statistics.stdev(known))
-    row["record"]["gold"] = gold_answer(row["record"]["solution"])
+    row["record"] |= dict(gold=gold_answer(row["record"]["solution"]), media=medium(row["record"]))
     return row | dict(run=name, moments=moments)
 
 
-def page_sample(row, path):
+def page_sample(row, path, medium):
     """What the page tells of a scored completion; `pieces` are its text in parts, [text, colour] each."""
     trace = row["trace"]
     letter = settled_by_rule(trace.think or "", row["options"])  # None where there are no options
     fields = ("file", "path", "data_type", "problem", "problem_type", "options", "score", "no_tag")
     return {field: row[field] for field in fields} | dict(
-        completions=f"{row.get('model', '')} ({path})", gold=gold_answer(row["solution"]),
-        pieces=trace_pieces(row["completion"] or ""),
+        model=row.get("model", path.stem), completions=str(path), gold=gold_answer(row["solution"]),
+        question=key_of(row), pieces=trace_pieces(row["completion"] or ""),
         right=row["score"] >= RIGHT, unread=row["completion"] is None, truncated=bool(row.get("truncated")),
-        perception=None if row["perception"] is None else row["perception"] >= RIGHT,
+        media=medium(row), perception=None if row["perception"] is None else row["perception"] >= RIGHT,
         mismatch=bool(letter and trace.answer) and letter != option_key(trace.answer, row["options"], True))
 
 
-def page_media(records, args):
-    """{path: thumbnails, or the MediaError in their place} of the records' media, each read once."""
-    todo = {}
-    for record in records:  # the first file that exists; the toy's media are found without a flag
-        files = [gen_cot.media_path(root, record["path"]) for root in (args.media_root, TINY["media_root"])]
-        todo[record["path"]] = dict(record, media=min(files, key=lambda file: not Path(file).exists()))
-    found = tqdm(gen_cot.read_ahead(todo.values(), args, thumbnails), "media", len(todo))
-    return {record["path"]: pictures for record, pictures in found}
+def page_medium(place, settings, args, record):
+    """The file of a record's medium, the first that exists: below --media-root; below the `media_root` of the
+    settings in the run's folder, `place`, as seen from a folder above it, from here or from this project;
+    below the toy's."""
+    own, project = settings.get("media_root", TINY["media_root"]), Path(__file__).parent
+    starts = *place.parents, Path(), *place.resolve().parents, project
+    roots = args.media_root, *(start / own for start in starts), project / TINY["media_root"]
+    files = [gen_cot.media_path(root, record["path"]) for root in roots]
+    return min(files, key=lambda file: not Path(file).exists())
 
 
 def thumbnails(record, num_frames, max_pixels):

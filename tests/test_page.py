@@ -55,6 +55,15 @@ def make_row(tokenizer, texts, judge, args=None, record=RECORD):
     return dict(step=0, group=0, **pagrpo.rollout_row(group, tokenizer, args))
 
 
+def make_page(folder, **changes):
+    """The page of what is there, by `evaluate.py --html`; returns its text and its data."""
+    defaults = dict(scoring="paper", media_root=str(folder), workers=1, num_frames=32, max_pixels=256,
+                    limit=None)
+    evaluate.write_page(folder, None, SimpleNamespace(**(defaults | changes)))
+    page = (folder / "traces.html").read_text(encoding="utf-8")
+    return page, json.loads(Parsed(page).scripts[0], parse_constant=lambda name: pytest.fail(name))
+
+
 def write(folder, rollouts=(), samples=()):
     """The folder's files as the scripts write them, and the page; returns its text and its data."""
     with sft.open_log(folder / "rollouts.jsonl", 0) as log:
@@ -62,10 +71,34 @@ def write(folder, rollouts=(), samples=()):
             sft.log_row(log, row)
         log.write('{"step": 9, "gro' * bool(rollouts))  # what a kill tore
     write_jsonl(folder / "completions-x.jsonl", samples)
-    args = SimpleNamespace(scoring="paper", media_root=str(folder), workers=1, num_frames=32, max_pixels=256)
-    evaluate.write_page(folder, None, args)
-    page = (folder / "traces.html").read_text(encoding="utf-8")
-    return page, json.loads(Parsed(page).scripts[0], parse_constant=lambda name: pytest.fail(name))
+    return make_page(folder)
+
+
+def write_runs(folder, model="SFT + PA-GRPO"):
+    """Three models' completions of five questions, whose files are not in the models' order; their table;
+    logs of SFT, of RL, and of an RL run without prompts on held-out media. The last model is right but for
+    question 3, the others are wrong; SFT has no completion of question 0, and answers 4 twice."""
+    answers = {"none": ("base", "BBBBB"), "sft": ("SFT", "-BBBB"), "pagrpo": (model, "AAABA")}
+    for stem, (name, letters) in answers.items():
+        rows = [dict(RECORD, problem=f"Question {i}?", problem_id=i, path=f"m{i}", file="e.json", model=name,
+                     completion=TRACE.format("red", letter, letter), evidence=["red"])
+                for i, letter in enumerate(letters) if letter != "-"]
+        again = [dict(rows[-1], completion=None), rows[-1]] * (stem == "sft")  # unread, and asked again
+        write_jsonl(folder / f"evaluate/completions-{stem}.jsonl", rows[:-1] + (again or rows[-1:]))
+    figures = dict(questions=5, numbers=dict(answer=[20.0, None]), perception=None, template=100.0)
+    table = {name: {"e.json": figures} for name in ("constant", "base", "SFT", model)}
+    table[model] = {"e.json": figures | dict(numbers=dict(answer=[80.04, 3.5]), perception=82.84)}
+    (folder / "evaluate/results.json").write_text(json.dumps(dict(rows=table, settings={})))
+    rewards = ("rewards/perception_accuracy", "rewards/reasoning_accuracy")
+    logs = dict(sft=[dict(step=0, loss=1.5), dict(step=1, loss=None), dict(step=2, loss=0.5)],
+                rl=[{"step": i, "loss": 0.1} | dict.fromkeys(rewards, 0.5) for i in range(3)],
+                bare=[{"step": i, "loss": 0.1} | dict.fromkeys(rewards, i / 2) for i in range(3)])
+    logs["rl"][0] |= {"fixed/perception": 0.25, "fixed/reasoning": 0.5}
+    logs["rl"][2] |= {"fixed/perception": 0.75, "fixed/reasoning": 1}
+    for name, rows in logs.items():
+        write_jsonl(folder / name / "metrics.jsonl", rows)
+        (folder / name / "run.json").write_text(json.dumps(dict(algorithm=name.upper(), flags={})))
+    return table, logs
 
 
 class Parsed(HTMLParser):
@@ -133,7 +166,7 @@ def test_the_page_holds_the_rewards_and_each_algorithms_advantages(tokenizer, tm
     assert [it["scores"]["perception"] is None for it in row["completions"]] == [i == 3 for i in range(6)]
     assert [it["scores"]["truncated"] for it in row["completions"]] == [i == 5 for i in range(6)]
     assert [it["reply"] for it in row["completions"]][3:] == ["I see lost.", None, None]
-    assert "media" not in row["record"] and row["record"]["gold"] == "A"
+    assert row["record"]["media"].endswith("media/x.mp4") and row["record"]["gold"] == "A"
 
 
 def test_token_texts_join_to_the_completion(tokenizer):
@@ -247,7 +280,7 @@ def test_texts_are_inert_in_the_page(tokenizer, tmp_path):
     assert all("can't be" in words for words in data["media"].values())  # there are none
     ours = page.replace(Parsed(page).scripts[0], "")
     assert not re.search(r"\w+://|(src|href)=[\"'](?!data:,)|url\(|@import|innerHTML|fetch\(", ours)
-    assert "default-src 'none'" in ours and len(template.splitlines()) <= 300
+    assert "default-src 'none'" in ours and len(template.splitlines()) <= 340
 
 
 def test_samples_have_what_the_filters_look_at(tmp_path):
@@ -266,6 +299,68 @@ def test_samples_have_what_the_filters_look_at(tmp_path):
         assert [other for other in shown if shown[other][field]] == [name]
     hues = [hue for _, hue in shown["right"]["pieces"]]
     assert [hue for hue in hues if hue] == ["perception", "reasoning", "answer"]
+
+
+def test_the_page_has_the_evaluations_tables_and_the_runs_curves(tmp_path):
+    """As results.json and metrics.jsonl have them."""
+    table, logs = write_runs(tmp_path)
+    _, data = make_page(tmp_path)
+    assert data["tables"] == {"evaluate": table}
+    curves = {f"{name.upper()} ({name})": rows for name, rows in logs.items()}
+    assert {name: rows for name, rows in data["curves"].items() if rows} == curves
+    assert {sample["model"] for sample in data["samples"]} == {"base", "SFT", "SFT + PA-GRPO"}
+    assert len({tuple(sample["question"]) for sample in data["samples"]}) == 5
+
+
+def test_a_limit_keeps_the_first_questions_that_all_models_answered(tmp_path, capsys):
+    write_runs(tmp_path)
+    _, data = make_page(tmp_path, limit=2)
+    told = [(sample["model"], sample["problem"]) for sample in data["samples"]]
+    assert sorted(told) == [(model, f"Question {i}?") for model in ("SFT", "SFT + PA-GRPO", "base")
+                            for i in (1, 2)]
+    assert "6 evaluated completions; 2 of 2 media can't be read" in capsys.readouterr().out
+    _, data = make_page(tmp_path)
+    assert len(data["samples"]) == 14 and not any(sample["unread"] for sample in data["samples"])
+
+
+def test_media_are_found_by_the_runs_own_settings(tokenizer, toy_records, tmp_path, monkeypatch, capsys):
+    """From another folder: of a run by its run.json, of an evaluation by its results.json; one is lost."""
+    picture = next(record["media"] for record in toy_records if record["data_type"] == "image")
+    runs, elsewhere = tmp_path / "work/runs/tiny", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name, root in (("a.png", "clips"), ("b.png", "tests")):
+        (tmp_path / "work" / root / "media").mkdir(parents=True)
+        shutil.copy(picture, tmp_path / "work" / root / "media" / name)
+    record = dict(RECORD, data_type="image")
+    row = make_row(tokenizer, GROUP[:2], judge, record=record | dict(path="media/a.png"))
+    write_jsonl(runs / "pagrpo/rollouts.jsonl", [dict(step=0, group=0) | row])
+    (runs / "pagrpo/run.json").write_text('{"algorithm": "RL", "flags": {"media_root": "clips"}}')
+    samples = [dict(record, problem_id=name, path=f"media/{name}.png", completion="A", file="e.json")
+               for name in ("b", "lost")]
+    write_jsonl(runs / "evaluate/completions-x.jsonl", samples)
+    (runs / "evaluate/results.json").write_text('{"rows": {}, "settings": {"media_root": "tests"}}')
+    monkeypatch.chdir(elsewhere)
+    _, data = make_page(runs, media_root="data/Video-R1-data")
+    shown = [data["media"][it["media"]] for it in (data["rollouts"][0]["record"], *data["samples"])]
+    assert [isinstance(pictures, list) for pictures in shown] == [True, True, False]
+    assert "1 groups of training and 2 evaluated completions; 1 of 3 media can't" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("first", range(5))
+def test_a_medium_is_the_first_that_exists(tmp_path, monkeypatch, first):
+    """Below --media-root; the run's own root as seen from above the run, from here, from the project; the
+    toy's."""
+    places = ["given", "far/own", "here/own", "project/own", "project/data/toy"]
+    for place in places[first:]:
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "x.mp4").touch()
+    (tmp_path / "here").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "project/evaluate.py"))
+    args = SimpleNamespace(media_root=str(tmp_path / "given"))
+    run, record = tmp_path / "far/runs/tiny/sft", dict(path="x.mp4")
+    found = evaluate.page_medium(run, dict(media_root="own"), args, record)
+    assert Path(found).resolve() == tmp_path / places[first] / "x.mp4"
 
 
 def test_thumbnails_are_small_and_have_the_times_of_their_frames(toy_records, monkeypatch):
@@ -287,50 +382,126 @@ def test_a_folder_without_traces_is_named(tmp_path):
 # --- how a browser shows it ---
 
 PROBE = """<script>
-const seen = [];
+const seen = {};
 const press = key => document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
-const look = name => seen.push([name, location.hash, document.querySelectorAll("article").length,
-  document.querySelectorAll(".blame").length, document.querySelectorAll("table").length, window.evil || 0]);
-const steps = [["first", () => {}], ["GRPO", () => click("GRPO")], ["both", () => press("b")],
-  ["formula", () => press("f")], ["next", () => press("j")], ["before", () => press("k")],
-  ["evaluation", () => click("Evaluation")], ["no tag", () => click("no answer tag")],
-  ["card", () => press("j")]];
-const buttons = () => [...document.querySelectorAll("button")];
-const click = words => buttons().find(node => node.textContent === words).click();
+const all = (selector, node = document) => [...node.querySelectorAll(selector)];
+const texts = (selector, node) => all(selector, node).map(it => it.textContent);
+const click = words => all("button").find(node => node.textContent === words).click();
+const choose = (name, value) => {
+  const node = all("select").find(it => texts("option", it).includes(value));
+  node.value = value; node.onchange();
+};
+const look = () => ({hash: location.hash, articles: all("article").length, blames: all(".blame").length,
+  tables: all("main table").length, evil: window.evil || 0, cells: texts("details td"),
+  models: all("article").map(it => texts("section b", it)), marked: texts("article .part:not(.other) b"),
+  questions: texts("article p b"), lines: all("polyline").map(it => [it.getAttribute("class"),
+    it.getAttribute("points")]), told: texts("main > .row > b"), curves: texts(".curve small")});
+const steps = STEPS;
 function next() {
   if (!steps.length) { document.title = JSON.stringify(seen); return; }
   const [name, act] = steps.shift();
   act();
-  setTimeout(() => { look(name); next(); }, 50);
+  setTimeout(() => { seen[name] = look(); next(); }, 50);
 }
 next();
 </script>"""
 
 
+def browse(folder, page, steps, address=""):
+    """Opens the page and does the steps, {name: JavaScript}; returns what is seen after each, and the whole
+    page at the end. There must be no console message, which a refused request would leave, too."""
+    code = ", ".join(f"[{json.dumps(name)}, () => {act}]" for name, act in steps.items())
+    (folder / "probe.html").write_text(page + PROBE.replace("STEPS", f"[{code}]"), encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
+               f"--user-data-dir={folder}/profile", "--virtual-time-budget=5000", "--dump-dom",
+               f"file://{folder}/probe.html{address}"]
+    done = subprocess.run(command, capture_output=True, timeout=280, encoding="utf-8", errors="replace")
+    assert ":CONSOLE" not in done.stderr, done.stderr
+    seen = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout, re.DOTALL)[1]))
+    assert list(seen) == list(steps) and not any(it["evil"] for it in seen.values())
+    return seen, done.stdout
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
 def test_the_page_in_a_browser(tokenizer, tmp_path):
-    """Switch, keys, filters and formula; no console message, which a refused request would leave, too."""
+    """Switch, keys, filters and formula; every text, a model's name and a run's among them, stays text."""
     evil = [text.replace("alert(1)", "window.evil=1") for text in EVIL if "\ud83d" not in text]
     rows = [make_row(tokenizer, GROUP[:4], judge)]
     rows += [make_row(tokenizer, [TRACE.format(text, "A", text) for text in evil], judge) | dict(step=1)]
+    write_runs(tmp_path, model=evil[2])
+    (tmp_path / "rl/run.json").write_text(json.dumps(dict(algorithm=evil[0])))
     page, _ = write(tmp_path, rows, evil_samples())
-    (tmp_path / "probe.html").write_text(page + PROBE, encoding="utf-8")
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
-               f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=5000", "--dump-dom",
-               f"file://{tmp_path}/probe.html#update=0&group=0"]
-    done = subprocess.run(command, capture_output=True, timeout=280, encoding="utf-8", errors="replace")
-    assert ":CONSOLE" not in done.stderr, done.stderr
-    told = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
-    seen = {name: rest for name, *rest in told}
-    articles, blames, tables = ({name: rest[i] for name, rest in seen.items()} for i in (1, 2, 3))
-    assert not any(rest[4] for rest in seen.values())
-    assert articles["first"] == articles["GRPO"] == 4 and articles["both"] == articles["formula"] == 8
+    seen, shown = browse(tmp_path, page, {
+        "first": "0", "GRPO": "click('GRPO')", "both": "press('b')", "formula": "press('f')",
+        "next": "press('j')", "before": "press('k')", "evaluation": "click('Evaluation')",
+        "of x": "choose('model', 'completions-x')", "no tag": "click('no answer tag')", "card": "press('j')",
+    }, "#update=0&group=0")
+    assert seen["first"]["articles"] == seen["GRPO"]["articles"] == 4
+    assert seen["both"]["articles"] == seen["formula"]["articles"] == 8
     # perception earned 2.2, 1, 2.2, unknown, and reasoning 2.2, 2.2, 1, 1: one is praised, two are punished
-    assert blames["first"] == 0 and blames["GRPO"] == blames["both"] == 3 and tables["formula"] == 2
-    assert "update=1" in seen["next"][0] and "update=0" in seen["before"][0]
-    assert articles["evaluation"] == 100 and articles["no tag"] == 100 and "at=0" in seen["card"][0]
-    parsed = Parsed(done.stdout)
-    made = "head main nav button select option div article section i sub details summary table tr td th"
+    assert seen["first"]["blames"] == 0 and seen["GRPO"]["blames"] == seen["both"]["blames"] == 3
+    assert seen["first"]["tables"] == 0 and seen["formula"]["tables"] == 2
+    assert "update=1" in seen["next"]["hash"] and "update=0" in seen["before"]["hash"]
+    assert seen["evaluation"]["marked"] == [evil[2]] * 5 and seen["of x"]["articles"] == 100
+    assert seen["no tag"]["articles"] == 100 and "at=0" in seen["card"]["hash"]
+    parsed = Parsed(shown)
+    made = ("head body main nav button select option div article section i sub details summary table caption "
+            "tr td th polyline")
     assert set(parsed.tags) <= {*Parsed(page).tags, *made.split()}
     assert not any(name.startswith("on") for name, _ in parsed.attributes)
     assert parsed.tags.count("script") == 3 and "\\u{202e}" in parsed.text and "<img src=x" in parsed.text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+def test_a_key_goes_to_the_next_group_that_grpo_would_wrong(tokenizer, tmp_path):
+    """Over those without one, and from the last to the first; where there is no other it does nothing."""
+    fair = [GROUP[0], TRACE.format("lost", "B", "B")[:20]]  # seen and answered, neither
+    groups = {0: GROUP[:4], 1: fair, 2: fair, 3: GROUP[:4], 4: fair}
+    rows = [make_row(tokenizer, texts, judge) | dict(step=step) for step, texts in groups.items()]
+    page, _ = write(tmp_path, rows)
+    seen, _ = browse(tmp_path, page, {
+        "on": "press('g')", "round": "press('g')", "at the end": "location.hash = 'update=4&group=0'",
+        "from there": "press('g')"}, "#update=1&group=0")
+    assert [it["hash"] for it in seen.values()] == [f"#update={step}&group=0" for step in (3, 0, 4, 0)]
+    page, _ = write(tmp_path, rows[:2])
+    seen, _ = browse(tmp_path, page, {"first": "press('g')"}, "#update=0&group=0")
+    assert seen["first"]["hash"] == "#update=0&group=0" and seen["first"]["articles"] == 4
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+def test_evaluation_opens_on_the_last_model_and_shows_all_side_by_side(tmp_path):
+    write_runs(tmp_path)
+    page, _ = make_page(tmp_path)
+    seen, _ = browse(tmp_path, page, {"first": "0", "wrong": "all('.square button')[1].click()",
+                                      "of SFT": "choose('model', 'SFT')"})
+    names, first = ["base", "SFT", "SFT + PA-GRPO"], seen["first"]
+    assert first["questions"] == [f"Question {i}?" for i in range(5)] and first["marked"] == [names[2]] * 5
+    assert first["models"] == [[names[0], names[2]]] + [names] * 4
+    assert seen["wrong"]["questions"] == ["Question 3?"]
+    assert first["told"] == ["5 of 5 questions, by SFT + PA-GRPO's answers"]
+    assert seen["of SFT"]["questions"] == [f"Question {i}?" for i in range(1, 5)]
+    assert seen["of SFT"]["marked"] == ["SFT"] * 4
+    # two files of one model have their own names behind it
+    shutil.copy(tmp_path / "evaluate/completions-sft.jsonl", tmp_path / "completions-b.jsonl")
+    page, _ = make_page(tmp_path)
+    seen, _ = browse(tmp_path, page, {"first": "0"})
+    assert sorted(seen["first"]["models"][1]) == sorted(
+        [names[0], "SFT (completions-b.jsonl)", "SFT (evaluate/completions-sft.jsonl)", names[2]])
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+def test_the_table_and_the_curves_are_on_top_of_the_page(tmp_path):
+    write_runs(tmp_path)
+    page, _ = make_page(tmp_path)
+    first = browse(tmp_path, page, {"first": "0"})[0]["first"]
+    rows = [first["cells"][i:i + 4] for i in range(0, len(first["cells"]), 4)]
+    assert rows == [[name, "20.0", "-", "100.0"] for name in ("constant", "base", "SFT")] + [
+        ["SFT + PA-GRPO", "80.0 ± 3.5", "82.8", "100.0"]]
+    # 240 wide and 60 high, from 0 to 1 or, of the loss, to 1.5; sampled accuracy where none is `fixed`
+    assert set(first["curves"]) >= {
+        "RL (rl), 3 steps", "fixed/perception 0.25 → 0.75", "fixed/reasoning 0.5 → 1", "loss 1.5 → 0.5",
+        "rewards/perception_accuracy 0 → 1"}
+    assert first["lines"] == [
+        ["perception", "0,60,120,30,240,0"], ["reasoning", "0,60,120,30,240,0"],  # bare
+        ["perception", "0,45,240,15"], ["reasoning", "0,30,240,0"],  # rl
+        ["none", "0,0,240,40"]]  # sft
