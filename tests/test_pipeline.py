@@ -13,14 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 import evaluate
 import gen_cot
 import pagrpo
 import sft
 from conftest import ROOT, Fault
-from rewards import UserError, accuracy_reward, process_rewards, rule_judge
+from rewards import UserError, accuracy_reward, parse_trace, process_rewards, rule_judge
 
 
 @pytest.fixture(scope="module")
@@ -94,22 +93,29 @@ def test_all_stages_in_order(fresh_clone):
     assert page.count("data:image/jpeg") >= 20
 
 
-def test_the_lines_of_serving_md_take_the_model_away(clone, monkeypatch):
-    """Its lines, as they stand there, leave a model that needs none of our code and says what ours says."""
+def test_the_block_of_serving_md_goes_from_adapter_to_answers(clone, monkeypatch, capsys):
+    """As it stands there, it leaves a model that needs none of our code, and whose answers about a picture and
+    a clip are those of `evaluate.py`."""
     monkeypatch.chdir(clone)
-    blocks = re.findall("```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(), re.DOTALL)
-    lines, = [block for block in blocks if "merge_and_unload" in block]
+    block, = re.findall("```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(), re.DOTALL)
     shutil.copytree(clone / "runs/tiny/sft", clone / "runs/tiny/pagrpo", dirs_exist_ok=True)
-    exec(lines, {})
-    merged = Qwen2_5_VLForConditionalGeneration.from_pretrained("runs/tiny/merged")
-    ours, tokenizer = sft.load_model("data/toy/base", "runs/tiny/pagrpo", four_bit=False)
+    names = {}
+    exec(block, names)
+    printed = capsys.readouterr().out.splitlines()[-2:]
+
+    args = SimpleNamespace(batch_size=1, prompt_file=None, max_prompt_tokens=None, max_completion_tokens=112)
+    media = [(record, gen_cot.read_media(record, 32, 4)) for record in (names["picture"], names["clip"])]
+    ours, tokenizer = sft.load_model("data/toy/base", "runs/tiny/pagrpo", trainable=False)
     ids = torch.tensor(tokenizer("<observation>first red, second blue")["input_ids"])[None]
     with torch.no_grad(), ours.disable_adapter():
         base = sft.unwrap(ours)(input_ids=ids).logits
     with torch.no_grad():
-        expected, got = sft.unwrap(ours)(input_ids=ids).logits, merged(input_ids=ids).logits
+        expected, got = sft.unwrap(ours)(input_ids=ids).logits, names["model"](input_ids=ids).logits
     assert got.dtype == torch.float32 and torch.allclose(got, expected, atol=1e-3)
     assert (expected - base).abs().max() > 0.1
+    rows = [row for _, row in evaluate.local_rows(ours, tokenizer, iter(media), {}, args)]
+    assert printed == [row["completion"] for row in rows]
+    assert all(parse_trace(text).observation and parse_trace(text).answer for text in printed)
 
 
 def run_here(clone, monkeypatch, command):
