@@ -45,9 +45,9 @@ import gen_cot
 import sft
 from pagrpo import rollout
 from rewards import (LETTERS, RIGHT, UNCLEAR, ChatClient, UserError, answer_score, ask_judge, correct_answer,
-                     digest, fill_prompt, format_rewards, gold_answer, json_line, open_append, option_key,
-                     parse_trace, question_text, read_jsonl, rule_judge, strip_invisible, to_number,
-                     without_units, write_text)
+                     digest, fill_prompt, format_rewards, gold_answer, json_line, label_options, open_append,
+                     option_key, parse_trace, question_text, read_jsonl, rule_judge, strip_invisible,
+                     to_number, without_units, write_text)
 
 TINY = dict(data="data/toy/test.jsonl", media_root="data/toy", max_pixels=4, max_completion_tokens=112,
             batch_size=50, held_out=0.05)
@@ -81,13 +81,10 @@ class Args(sft.ModelFlags):
 
 def get_args():
     args = gen_cot.parse_args(Args, TINY, "evaluate", __doc__)
-    args.adapters = [args.server] if args.server else list(args.adapters)
-    if not args.adapters:
-        there = [f for f in ("sft", "pagrpo") if (args.run_dir / f / "adapter_config.json").exists()]
-        args.adapters = ["none", *(str(args.run_dir / folder) for folder in there)]
+    there = [name for name in ("sft", "pagrpo") if (args.run_dir / name / "adapter_config.json").exists()]
+    names = [args.server] if args.server else args.adapters or ["none", *there]
     # a bare name is a folder of the model's runs
-    args.adapters = [str(args.run_dir / name) if (args.run_dir / name).is_dir() else name
-                     for name in args.adapters]
+    args.adapters = [str(args.run_dir / name) if (args.run_dir / name).is_dir() else name for name in names]
     return args
 
 
@@ -536,10 +533,9 @@ def answer_one(args):
     if not args.media or not args.media.exists():
         raise UserError("--ask wants --media: a picture, a clip or a folder of frames that is there.")
     is_image = gen_cot.Image.registered_extensions().get(args.media.suffix.lower()) in gen_cot.STILL_FORMATS
-    record = gen_cot.parse_record(dict(
-        problem=args.ask, problem_type="multiple choice" if args.options else "free-form", solution="A",
-        options=list(args.options), data_type="image" if is_image else "video", path=args.media.name),
-        args.media.parent)
+    record = dict(problem=args.ask, problem_type="multiple choice" if args.options else "free-form",
+                  options=label_options(list(args.options)), data_type="image" if is_image else "video",
+                  media=str(args.media), path=args.media.name)
     (_, medium), = gen_cot.read_ahead([record], args)
     if isinstance(medium, gen_cot.MediaError):
         raise UserError(str(medium))

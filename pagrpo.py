@@ -131,7 +131,6 @@ class Args(sft.TrainingFlags):
     perception_length: tuple[int, int] = (128, 320)  # tokens of o_P (P1) that earn the length bonus (paper)
     reasoning_length: tuple[int, int] = (320, 512)  # tokens of o_R (P1) that earn the length bonus (paper)
     lr: float = 1e-5  # peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)
-    show_every: int = 25  # every N updates: curves, a group on screen, accuracy on up to 48 held-out prompts
     keep_every: int | None = None  # keep the adapter of every N updates, as adapter-000100 and so on
     probe: bool = False  # run one update in the worst case, print its seconds and peak memory, save nothing
 
@@ -206,7 +205,7 @@ def train(model, tokenizer, records, judge, args):
     tracker = sft.start_tracker(args)
     with (sft.open_log(args.output / "metrics.jsonl", start) as log,
           sft.open_log(args.output / "rollouts.jsonl", start) as rollouts):
-        for step in sft.resumable("PA-GRPO", start, args.updates, model, optimizer, args):
+        for step in sft.resumable("PA-GRPO", start, args.updates, model, optimizer, args, CURVES):
             # take a few questions: their media were decoded while the last update ran
             encoded, media_log = sft.encode_batch(media, args.prompts_per_update, template, tokenizer, config,
                                                   limit)
@@ -235,16 +234,13 @@ def train(model, tokenizer, records, judge, args):
                 row["kept"] = f"adapter-{step + 1:06d}"
                 sft.save_adapter(model, args.output / row["kept"], run | {"steps": step + 1})
             sft.log_row(log, row, tracker)
-            if step % args.show_every == 0:
-                sft.plot_curves(CURVES, args.output)
     sft.finish(model, CURVES, run, args.output)
     rows = read_jsonl(args.output / "metrics.jsonl")
     tell_lost_processes(rows, args)
     kept = [row for row in rows if row.get("kept") and row.get("fixed/reasoning") is not None]
     if kept:
         best = max(kept, key=lambda row: row["fixed/reasoning"])
-        print(f"Of the adapters kept, {best['kept']} answers the held-out prompts best "
-              f"({best['fixed/reasoning']:.2f}). They chose it: report a figure on other questions.")
+        print(f"Of the adapters kept, {best['kept']} answers the held-out prompts best: report it on others.")
     gen_cot.print_stats("judge", judge)
 
 

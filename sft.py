@@ -86,7 +86,7 @@ class TrainingFlags(ModelFlags):
     checkpointing: bool = True  # of activations, to save memory
     max_prompt_tokens: int | None = None  # leave out longer prompts (default: over 300 words and all frames)
     save_every: int = 20  # steps between two checkpoints
-    show_every: int = 25  # steps between two drawings of curves.png
+    show_every: int = 25  # every N steps: curves.png; in RL a group on screen, accuracy on held-out prompts
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None  # gets every row of the log, too
     resume: bool = False  # go on from a stopped run's last checkpoint, if there is one
 
@@ -132,7 +132,7 @@ def train(model, tokenizer, records, args):
     media = read_ahead(shard(order[start * args.batch_size:], args.batch_size), args)
     tracker = start_tracker(args)
     with open_log(args.output / "metrics.jsonl", start) as log:
-        for step in resumable("SFT", start, steps, model, optimizer, args):
+        for step in resumable("SFT", start, steps, model, optimizer, args, CURVES):
             # take this rank's share of a batch: its media were decoded while the last step ran
             size = min(args.batch_size, len(order) - step * args.batch_size)
             encoded, media_log = encode_batch(media, size, template, tokenizer, config, limit)
@@ -142,8 +142,6 @@ def train(model, tokenizer, records, args):
                 with measured("step", row):
                     row |= sft_step(model, tokenizer, optimizer, encoded, row["lr"], args)
             log_row(log, row, tracker)
-            if step % args.show_every == 0:
-                plot_curves(CURVES, args.output)
     finish(model, CURVES, run, args.output)
 
 
@@ -700,9 +698,9 @@ def load_checkpoint(model, optimizer, run, args):
     return run["steps"]
 
 
-def resumable(name, start, steps, model, optimizer, args):
+def resumable(name, start, steps, model, optimizer, args, curves):
     """The steps from `start` on, behind a progress bar. A checkpoint is saved after every `--save-every` of
-    them and after the last.
+    them and after the last. curves.png is drawn anew every `--show-every`.
 
     On Ctrl-C, SIGTERM, or SIGHUP where it isn't ignored (nohup), the step in hand is finished and saved, and
     the run ends with the command that goes on. A second Ctrl-C or SIGTERM ends it at once, with the last
@@ -730,6 +728,8 @@ def resumable(name, start, steps, model, optimizer, args):
             if adamw_steps() == before:
                 save_checkpoint(step, model, optimizer, args.output)
             raise
+        if is_first() and step % args.show_every == 0:
+            plot_curves(curves, args.output)
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             save_checkpoint(step + 1, model, optimizer, args.output)
         if any(gather_object([bool(asked)])) and step + 1 < steps:  # as ranks may hear of it one by one
@@ -783,13 +783,11 @@ def start_tracker(args):
 def plot_curves(curves, folder, window=15):
     """Draw `curves.png` from metrics.jsonl, running means; curves: {title: its keys in the log}. Those that
     have no value so far are left out."""
-    rows = read_jsonl(folder / "metrics.jsonl") if is_first() else []
+    rows = read_jsonl(folder / "metrics.jsonl")
     seen = {key for row in rows for key in row if row[key] is not None}
     curves = {title: keys for title, keys in curves.items() if seen.intersection(keys)}
-    if not curves:
-        return
     from matplotlib.figure import Figure  # a second to import; without pyplot, which would look for a screen
-    lines, columns = math.ceil(len(curves) / 3), min(len(curves), 3)
+    lines, columns = max(1, math.ceil(len(curves) / 3)), max(1, min(len(curves), 3))
     figure = Figure(figsize=(4 * columns, 3 * lines), layout="constrained")
     for axis, (title, keys) in zip(figure.subplots(lines, columns, squeeze=False).flat, curves.items()):
         for key in keys:
