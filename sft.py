@@ -272,7 +272,7 @@ def add_adapter(model, adapter=None, lora_rank=64, trainable=True):
         expected = get_peft_model_state_dict(model, adapter_name="policy").keys()
         assert load_peft_weights(str(adapter), "cpu").keys() == expected, f"{adapter} is of another model"
         changes = [p.any() for name, p in model.named_parameters() if "lora_B" in name]
-        assert all(changes), f"{adapter} leaves a layer as it is: it is of another model, or learnt nothing"
+        assert all(changes), f"{adapter} changes nothing in a layer: of another model, or it learnt nothing"
         config = model.peft_config["policy"]
         plain = not (config.lora_dropout or config.use_dora or config.lora_bias) and config.bias == "none"
         assert plain, f"{adapter} has dropout, DoRA or biases, which `pagrpo.merged` would decode without"
@@ -728,7 +728,7 @@ def resumable(name, start, steps, model, optimizer, args, curves):
             if adamw_steps() == before:
                 save_checkpoint(step, model, optimizer, args.output)
             raise
-        if is_first() and step % args.show_every == 0:
+        if is_first() and (step + 1) % args.show_every == 0:
             plot_curves(curves, args.output)
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             save_checkpoint(step + 1, model, optimizer, args.output)

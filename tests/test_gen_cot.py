@@ -150,7 +150,7 @@ def test_fields_that_no_stage_follows_are_told(tmp_path, capsys):
     rows = [changed(start_time=6.0, end_time=8.0), RECORD, changed(video_start=0.5)]
     load_records(dump(tmp_path / "parts.json", rows))
     said, = capsys.readouterr().out.splitlines()
-    assert said.startswith("2 records name a part of their clip (end_time, start_time)")
+    assert said.startswith("2 records name a part of their clip (end_time, start_time, video_start)")
     load_records(dump(tmp_path / "whole.json", [RECORD]))
     assert capsys.readouterr().out == ""
 

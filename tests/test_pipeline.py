@@ -179,7 +179,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(clone, monkeypatch, capsy
         patch.setattr(sft, "optimiser_step", killed)
         run_here(clone, patch, f"{command} --output runs/killed/{stage}")
     folder = clone / "runs/killed" / stage
-    assert {file.name for file in folder.iterdir()} == logs | {"checkpoint.pt", "curves.png"}
+    assert {file.name for file in folder.iterdir()} == logs | {"checkpoint.pt"}
 
     capsys.readouterr()
     run_here(clone, monkeypatch, f"{command} --output runs/killed/{stage} --resume")
@@ -218,7 +218,7 @@ def test_a_judge_that_refuses_costs_no_update(clone, monkeypatch, capsys):
     with pytest.raises(UserError, match="The judge has had enough."):
         run_here(clone, monkeypatch, command)
     assert {file.name for file in (clone / "runs/refused").iterdir()} == {
-        "checkpoint.pt", "curves.png", "metrics.jsonl", "rollouts.jsonl", "run.json"}
+        "checkpoint.pt", "metrics.jsonl", "rollouts.jsonl", "run.json"}
     run_here(clone, monkeypatch, command + " --resume")
     assert "Going on from step 2." in capsys.readouterr().out
     rows = gen_cot.read_json(clone / "runs/refused/metrics.jsonl")

@@ -497,7 +497,7 @@ def settings(output=None, **changes):
     """What `train` and `sft_step` read of the command line."""
     defaults = dict(prompt_file=None, checkpointing=False, lr=1e-3, max_grad_norm=5.0, epochs=1, batch_size=4,
                     micro_batch=4, seed=0, output=output, process_agnostic=False, num_frames=16, max_pixels=4,
-                    workers=1, resume=False, save_every=100, held_out=0.02,
+                    workers=1, resume=False, save_every=100, show_every=25, tracker=None, held_out=0.02,
                     max_prompt_tokens=None, base="data/toy/base")
     return SimpleNamespace(**(defaults | changes))
 

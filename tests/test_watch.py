@@ -46,7 +46,7 @@ def test_adapters_are_kept_looked_at_and_taken_by_evaluate(toy_records, tmp_path
 
 
 def test_curves_are_drawn_while_a_run_goes_on(toy_records, tmp_path, monkeypatch):
-    """From the first step on, without an empty axis; SFT's, too."""
+    """Without an empty axis; SFT's, too."""
     drawn, draw = [], sft.plot_curves
 
     def watched(curves, folder):
@@ -56,13 +56,13 @@ def test_curves_are_drawn_while_a_run_goes_on(toy_records, tmp_path, monkeypatch
     monkeypatch.setattr(sft, "plot_curves", watched)
     run(RL + "--updates 4 --show-every 2 --held-out 0 --beta 0", tmp_path / "rl", toy_records, monkeypatch)
     # neither KL nor fixed prompts: six of eight curves, in two lines of three
-    assert drawn == [(1, (1200, 600)), (3, (1200, 600)), (4, (1200, 600))]
+    assert drawn == [(2, (1200, 600)), (4, (1200, 600)), (4, (1200, 600))]  # and at the end
     drawn.clear()
     rows = [dict(row, observation="o", process="t") for row in gen_cot.read_json(
         Path(toy_records[0]["media"]).parents[1] / "records.json")]
     gen_cot.write_jsonl(tmp_path / "cot.jsonl", rows)
     run(f"sft.py --batch-size 4 --show-every 2 --data {tmp_path}/cot.jsonl", tmp_path / "sft", toy_records, monkeypatch)
-    assert [size for _, size in drawn] == [(800, 300)] * len(drawn) and drawn[0][0] == 1 and len(drawn) > 1
+    assert [size for _, size in drawn] == [(800, 300)] * len(drawn) and drawn[0][0] == 2 and len(drawn) > 1
 
 
 def test_tensorboard_gets_every_row_of_the_log(toy_records, tmp_path, monkeypatch):
