@@ -19,8 +19,9 @@ E3. The 95 % intervals and the p of a comparison come from a bootstrap over medi
     are drawn together. Near 95 % right on 30 media such an interval is too short and covers the truth too
     rarely.
 E4. An output without a complete answer block is scored as a whole, here and nowhere else, as the peers do.
-    If it has begun the template it gets 0: a thought that was cut off is no answer. `no tag` in the table is
-    the share of all outputs without a complete answer block.
+    If it has begun the template it gets 0: a thought that was cut off is no answer. (What follows a whole
+    thought can be one in scoring "lenient".) `no tag` in the table is the share of all outputs without a
+    complete answer block.
 E5. Every question counts. One whose medium is missing or unreadable is answered wrongly, and the table has
     their number. Open-ended questions, which the paper doesn't score, are left out.
 E6. A trace is a mismatch (Table 6) where the option that its think segment settles on is not its answer.
@@ -248,7 +249,7 @@ def read_completions(path):
     """The rows of a file of completions: ours, or the .json that Video-R1's, VideoRFT's or EasyVideoR1's
     evaluation writes, {"results": [{…, "output"}]}. UserError for any other."""
     path, ours = Path(path), Path(path).suffix != ".json"
-    rows = read_jsonl(path) if ours else json.loads(path.read_text("utf-8"))
+    rows = read_jsonl(path) if ours else json.loads(path.read_text("utf-8-sig"))
     rows = rows["results"] if "results" in rows else rows
     first = rows[0] if rows and isinstance(rows, list) else rows
     fields = "problem", "problem_type", "path", "data_type", "solution", "completion" if ours else "output"
@@ -380,8 +381,9 @@ def score_row(row, scoring):
     """A row with its `trace` and its scores: `score`, `strict` (VSI in the paper's way), `no_tag`,
     `template`."""
     text, kind, gold = row["completion"] or "", row["problem_type"], gold_answer(row["solution"])
-    trace, begun = parse_trace(text), "<observation>" in text or "<think>" in text
-    answer = "" if trace.answer is None and begun else gold_answer(text)  # its answer block, else all (E4)
+    trace, rest = parse_trace(text), text.rpartition("</think>")[2] if scoring == "lenient" else text
+    begun = "<observation>" in rest or "<think>" in rest
+    answer = trace.answer if trace.answer is not None else "" if begun else rest  # E4
     score = strict = answer_score(kind, answer, gold, scoring, row["options"])
     if kind == "regression" and bench_of(row["file"]).mra:
         if scoring == "lenient" and "" not in (bare := without_units(answer, gold)):
@@ -430,10 +432,9 @@ def interval(metric, columns):
 
 def columns_of(rows, bench):
     """What a metric needs of scored rows: dict of arrays (questions,)."""
-    columns = {"group": np.array([bench.group(row) for row in rows])}
+    columns = {k: np.array([row[k] for row in rows]) for k in ("score", "strict", "problem_type", "path")}
+    columns["group"] = np.array([bench.group(row) for row in rows])
     columns["task"] = np.array([bench.task(group) for group in columns["group"]])
-    for name in ("score", "strict", "problem_type", "path"):
-        columns[name] = np.array([row[name] for row in rows])
     return columns
 
 
@@ -532,7 +533,7 @@ def answer_one(args):
     yellow, the answer in green."""
     if not args.media or not args.media.exists():
         raise UserError("--ask wants --media: a picture, a clip or a folder of frames that is there.")
-    is_image = gen_cot.Image.registered_extensions().get(args.media.suffix.lower()) in gen_cot.STILL_FORMATS
+    is_image = gen_cot.Image.registered_extensions().get(args.media.suffix.lower()) in gen_cot.IMAGE_FORMATS
     record = dict(problem=args.ask, problem_type="multiple choice" if args.options else "free-form",
                   options=label_options(list(args.options)), data_type="image" if is_image else "video",
                   media=str(args.media), path=args.media.name)

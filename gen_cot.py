@@ -520,8 +520,7 @@ def as_text(value):
     """A field as a text. pandas writes 3.0 for 3 next to a gap."""
     if isinstance(value, (list, dict)):
         raise ValueError(f"{value} is no text")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
     return "" if value is None else strip_invisible(str(value))
 
 
@@ -609,7 +608,6 @@ FACTOR = 28  # one visual token covers 28 × 28 pixels: patches of 14, merged tw
 IMAGE_PIXELS = (4 * FACTOR**2, 256 * FACTOR**2)  # least and most pixels of a still image
 VIDEO_PIXELS = 128 * FACTOR**2  # to which smaller frames of a clip are enlarged, as the peers do
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # others could start programs
-STILL_FORMATS = set(IMAGE_FORMATS) - {"GIF"}
 VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,asf,flv,ogg,gif,h264,hevc,ivf,dv,mxf,rm"
 SEEK_OVER = 32  # frames; to jump over fewer costs more than to decode them
 DECODE_TIMEOUT = 60  # seconds for one medium

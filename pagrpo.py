@@ -147,8 +147,7 @@ class Args(sft.TrainingFlags):
 
 def get_args():
     args = gen_cot.parse_args(Args, TINY, "pagrpo", __doc__)
-    if args.algorithm == "grpo":
-        args.without = "perception"
+    args.without = "perception" if args.algorithm == "grpo" else args.without
     # the rows of P7 that are marked * have one advantage for all tokens
     args.loss_average = args.loss_average or ("segment" if args.without in (None, "length") else "completion")
     args.prompts_per_rollout = args.prompts_per_rollout or args.prompts_per_update

@@ -402,6 +402,12 @@ def option_index(answer, options, letters):
     return None if is_list else labelled_by(label)
 
 
+def unwrap_answer(answer):
+    """An answer without bold face and the box of LaTeX."""
+    boxed = re.findall(r"\\(?:boxed|text\w*|math\w*)\{([^{}\\]*)\}", answer)
+    return re.sub(r"\*\*(.+?)\*\*", r"\1", boxed[-1] if boxed else answer).strip("* \n")
+
+
 def option_words(text):
     """`normalise_text`, but a sign before a digit counts."""
     text = re.sub("[−–－]", "-", text)
@@ -456,26 +462,23 @@ def load_prompt(file, default, fields):
 # --- scoring "lenient": one reader of loose answers (R4) ----------------------------------------------------
 
 # what denies, hedges, compares or asks
-UNCLEAR = re.compile(r"(?i)[?不]|n['’]t\b|\b(?:not|neither|nor|or|either|wrong|incorrect|false|unlike|"
-                     r"than|except|without|instead|maybe|perhaps|might|could|exclude|eliminate|ruled? out)\b")
-BE = r"(?:is|seems|(?:would|should|must) be)"
-ANNOUNCED = [re.compile(rf"(?:(?:{words})(?:\W*?\b{BE}\b|['’]s\b|[是为])?[\s:：*,]*)+", re.I) for words in (
-    r"\banswer\b|答案", "=", r"\b(?:option|choice|choose|pick|letter|go with|it)\b|选项?",
-    r"\b(?:so|thus|hence|therefore)\b")]  # with verb and colon: "the answer is: ", "=", "option ", "so, "
-# where a remark begins: ", because …"; " is right"; a comma or a new line, unless another label follows
-REMARK = re.compile(rf",?\s+(?i:because|since|as|for|not|rather|{BE} (?:the )?(?:(?!not)\w+ )?(?:right|"
-                    r"correct|answer))\b|,\s(?!.*(?:\b[A-N]\b|\b[a-n]\W*\Z|\d))|"
-                    r"\n(?!(?s:.*)\b[A-N][).:])")
-NUMBER = re.compile(r"(?<![\w.^])([-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?)"
-                    r"\.?\s*([%°]|[^\W\d_]+)?")  # -1,200.5 cm
+UNCLEAR = re.compile(r"(?i)[?不非或]|n['’]t\b|\b(?:not|cannot|never|no longer|n?either|n?or|wrong|incorrect|"
+                     r"false|unlike|than|if|except|without|instead|maybe|perhaps|might|could|doubt|least|"
+                     r"absent|missing|(?:exclud|eliminat|reject|dismiss)\w*|rul\w+ out)\b")
+BE = r"(?:is|seems|(?:would|should|must|will) be)(?: (?:most )?(?:likely|probably|clearly|indeed))?"
+# with verb and colon: "the answer is: ", "=", "option ", "so, "
+ANNOUNCED = [re.compile(rf"(?i)(?:(?:{words})(?:\W*?\b{BE}\b|['’]s\b|[是为])?[\s:：*,]*)+") for words in (
+    r"\banswer\b|答案", "=", r"\b(?:option|choice|choose|select|pick|letter|go with|it)\b|选项?",
+    r"\b(?:so|thus|hence|therefore|final)\b")]
+# where a remark begins: ", because …"; " is right"; a comma, a sentence's end or a new line, where no label
+# follows
+REMARK = re.compile(rf",?\s\(?(?i:because|since|as|for|not|rather|{BE} (?:the )?(?:best |most likely )?(?:"
+                    r"right|correct|answer))\b|(?:[,;]|(?<=\w\w)[.!])\s(?!.{0,99}(?:\b[A-N]\b|\b[a-n]\W*\Z|"
+                    r"\d))|\n(?!(?s:.*)\b[A-N](?:[).:\n]|\Z))")
+NUMBER = re.compile(r"(?<![A-Za-z\d_.^<>≤≥≠√])([-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+|(?=\.\d))(?:\.\d+)?"
+                    r"(?:[eE][-+]?\d+)?)(?![\d²³½^])\.?\s*([%°]|[^\W\d_]+)?")  # -1,200.5 cm
 # after a number these are no unit: a letter but g, h, m and s; "million" and the like
-MULTIPLIER = re.compile(r"[A-Za-fi-ln-rt-zπ]|[百千万亿].*|(?i:hundred|thousand|.+illion|dozen|half|pi)")
-
-
-def unwrap_answer(answer):
-    """An answer without bold face and the box of LaTeX."""
-    boxed = re.findall(r"\\boxed\{(?:\\(?:text|mathrm)\w*\{)?([^{}\\]*)\}", answer)
-    return re.sub(r"\*\*(.+?)\*\*", r"\1", boxed[-1] if boxed else answer).strip("* \n")
+MULTIPLIER = re.compile(r"[A-Za-fi-ln-rt-zπ]|[百千万亿萬億].*|(?i:(?:hundred|thousand|.+illion|dozen)s?|half|pi)")
 
 
 def pieces(answer):
@@ -488,13 +491,13 @@ def pieces(answer):
         *before, said = start.split(plain)
         most = 9 if start in ANNOUNCED[:2] else 1  # the last "answer is", but not "option A, option B"
         if 0 < len(before) <= most and not UNCLEAR.search(re.split(r"[,;.!?\n]", before[-1])[-1]):
-            yield from (said, re.split(r"[.!?;。]\s|\n", REMARK.split(said)[0])[0])
+            yield from (said, re.split(r"[.!;]\s|[。，；\n]", REMARK.split(said)[0])[0])
     yield REMARK.split(plain)[0]
 
 
 def read_number(answer):
     """(number, unit), two texts, of the first piece that has one number, and does not deny or compare it."""
-    for piece in pieces(answer.replace("\u2212", "-")):
+    for piece in pieces(re.sub(r"[−–](?=\d)", "-", answer)):
         found = NUMBER.findall(piece)
         if len(found) == 1 and not UNCLEAR.search(piece):
             return re.sub("[, ]", "", found[0][0]), found[0][1]
@@ -513,15 +516,17 @@ def option_key(answer, options, loose=False):
     """What a multiple-choice answer picks: the letter of the option's place. If it picks none, its own words,
     normalised. Without options it can pick any letter. loose: also what one of its `pieces` picks, or the
     only option whose whole text is in it."""
+    texts = [text for _, text in read_labels(options or [])] or options or []
+    clear = lambda piece, text: not loose or not UNCLEAR.search(piece.lower().replace(text.lower(), ""))
     for piece in pieces(answer) if loose else [answer]:
         index = option_index(piece, options or [], LETTERS[:len(options or LETTERS)])
-        if index is not None:
+        if index is not None and clear(piece, texts[index] if texts else ""):
             return LETTERS[index]
-    texts = [text for _, text in read_labels(options or [])] or options or []
-    held = [text for text in texts if loose and f" {option_words(text)} " in f" {option_words(answer)} "]
-    # without those that a longer one contains, as "a red car" contains "car"
-    held = [text for text in held if not any(text in other and text != other for other in held)]
-    if len(held) == 1 < len(held[0]) and not UNCLEAR.search(answer.lower().replace(held[0].lower(), "")):
+    # the options in it, but not "5 m" in "2.5 m", nor "no" or "a" in a sentence
+    held = [text for text in texts if loose and (len(text) > 2 or text.isdigit()) and re.search(
+        rf"(?i)(?<![\w.,^/+-]){re.escape(text)}(?![\w/^]|[.,]\d)", answer)]
+    held = [text for text in held if not any(text in longer and text != longer for longer in held)]
+    if len(held) == 1 and clear(answer, held[0]):
         return LETTERS[texts.index(held[0])]
     return normalise_text(unwrap_answer(answer))
 

@@ -483,7 +483,7 @@ def test_the_last_table_has_a_line_for_each_model_with_all_files(folder, capsys)
 
 def test_a_thought_that_was_cut_off_is_no_answer():
     for text, score in (("<think>The answer is A", 0), ("<observation>o</observation> <think>so A", 0), ("The answer is A", 1),
-                        ("<observation>A", 0), ("thoughts</think> A", 0)):
+                        ("<observation>A", 0), ("thoughts</think> A", 1), ("<think>t</think>\nThe answer is A", 1)):
         assert evaluate.score_row(answered(question(), text), "lenient")["score"] == score, text
 
 

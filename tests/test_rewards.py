@@ -225,9 +225,21 @@ def test_lenient_reads_what_a_sentence_settles_on(answer):
     "either B or C", "B?", "Is it B?", "B is not correct", "B and C", "B/C", "b, c", "不是B", "答案不是B", "B is wrong",
     "Rule out B", "All except B", "The answer could be A or B", "The answer is A, not B", "A rather than B",
     "B is less likely than A", "not a blue van", "a red car or a blue van", "a blue van and 12", "Incorrect: B",
-    "A because B is blue", "The answer is BC", "A. a red car B) a blue van"])
+    "A because B is blue", "The answer is BC", "B is the wrong answer", "B is less correct", "I cannot choose B",
+    "I doubt the answer is B", "It cannot be a blue van", "a blue van is absent", "I reject option B", "A: no\nB: yes",
+    "The answer is B? No, it is C.", "A\nB\nC", "A: incorrect", "A. a red car B) a blue van"])
 def test_lenient_reads_nothing_that_is_denied_or_one_of_two(answer):
     assert score("multiple choice", answer, "B", "lenient", OPTIONS) == 0
+
+
+@pytest.mark.parametrize("options, answer, letter", [
+    (["3 m", "5 m"], "The distance is 5 m.", "B"), (["3 m", "5 m"], "The distance is 2.5 m.", ""), (["5", "7"], "-5", ""),
+    (["$10", "$20"], "It costs $10,000", ""), (["yes", "no"], "No. The car stops.", "B"), (["yes", "no"], "No, never.", "B"),
+    (["yes", "no"], "I have no idea", ""), (["Left", "Right"], "It moves to the left.", "A"),
+    (["He did not do it", "He did it"], "A. He did not do it.", "A"), (["He did not do it", "He did it"], "He did not do it!", "A")])
+def test_an_options_text_counts_where_it_is_whole_and_meant(options, answer, letter):
+    labelled = [f"{name}. {text}" for name, text in zip("AB", options)]
+    assert [name for name in "AB" if score("multiple choice", answer, name, "lenient", labelled)] == [*letter]
 
 
 def test_of_two_option_texts_in_an_answer_the_one_that_holds_the_other_counts():
@@ -320,7 +332,7 @@ def test_lenient_numerical(answer, gold, expected):
 
 
 @pytest.mark.parametrize("answer, gold", [
-    ("There are 7 lamps on the wall.", "7"), ("roughly 7 lamps", "7"), ("7灯", "7"), ("答案是 7 米", "7"), ("≈7.5m", "7.5"),
+    ("There are 7 lamps on the wall.", "7"), ("roughly 7 lamps", "7"), ("7灯", "7"), ("一共有7把椅子", "7"), ("–7", "-7"), ("答案是 7 米", "7"), ("≈7.5m", "7.5"),
     ("7.5 square feet", "7.5"), ("7.5 m²", "7.5"), ("7.5 m2", "7.5"), ("30 degrees Celsius", "30"), ("30 °C", "30"),
     ("Area = 3 m × 4 m = 12 m²", "12"), ("1 + 2 = 3", "3"), ("[7]", "7"), (r"\(7\)", "7"), ("7, not 8", "7"),
     ("The total is 7, since 3 and 4 are lit", "7"), ("The answer is -7.", "-7"), (".5", ".5"), ("7€", "7"),
@@ -331,7 +343,8 @@ def test_lenient_reads_the_number_of_a_sentence(answer, gold):
 
 @pytest.mark.parametrize("answer", [
     "7 or 8", "7 to 8", "7-8", "7, 8", "between 7 and 8", "not 7", "It isn't 7", "more than 7", "7?", "maybe 7", "7/8",
-    "7:30", "7 thousand", "7 Million lamps", "7k", "7万", "7 half", "the answer is not 7", "A7", "lamps 7 and 8"])
+    "7:30", "7 thousand", "7 Million lamps", "7k", "7万", "7 half", "7 dozens",
+    "<7", "≥7", "√7", "7²", "7^2", "7或8", "–7", "never 7", "at least 7", "the answer is not 7", "A7", "lamps 7 and 8"])
 def test_lenient_reads_no_number_that_is_denied_or_one_of_two(answer):
     assert score("numerical", answer, "7", "lenient") == 0
 
