@@ -3,7 +3,7 @@ pagrpo.py's own --probe.
 
     python tests/bench_gpu.py                    # both shapes, completions of 512 and 768, on a GPU
     python tests/bench_gpu.py --shapes small     # the same script on a shape that a CPU can run
-    python tests/bench_gpu.py --projection       # only the arithmetic below; needs no GPU
+    python tests/bench_gpu.py --projection       # only floors and counted memory; needs no GPU
     python tests/bench_gpu.py --memory-limit 12 --lora-rank 16 --prompts-per-rollout 2 \\
         --completions-per-pass 2
 
@@ -26,19 +26,14 @@ L layers, D hidden, V vocabulary, B prompts of P tokens, G completions of T toke
     judge      prefill B G prompts of J tokens, then decode 256 times as above
     update     B passes over P + G T tokens, and the forward part once more for the reference
 
-The memory that is projected, with I intermediate, r LoRA parameters, S = P + C T the tokens of a pass over C
-completions; nothing for fragmentation or the driver:
-
-    always     0.52 N for the 4-bit layers, 2 bytes for each other weight, 16 r for LoRA, its gradients and
-               AdamW's two moments in float32, 4 r more for the reference
-    rollout    the cache of the rows sampled together, their logits in float32 and float64, and, small next to
-               them, 8 I bytes for each token of the one prompt that is prefilled
-    judge      the same for as many judgements of 256 tokens
-    update     2 S D L for the checkpoints; of the one layer that is recomputed 22 S I + 40 S D; 1 GiB for a
-               chunk of logits with its softmax and gradients
-    SFT        the same with the S tokens of a micro-batch, a prompt and a trace of 1024 tokens each
+The memory is counted by running this same script on a model of fake tensors (count_memory.py), with the
+three kinds of tensors that take most at each phase's peak, next to weights, adapters and AdamW's moments.
+FRAGMENTATION and CONTEXT are the margin for what a count can't see.
 """
 import argparse
+import contextlib
+import copy
+import io
 import math
 import sys
 import time
@@ -55,6 +50,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import pagrpo  # noqa: E402
 import sft  # noqa: E402
 from bench import naive_logprobs  # noqa: E402
+from count_memory import faked  # noqa: E402
 from rewards import make_judge  # noqa: E402
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied head; the vision tower
@@ -67,6 +63,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, 
 }
 TOY = ROOT / "data/toy/base"  # lends its tokenizer
 DEVICE = [] if torch.cuda.is_available() else ["--device", "cpu"]
+FRAGMENTATION, CONTEXT = 0.05, 1.0  # a share of what is counted; GiB
 SHARED = ("lora_rank", "no_4bit", "num_frames", "max_pixels")  # flags of pagrpo.py and sft.py
 
 
@@ -147,23 +144,15 @@ def sizes(config, args):
             (args.prompts_per_update, args.num_generations, args.max_completion_tokens))
 
 
-def memory(config, args, P, J):
-    """{phase: GiB} of the projection in the docstring, for prompts of P tokens and judge prompts of J."""
-    (D, I, L, V, kv, N), (B, G, T) = sizes(config, args)
-    with torch.device("meta"):
-        total = sum(p.numel() for p in Qwen2_5_VLForConditionalGeneration(config).parameters())
-    r = args.lora_rank * L * (2 * (D + D) + 2 * (D + kv) + 3 * (D + I))
-    rows, always = G * args.prompts_per_rollout, 0.52 * N + 2 * (total - N) + 20 * r
-
-    def decode(tokens, new):
-        return always + rows * ((tokens + new) * 4 * L * kv + 24 * V) + 8 * I * tokens
-
-    def backward(S):
-        return always + 2 * S * D * L + 22 * S * I + 40 * S * D + 2**30
-
-    return {"rollout": decode(P, T) / 2**30, "judge": decode(J, 256) / 2**30,
-            "update": backward(P + (args.completions_per_pass or G) * T) / 2**30,
-            "SFT": backward(P + 1024) / 2**30}
+def count(config, args, dtype=torch.bfloat16):
+    """{phase: Peak} of both stages, counted on fake tensors. Of the prompts, only those that are sampled
+    together take part, and two at least: another would add its embeddings, 10 MiB at 7B."""
+    args = copy.copy(args)
+    args.prompts_per_update = min(args.prompts_per_update, max(2, args.prompts_per_rollout))
+    with contextlib.redirect_stdout(io.StringIO()), faked(config, dtype) as peaks:
+        time_sft(args)
+        pagrpo.main(args)
+    return peaks
 
 
 def prompt_lengths(config, args):
@@ -261,7 +250,7 @@ def main():
     parser.add_argument("--shapes", nargs="+", default=["7b", "3b"], choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 768], help="completion limits, T")
     parser.add_argument("--projection", action="store_true",
-                        help="only print floors and memory, for an assumed device: 150 Tflop/s, 1 TB/s")
+                        help="only floors, for an assumed 150 Tflop/s and 1 TB/s, and the count")
     parser.add_argument("--memory-limit", type=float, metavar="GIB",
                         help="let PyTorch have so much of the GPU; the CUDA context comes on top")
     own, rest = parser.parse_known_args()
@@ -279,21 +268,29 @@ def main():
             args = pagrpo.get_args()
             config = use_random_weights(shape)
             print(f"\n{shape}, completions of {tokens}")
+            peaks = count(config, args, torch.bfloat16 if own.projection else sft.pick_device()[1])
             if not own.projection:
                 measured, rows = {"SFT": time_sft(args)}, pagrpo.main(args)
                 for phase in ("rollout", "judge", "update"):
                     measured[phase] = rows[f"sec/{phase}"], rows[f"gib/{phase}"]
                 compare_passes(args)
             P, J = prompt_lengths(config, args)
-            floor, projected = floors(config, args, P, J, *speed), memory(config, args, P, J)
-            print(f"prompts of {P} tokens, the judge's of {J}\n{'':<10}{'floor':>10}{'projected':>14}"
+            floor = floors(config, args, P, J, *speed)
+            print(f"prompts of {P} tokens, the judge's of {J}\n{'':<10}{'floor':>10}{'counted':>14}"
                   + ("" if own.projection else f"{'measured':>11}{'of floor':>10}{'measured':>14}"))
             for phase in floor:
-                row = f"{phase:<10}{floor[phase]:>8.2f} s{projected[phase]:>10.1f} GiB"
+                row = f"{phase:<10}{floor[phase]:>8.2f} s{peaks[phase].total:>10.2f} GiB"
                 if not own.projection:
                     seconds, gib = measured[phase]
                     row += f"{seconds:>9.2f} s{floor[phase] / seconds:>10.0%}{gib:>10.2f} GiB"
                 print(row)
+            most = peaks["SFT"].total, max(peaks[phase].total for phase in ("rollout", "judge", "update"))
+            needed = [(1 + FRAGMENTATION) * gib + CONTEXT for gib in most]
+            print(f"with {FRAGMENTATION:.0%} for fragmentation and {CONTEXT:.0f} GiB for the CUDA context: "
+                  f"SFT {needed[0]:.1f}, RL {needed[1]:.1f} GiB")
+            for phase, peak in peaks.items():
+                print(f"{phase}: {peak.fixed:.2f} GiB of weights, adapters and moments, and")
+                print(*(f"    {line}" for line in peak.largest), sep="\n")
             if not own.projection:
                 drawn = args.prompts_per_update * args.num_generations * tokens
                 print(f"rollout: {drawn / measured['rollout'][0]:.0f} tokens/s")
