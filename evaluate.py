@@ -59,7 +59,7 @@ class Args(sft.ModelFlags):
     num_frames: int = 32  # most frames per video (paper: 32 for inference)
     min_frames: int | None = None  # least frames per video that has them (default: 4; pass 32 for always 32)
     max_pixels: int = 256  # most pixels per frame of a video, in units of 28x28 (paper: 256 for inference)
-    adapters: tuple[str, ...] = ()  # folders, none, or files of completions (default: none, runs/<model>/…)
+    adapters: tuple[str, ...] = ()  # folders (runs/<model>/NAME as NAME), none, files of completions
     server: str | None = None  # openai:MODEL@BASE_URL, which decodes in place of base and adapters
     server_extra: str | None = None  # fields of a request (default: {"temperature": 0, "max_tokens": …})
     ask: str | None = None  # only: answer this question about --media, with each adapter
@@ -97,7 +97,7 @@ def main(args):
         return print_agreement(args.judge_agreement, judge)
     if args.html:
         return write_page(args.html, judge, args)
-    if args.ask:
+    if args.ask is not None or args.media:
         return answer_one(args)
     gen_cot.lock(args.output)
     print(f"Adapters: {', '.join(args.adapters)}; by default none, and sft and pagrpo of {args.run_dir}.")
@@ -531,8 +531,8 @@ def trace_pieces(text):
 def answer_one(args):
     """Answers --ask about --media with each adapter, on screen: the observation in cyan, the thought in
     yellow, the answer in green."""
-    if not args.media or not args.media.exists():
-        raise UserError("--ask wants --media: a picture, a clip or a folder of frames that is there.")
+    if not args.ask or not args.media or not args.media.exists():
+        raise UserError("--ask QUESTION wants --media: a picture, a clip or a folder of frames.")
     is_image = gen_cot.Image.registered_extensions().get(args.media.suffix.lower()) in gen_cot.IMAGE_FORMATS
     record = dict(problem=args.ask, problem_type="multiple choice" if args.options else "free-form",
                   options=label_options(list(args.options)), data_type="image" if is_image else "video",
@@ -604,7 +604,7 @@ def mismatch(rows, judge):
 def print_agreement(file, judge):
     """Table 4: the judge's verdicts next to human labels."""
     records = gen_cot.load_records(file)
-    assert all(record["label"] in (True, False) for record in records), "a label is true or false"
+    assert judge and all(r.get("label") in (True, False) for r in records), "--judge, and booleans as labels"
     verdicts = ask_judge(judge, records, [record["observation"] for record in records])
     said = [verdict and verdict >= RIGHT for verdict in verdicts]  # None stays None
     counts = collections.Counter((record["label"], verdict) for record, verdict in zip(records, said))
@@ -615,8 +615,8 @@ def print_agreement(file, judge):
     columns = dict(zip(("path", "label", "said"), map(np.array, zip(*known))))
     columns["agreed"] = columns["label"] == columns["said"]
     agreement, half, _ = interval(mean_of("agreed"), columns)
-    print(f"agreement {100 * agreement:.1f} ± {100 * half:.1f} % of {len(known)} verdicts, Cohen's kappa "
-          "{:.2f} ± {:.2f}".format(*interval(kappa, columns)))
+    told = f"agreement {100 * agreement:.1f} ± {100 * half:.1f} % of {len(known)} verdicts, Cohen's kappa "
+    print((told + "{:.2f} ± {:.2f}".format(*interval(kappa, columns))).replace(" ± nan", ""))
 
 
 def kappa(columns, weights):
@@ -632,6 +632,7 @@ def print_comparison(a, b, scoring):
     first = {key_of(row): score_row(row, scoring) for row in read_completions(a)}
     second = {key_of(row): score_row(row, scoring) for row in read_completions(b)}
     pairs = [(first[key], second[key]) for key in first if key in second]
+    assert pairs, f"{a} and {b} share no question, by its id, its text, its options and its path"
     print(f"A is {a}, {len(first)} questions. B is {b}, {len(second)}. They share {len(pairs)}.\n\n"
           "| file | questions | A | B | B − A | p |\n|---|---|---|---|---|---|")
     for file in sorted({row["file"] for row, _ in pairs}):

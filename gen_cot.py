@@ -389,8 +389,7 @@ def judge_from(args, generate=None):
     Raises UserError where it gives no verdict."""
     make = functools.partial(make_judge, args.judge, args.judge_prompt_file, generate)
     trial = dict(problem="What colour is the car?", problem_type="free-form", solution="red")
-    remote = str(args.judge).startswith(("anthropic:", "openai:"))
-    if remote and make()([trial], ["The car is red."])[0] is None:
+    if str(args.judge).startswith(("anthropic:", "openai:")) and make()([trial], ["A red car."])[0] is None:
         raise UserError(f"The judge {args.judge} gave no verdict on a question of trial: see above.")
     cache = f"runs/judge-cache-{os.environ.get('RANK', 0)}.jsonl"  # one file a rank
     return make(cache=cache, max_calls=args.judge_max_calls)
@@ -453,8 +452,8 @@ def load_records(paths, media_root=None, left_out=(), lost_golds=False):
     # tell of fields that name a part of a clip, which no stage uses, and of folders of frames without a rate
     fields = sorted(filter(PART.fullmatch, {field for record in records for field in record}))
     parts = sum(not record.keys().isdisjoint(fields) for record in records)
-    rates = [record for record in records if media_root and not frame_rate(record)
-             and record["data_type"] == "video" and os.path.isdir(record["media"])]
+    rates = [r for r in records if media_root and not (r.get("fps") or r.get("sample_fps"))
+             and r["data_type"] == "video" and os.path.isdir(r["media"])]
     if parts:
         print(f"{parts} records name a part of their clip ({', '.join(fields)}), but the whole clip is used.")
     if rates:
@@ -562,11 +561,6 @@ def media_path(media_root, path):
         names += [unicodedata.normalize("NFD", name) for name in names]
     media = [f"{media_root}/{name}" for name in names]
     return next(filter(os.path.exists, media), media[0])
-
-
-def frame_rate(record):
-    """The frames per second that a record names, or None."""
-    return record.get("fps") or record.get("sample_fps")
 
 
 def select_records(args):
@@ -783,7 +777,7 @@ def read_media(record, num_frames=16, max_pixels=128, min_frames=4):
     if record["data_type"] == "image":
         return read_image(record["media"]), None
     if os.path.isdir(record["media"]):
-        rate = frame_rate(record) or FOLDER_FPS
+        rate = record.get("fps") or record.get("sample_fps") or FOLDER_FPS
         return read_folder(record["media"], num_frames, max_pixels * FACTOR**2, rate, min_frames)
     return read_frames(record["media"], num_frames, max_pixels * FACTOR**2, min_frames)
 

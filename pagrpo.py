@@ -108,7 +108,6 @@ TINY = dict(data="data/toy/rl.jsonl", media_root="data/toy", max_pixels=4, judge
             prompts_per_update=8, max_completion_tokens=112, perception_length=(16, 64),
             reasoning_length=(16, 64), lr=8e-4, lora_rank=32, checkpointing=False, show_every=10,
             held_out=0.05)
-FIXED = 48  # prompts of held-out media for the `fixed/…` curves, at most; the same for every --seed
 
 
 @dataclass
@@ -193,8 +192,9 @@ def train(model, tokenizer, records, judge, args):
     optimizer = sft.setup_training(model, args)
     start = sft.load_checkpoint(model, optimizer, run, args)
     unanswered = 0  # updates in a row
-    # A few of the prompts about held-out media are for the curves. All others are trained on, over and over.
-    fixed = gen_cot.draw(fixed, FIXED, seed=0)
+    # Up to 48 prompts about held-out media are for the curves, the same ones for every --seed. The others are
+    # trained on, over and over.
+    fixed = gen_cot.draw(fixed, 48, seed=0)
     print(f"{len(fixed)} prompts of held-out media for the curves")
     # by default the tokens of a question of 300 words with all frames
     limit = args.max_prompt_tokens or len(sft.worst_prompt(tokenizer, config, args)[1].input_ids)
@@ -239,7 +239,7 @@ def train(model, tokenizer, records, judge, args):
     kept = [row for row in rows if row.get("kept") and row.get("fixed/reasoning") is not None]
     if kept:
         best = max(kept, key=lambda row: row["fixed/reasoning"])
-        print(f"Of the adapters kept, {best['kept']} answers the held-out prompts best: report it on others.")
+        print(f"{best['kept']} answers the held-out prompts best. They chose it: report it on other ones.")
     gen_cot.print_stats("judge", judge)
 
 
@@ -667,8 +667,9 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
 
     def feed(embeds, positions, part, mask=None):  # (n, tokens, D), (3, n, tokens) -> (n, D) of the last
         # transformers 5.24, which is pinned, calls it `cache`; earlier ones called it past_key_values
+        # a copy, as a view would keep all of a prompt's states
         return qwen.language_model(inputs_embeds=embeds, position_ids=positions, cache=part,
-                                   attention_mask={"full_attention": mask}).last_hidden_state[:, -1]
+                                   attention_mask={"full_attention": mask}).last_hidden_state[:, -1].clone()
 
     with merged(model):
         # prefill each prompt once, for all rows of its group

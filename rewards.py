@@ -324,6 +324,7 @@ def read_verdict(reply):
 def ask_judge(judge, records, observations):
     """The judge's verdicts. NaN and infinities, which a function of one's own may give, are unknown, too."""
     verdicts = judge(records, observations)
+    assert len(verdicts) == len(records), "a judge gives one verdict for each pair"
     return [None if verdict is None or not math.isfinite(verdict) else verdict for verdict in verdicts]
 
 

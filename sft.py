@@ -781,21 +781,22 @@ def start_tracker(args):
 
 
 def plot_curves(curves, folder, window=15):
-    """Draw `curves.png` from metrics.jsonl, running means; curves: {title: its keys in the log}. Those that
-    have no value so far are left out."""
+    """Draw `curves.png` from metrics.jsonl; curves: {title: its keys in the log}. Those that have no value so
+    far are left out. Of more values than `window`, running means are drawn."""
     rows = read_jsonl(folder / "metrics.jsonl")
     seen = {key for row in rows for key in row if row[key] is not None}
     curves = {title: keys for title, keys in curves.items() if seen.intersection(keys)}
     from matplotlib.figure import Figure  # a second to import; without pyplot, which would look for a screen
     lines, columns = max(1, math.ceil(len(curves) / 3)), max(1, min(len(curves), 3))
     figure = Figure(figsize=(4 * columns, 3 * lines), layout="constrained")
-    for axis, (title, keys) in zip(figure.subplots(lines, columns, squeeze=False).flat, curves.items()):
+    for n, (title, keys) in enumerate(curves.items(), 1):
+        axis = figure.add_subplot(lines, columns, n)  # one by one, as the last line may have fewer
         for key in keys:
             known = [row for row in rows if row.get(key) is not None]
-            values = [row[key] for row in known]
-            means = [np.mean(values[max(0, i - window + 1):i + 1]) for i in range(len(values))]
-            axis.plot([row["step"] for row in known], means, marker="." * (len(known) < window), label=key)
-        axis.set(title=title, xlabel="step")
+            values, span = [row[key] for row in known], window if len(known) > window else 1
+            means = [np.mean(values[max(0, i - span + 1):i + 1]) for i in range(len(values))]
+            axis.plot([row["step"] for row in known], means, marker="." * (span == 1), label=key)
+        axis.set(title=title, xlabel="step" if span == 1 else f"step; means of {window}")
         axis.legend(fontsize=6)
     figure.savefig(folder / "curves.png", dpi=100)
 

@@ -691,7 +691,7 @@ def test_a_question_of_ones_own_is_answered_by_each_adapter(clips, capsys, monke
 
 
 @pytest.mark.parametrize("media, says", [
-    ([], "wants --media"), (["--media", "nowhere.mp4"], "wants --media"),
+    ([], "wants --media"), (["--media", "nowhere.mp4"], "wants --media"), (["--ask", "", "--media", "media"], "wants --media"),
     (["--media", "media/damaged.mp4"], "damaged.mp4 can't be read")])
 def test_a_question_about_nothing_that_can_be_read_is_one_sentence(clips, media, says):
     with pytest.raises(UserError, match=says):

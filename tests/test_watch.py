@@ -33,7 +33,7 @@ def test_adapters_are_kept_looked_at_and_taken_by_evaluate(toy_records, tmp_path
     rows = run(RL + "--updates 5 --keep-every 2 --show-every 100", tmp_path / "rl", toy_records, monkeypatch)
     assert [row.get("kept") for row in rows] == [None, "adapter-000002", None, "adapter-000004", None]
     assert [row["step"] for row in rows if "fixed/reasoning" in row] == [0, 1, 3, 4]
-    assert "Of the adapters kept, adapter-00000" in capsys.readouterr().out
+    assert "answers the held-out prompts best" in capsys.readouterr().out
     folders = [tmp_path / "rl", *(tmp_path / "rl" / row["kept"] for row in rows if row.get("kept"))]
     weights = {(folder / "adapter_model.safetensors").read_bytes() for folder in folders}
     steps = [json.loads((folder / "run.json").read_text())["steps"] for folder in folders]
@@ -42,7 +42,7 @@ def test_adapters_are_kept_looked_at_and_taken_by_evaluate(toy_records, tmp_path
     assert [name for _, name in names.values()] == [
         f"PA-GRPO from the base ({folder.name})" for folder in folders]
     run(RL.replace("0.2", "0") + "--updates 2 --keep-every 1", tmp_path / "all", toy_records, monkeypatch)
-    assert "Of the adapters kept" not in capsys.readouterr().out  # nothing to choose by
+    assert "held-out prompts best" not in capsys.readouterr().out  # nothing to choose by
 
 
 def test_curves_are_drawn_while_a_run_goes_on(toy_records, tmp_path, monkeypatch):
