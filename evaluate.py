@@ -545,7 +545,8 @@ def answer_one(args):
     if args.base == gen_cot.MODELS["tiny"] and frames.shape[1:3] != (56, 56):
         print("The toy has only seen coloured signs and shapes of 56 x 56 pixels: this is scaled to that.")
         frames = np.stack([gen_cot.Image.fromarray(frame).resize((56, 56)) for frame in frames])
-    sft.setup_process(args)
+    if not args.server:
+        sft.setup_process(args)
     base = None if args.server else sft.load_base(args.base, not args.no_4bit)
     for adapter, (_, name) in row_names(args.adapters).items():
         (_, row), = rows_of(adapter, base, iter([(record, (frames, fps))]), {}, args)
