@@ -19,9 +19,9 @@ E3. The 95 % intervals and the p of a comparison come from a bootstrap over medi
     are drawn together. Near 95 % right on 30 media such an interval is too short and covers the truth too
     rarely.
 E4. An output without a complete answer block is scored as a whole, here and nowhere else, as the peers do.
-    If it has begun the template it gets 0: a thought that was cut off is no answer. (What follows a whole
-    thought can be one in scoring "lenient".) `no tag` in the table is the share of all outputs without a
-    complete answer block.
+    If it has begun the template it gets 0: a thought that was cut off is no answer. (Scoring "lenient" takes
+    what is behind the last </think>, so behind a whole thought there can be one.) `no tag` in the table is
+    the share of all outputs without a complete answer block.
 E5. Every question counts. One whose medium is missing or unreadable is answered wrongly, and the table has
     their number. Open-ended questions, which the paper doesn't score, are left out.
 E6. A trace is a mismatch (Table 6) where the option that its think segment settles on is not its answer.
@@ -154,8 +154,8 @@ def write_results(summary, records, runs, args):
 
 def mean_of(score, *groups):
     """A metric: the weighted mean of the column `score`. For each further column, in turn, the weights are
-    scaled so that they add up to 1 for each of its values. With "group", "task": the mean of the tasks, each
-    the mean of its groups, each the mean of its questions."""
+    scaled to add up to 1 for each of its values. With "group", "task" that is the mean of the tasks, each the
+    mean of its groups, each the mean of its questions."""
     def metric(columns, weights):
         for group in groups:
             _, of_row = np.unique(columns[group], return_inverse=True)
@@ -382,6 +382,7 @@ def score_row(row, scoring):
     `template`."""
     text, kind, gold = row["completion"] or "", row["problem_type"], gold_answer(row["solution"])
     trace, rest = parse_trace(text), text.rpartition("</think>")[2] if scoring == "lenient" else text
+    # rest: what is scored where there is no answer block
     begun = "<observation>" in rest or "<think>" in rest
     answer = trace.answer if trace.answer is not None else "" if begun else rest  # E4
     score = strict = answer_score(kind, answer, gold, scoring, row["options"])
@@ -470,7 +471,7 @@ def print_table(file, summaries):
     for name, s in summaries.items():
         cells = "".join(f"{value:>15.1f} ± {spread:<4.1f}" for value, spread in s["numbers"].values())
         cells += "".join(f"{'-' if s[rate] is None else round(s[rate], 1):>14}" for rate in rates)
-        print(f"{name:<30}{cells.replace('± nan ', '      ')}")  # no interval, padded to four characters
+        print(f"{name:<30}{cells.replace('± nan ', '      ')}")  # no interval
         if s["unread"]:
             print(f"  {s['unread']} media are missing or unreadable, or got no reply, and count as wrong")
         if s["no verdict"]:
@@ -523,7 +524,7 @@ HUES = {"<observation>": "perception", "<think>": "reasoning", "<answer>": "answ
 
 
 def trace_pieces(text):
-    """[text, hue] of each part of a completion, which join to it."""
+    """(text, key of COLOURS) of each part of a completion, which join to it."""
     parts = re.split(f"(?={'|'.join(HUES)})", text)
     return [(part, HUES.get(part.partition(">")[0] + ">", "")) for part in parts if part]
 
@@ -642,7 +643,7 @@ def print_comparison(a, b, scoring):
         metric, sides = next(iter(bench.numbers.values())), [columns_of(side, bench) for side in zip(*some)]
 
         # on both sides with the same drawn media
-        gain = lambda first, weights: metric(sides[1], weights) - metric(first, weights)
+        gain = lambda side, weights: metric(sides[1], weights) - metric(side, weights)
         mean, spread, draws = interval(gain, sides[0])
         p = max(1 / len(draws), min(1, 2 * min((draws <= 0).mean(), (draws >= 0).mean())))
         means = " | ".join(f"{100 * metric(side, np.ones(len(some))):.1f}" for side in sides)
@@ -654,8 +655,8 @@ def print_comparison(a, b, scoring):
 
 def write_page(folder, judge, args):
     """Writes traces.html: every rollout and completion below the folder, with thumbnails, the evaluations'
-    tables and the curves of all runs, in one file. With --limit N only the first N questions, in the order of
-    their file, of those that most models have answered."""
+    tables and the curves of all runs, in one file. With --limit N it has N questions: those that most models
+    have answered, and among equals the first ones of their file."""
     rollouts, samples, curves = [], [], {}
     results = {path.parent: json.loads(path.read_text("utf-8")) for path in folder.rglob("results.json")}
     for place in sorted({path.parent for path in folder.rglob("*.jsonl")}):
@@ -710,9 +711,9 @@ def page_sample(row, path, medium):
 
 
 def page_medium(place, settings, args, record):
-    """The file of a record's medium, the first that exists: below --media-root; below the `media_root` of the
-    settings in the run's folder, `place`, as seen from a folder above it, from here or from this project;
-    below the toy's."""
+    """The file of a record's medium, the first that exists. Tried in turn: --media-root; the run's own
+    `media_root`, as seen from each folder above the run (`place`), from the working folder, and from this
+    project; the toy's."""
     own, project = settings.get("media_root", TINY["media_root"]), Path(__file__).parent
     starts = *place.parents, Path(), *place.resolve().parents, project
     roots = args.media_root, *(start / own for start in starts), project / TINY["media_root"]

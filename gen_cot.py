@@ -201,8 +201,8 @@ def generate(records, args):
         return teacher.reply([*media_parts(*media), build_prompt(record, template)], key=key,
                              question=question_key(record), problem_id=record.get("problem_id"))
 
-    # Nothing runs before the bar is read. Then `read_ahead` decodes media, `submit` starts the questions, and
-    # `in_order` has up to 2 x --teacher-concurrency of them under way and gives their replies in order.
+    # Lazy: each job that `in_order` takes from here takes a medium from `read_ahead` and submits its question.
+    # So 2 x --teacher-concurrency questions are under way, and replies come in order.
     jobs = (teacher.pool.submit(ask, key, record, media)
             for key, (record, media) in zip(todo, read_ahead(todo.values(), args)))
     outputs = dict(teacher.replies)
@@ -408,7 +408,8 @@ FOLDER_FPS = 3.0  # of a folder of frames whose record names no rate (TVQA's in 
 # fields by which others name a part of a clip: start, video_start, clip_start_time, …
 PART = re.compile(r"((video|clip|segment)_)?(start|end|begin)(_(time|sec|frame))?|timestamps|time_range|span")
 VISION = r"<\|vision_start\|>.*?<\|vision_end\|>"  # Qwen's own tokens
-PLACE = rf"(<image>|<video>|{VISION})"  # of the medium, where it is at either end of the question
+# placeholders of the medium: <image> and <video> go at either end of the question, Qwen's own anywhere
+PLACE = rf"(<image>|<video>|{VISION})"
 PLACEHOLDER = re.compile(rf"\A({PLACE}\s*)+|({PLACE}\s*)+\Z|{VISION}", re.DOTALL)
 
 
@@ -505,8 +506,8 @@ def parse_gold(record, options, lost_golds):
         raise ValueError("it has no gold answer")
     if record["problem_type"] != "multiple choice":
         return gold
-    # `options` has the letters of the file's places: of ["", "red", "blue"] the last two are B and C there,
-    # and A and B in the record. Without options, which may be in the question, any letter counts.
+    # The file letters its places, empty ones, too: in ["", "red", "blue"] red is B. The record drops the
+    # empty one: red is A. Without options, which may be in the question, any letter counts.
     index = option_index(gold, list(options.values()), list(options or LETTERS))
     if index is None and options:
         gold = f"none of the options: {gold}"  # alone it could be the new letter of another option
@@ -580,8 +581,8 @@ def select_records(args):
 
 def hold_out(records, share):
     """(records of the media that are held out, all others). A `share` of the media is held out, by a hash of
-    their paths: the same ones in every stage and file. Only where the hash picks none of ten media or more,
-    the one with the least hash is, and may not be in another file. A share of 0 holds out none."""
+    their paths: the same ones in every stage and file. If the hash picks none of ten media or more, the one
+    with the least hash is held out; in another file that one may be trained on. 0 holds out none."""
     ranks = sorted((int(digest(path), 16) / 16**24, path) for path in {record["path"] for record in records})
     count = max(sum(rank < share for rank, _ in ranks), share > 0 and len(ranks) >= 10)
     chosen = {path for _, path in ranks[:count]}
@@ -701,7 +702,7 @@ def pick_frames(path, stamps, num_frames, max_pixels, min_frames):
         starts = np.array([pts for pts, _, _ in stamps]) * float(stream.time_base)
         end = (stamps[-1][0] + (stamps[-1][1] or step)) * float(stream.time_base)
 
-        # decode on to each sampled frame, from the last keyframe before it where that is far ahead
+        # decode on to each sampled frame; jump to its last keyframe if that is over SEEK_OVER frames ahead
         decoded = container.decode(stream)
         for i in sample_indices(starts, end, num_frames, min_frames=min_frames):
             key = max((k for k in keyframes if k <= i), default=-1)
@@ -727,7 +728,8 @@ def to_pixels(frame, stream, shape, max_pixels):
     sides = [frame.height, frame.width * float(stream.sample_aspect_ratio or 1)]
     # the pixel (x, y) is shown at (a x + c y, b x + d y), and moved into view
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
-    # turned by a quarter: swap x and y, then it is (c x + a y, d x + b y); a < 0 mirrors x, d < 0 mirrors y
+    # A quarter turn: transpose the picture. With x and y swapped, c takes the place of a, and b that of d.
+    # Then a < 0 mirrors x, and d < 0 mirrors y.
     if abs(b) > abs(a):
         image, a, d, sides = image.transpose(Image.TRANSPOSE), c, b, sides[::-1]
     image = ImageOps.mirror(image) if a < 0 else image

@@ -26,9 +26,9 @@ no SFT (`add_reference`). Eq. 7 leaves the average over a segment's tokens open;
 Why the loss is about 0: with one gradient step per rollout (μ = 1) ρ is exactly 1. So the mean of ρ A over a
 segment is its A, and over the group these add up to 0. What is left is the KL term: a mean of β KL for each
 segment, so about 2β times the logged `kl`, which is one mean over all tokens. (Under `--loss-average
-completion` it is one mean, too: β times `kl`.) The policy term's value is not quite 0 in two cases. A
-completion can lack a segment. And PA-GRPO can be run with `--loss-average completion`, where A_P and A_R are
-weighted by the lengths of their segments. Its gradient, the mean of A · ∇ log π, is not 0. Watch the rewards.
+completion` it is β times `kl`.) The gradient of the policy term, the mean of A · ∇ log π, is not 0. Watch the
+rewards. The policy term's value is not quite 0 in two cases. A completion can lack a segment. And PA-GRPO can
+be run with `--loss-average completion`, where A_P and A_R are weighted by the lengths of their segments.
 
 Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (at most the limit),
 S tokens of a packed sequence, D hidden, V vocabulary. "Process" means perception or reasoning; a process of
@@ -61,8 +61,8 @@ P6. If the judge fails to give a verdict on a completion, R_P is NaN, never 0. T
         reasoning, separation         0             0        the one reward contains R_P
         assignment (GDPO)            A_R           A_R       the sum, with A_P = 0
     The KL term still applies to it. If the judge gives no verdict at all in an update, nothing is learnt from
-    that update (it is still one of the `--updates`). Three such updates in a row (all, if there are fewer)
-    stop the run. Neither holds
+    that update (it is still one of the `--updates`). Three such updates in a row stop the run, or all of them
+    if there are fewer. Neither holds
     for `--without perception`, which needs no verdicts.
 P7. The rows of Table 2. In those marked * all tokens of a completion have one advantage, and the loss average
     is the completion's (`get_args`). The judge is asked in any case, for the log. GDPO, which is not the
@@ -626,7 +626,8 @@ class RolloutCache:
 
     def close_gaps(self, going, n):
         """Of the first n rows those in `going`, ascending, go on. The last of them move into the places of
-        those that have ended. Returns where each row was before, (len(going),)."""
+        those that have ended. Returns where each row was before, (len(going),): for n = 4 and going [0, 2, 3]
+        row 3 moves into the gap at 1, so [0, 3, 2]."""
         order = torch.arange(len(going), device=going.device)
         ended = torch.ones(n, dtype=torch.bool, device=going.device).index_fill(0, going, False)
         gaps, moved = ended[:len(going)].nonzero()[:, 0], going[going >= len(going)]
@@ -684,7 +685,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
             index = torch.arange(width + max_tokens, device=device)
             attention_mask = (index >= padding.repeat_interleave(G)[:, None])[:, None, None]
         # sample a token of every row that goes on, then feed it, until all have ended
-        rows = torch.arange(len(hidden), device=device)  # the row of the result of each row of the cache
+        rows = torch.arange(len(hidden), device=device)  # rows[i]: what row of the result the cache's i-th is
         ids = torch.full((len(rows), max_tokens), tokenizer.pad_token_id, device=device)
         mask, logprobs = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.float32)
         uniforms = uniforms if uniforms is None else uniforms.to(device)
@@ -695,6 +696,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
             ids[rows, t], mask[rows, t] = token, True
             # normalised over the whole vocabulary, the banned tokens too (P5)
             logprobs[rows, t] = -F.cross_entropy(logits, token, reduction="none")
+            # (`eos_token_id` can be None, see `probe`; then the comparison is no tensor)
             going = (mask[rows, t] & (token != tokenizer.eos_token_id)).nonzero()[:, 0]
             if t + 1 == max_tokens or not len(going):
                 break
@@ -766,8 +768,8 @@ def add_reference(model, args):
 
 @contextlib.contextmanager
 def use_adapter(model, name):
-    """Within the block the adapter `name` is active. Afterwards `policy` is, even after an error: what
-    `resumable` then saves is what is trainable."""
+    """Within the block the adapter `name` is active. Afterwards `policy` is active again, even after an
+    error: `resumable` then saves the trainable weights, which are the active adapter's."""
     model.set_adapter(name, inference_mode=True)
     try:
         yield

@@ -14,8 +14,8 @@ R1. Format: the stripped completion is the three blocks in order, each once, non
     between. A fault in one process's part costs the other nothing. Perception is judged on the text up to
     and including the first </observation>, which must be one observation block. Reasoning is judged on what
     comes after that, which must be one think and one answer block. Without any </observation> perception
-    gets 0, and reasoning is judged on the whole text; but where an <observation> is before the first think or
-    answer tag, only from that tag on. Tags are case-sensitive.
+    gets 0, and reasoning is judged on the whole text. Of an observation that is opened and never closed all
+    is skipped up to the first think or answer tag. Tags are case-sensitive.
 R2. The answer is the first answer block after the think block; without a complete think block, the first one
     anywhere, so that `<answer>B</answer>` alone is B. No answer, or an empty one, scores 0 whatever the gold
     is.
@@ -109,7 +109,7 @@ def format_rewards(completion):
         if piece.strip():
             sketch += SKETCH.get(piece, "." if strip_invisible(piece) else "-")
     before, closing, after = sketch.partition("o")
-    if not closing:  # where an <observation> is before the first think or answer tag, cut all before that
+    if not closing:  # an observation that is never closed: cut it, up to the first think or answer tag
         after = re.sub("^[^TtAa]*O[^TtAa]*", "", sketch)
     return float(before == "O." and closing == "o"), float(after == "T.tA.a")
 
@@ -157,7 +157,8 @@ def answer_score(problem_type, answer, gold, scoring="paper", options=None):
     if not answer or not gold:
         return 0.0
     if problem_type == "multiple choice":
-        key = option_key(gold, options)  # the letter of the option that the gold is, else the gold's words
+        # the gold's letter, else its words; a gold that is none of the options can't be met
+        key = option_key(gold, options)
         if options and key not in LETTERS:
             return 0.0
         return float(answer == gold or lenient and option_key(answer, options, True) == key != "")
@@ -209,7 +210,7 @@ def process_rewards(record, completion, verdict, num_tokens, length_ranges, bonu
 
     verdict: the judge's on the observation, True, False, a float in [0, 1], or None (unknown, R5: NaN).
     num_tokens: the two segments' lengths, perception's first; length_ranges: their (low, high) that earn the
-    bonus. Of an unknown verdict `perception` and `reward` are NaN, too (`pagrpo.py`, P6).
+    bonus. Where the verdict is unknown, `perception` and `reward` are NaN, too (`pagrpo.py`, P6).
     """
     perception_tokens, reasoning_tokens = num_tokens
     perception_range, reasoning_range = length_ranges
@@ -260,9 +261,9 @@ def make_judge(spec, prompt_file=None, generate=None, **client_options):
     """The judge that `spec` names: judge(records, observations) -> list of True, False or None, one per pair.
     Any function of this form is a judge. So is one that gives floats in [0, 1], the accuracy in Eq. 3.
 
-        rule                   every item of record["evidence"], else every word of the correct answer, is in
-                               the observation as whole words, and nothing of "counter_evidence": exact, free,
-                               offline, but no language model
+        rule                   every item of record["evidence"] (without it, every word of the correct answer)
+                               is in the observation as whole words, and nothing of "counter_evidence":
+                               exact, free, offline, but no language model
         anthropic:MODEL        the Messages API; its key is in ANTHROPIC_API_KEY
         openai:MODEL@BASE_URL  any chat-completions server (vLLM, llama.cpp, Ollama), by default OpenAI's;
                                the key, where the server wants one, is in OPENAI_API_KEY
@@ -314,8 +315,8 @@ def read_verdict(reply):
     None where it says neither (R6)."""
     reply = reply.lower().rpartition("</think>")[2].partition("<think>")[0]
     said = re.findall(r"<judge?ment>(.*?)</judge?ment>", reply, re.DOTALL)
-    # its first word; but nothing if a letter follows ("nothing"), an "or yes", "and no", a slash or a bar, or
-    # if another opening tag follows
+    # its first word is it; unless that only begins a longer word ("nothing"), or is followed by "or yes",
+    # "and no", a slash, a bar or another opening tag
     hedged = r"[a-z]|[\s,(]*(?:or|and)\W+(?:yes|no)\b|\s*[/|\\]|.*<judge"
     word = re.match(rf"[\W_]*(yes|no)(?!{hedged})", said[-1], re.DOTALL) if said else None
     return word and word[1] == "yes"
@@ -377,9 +378,9 @@ def read_labels(options):
 
 
 def option_index(answer, options, letters):
-    """The index of the option that an answer picks, or None. `letters`: the labels of options without any.
+    """The index of the option that an answer picks, or None. `letters` are those of options without labels.
 
-    Tried in turn: 1 a bare label, unless the options have no labels and the answer is the text of one; 2 an
+    Tried in turn: 1 a bare label (where options have no labels, an option's text goes before it); 2 an
     option's whole text; 3 "B. …".
     """
     labelled = read_labels(options)
@@ -388,7 +389,7 @@ def option_index(answer, options, letters):
 
     def labelled_by(match):
         label = match and unicodedata.normalize("NFKC", match[1]).upper()
-        known = letters if label in letters and labels[0].isdigit() else labels  # B: the second of 1, 2, 3
+        known = letters if label in letters and labels[0].isdigit() else labels  # B: 2 of 1, 2, 3
         return known.index(label) if label in known else None
 
     index = labelled_by(BARE_LABEL.fullmatch(answer))  # 1
@@ -417,7 +418,7 @@ def option_words(text):
 
 def normalise_text(text):
     """`text` in lower case with one space for every run of anything but letters and digits, none outside.
-    Signs of one meaning, such as full-width ones, are one (NFKC)."""
+    Variants of one character, such as full-width ones, become the same (NFKC)."""
     return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).lower()).strip()
 
 
@@ -467,7 +468,7 @@ UNCLEAR = re.compile(r"(?i)[?不非或]|n['’]t\b|\b(?:not|cannot|never|no long
                      r"false|unlike|than|if|except|without|instead|maybe|perhaps|might|could|doubt|least|"
                      r"absent|missing|(?:exclud|eliminat|reject|dismiss)\w*|rul\w+ out)\b")
 BE = r"(?:is|seems|(?:would|should|must|will) be)(?: (?:most )?(?:likely|probably|clearly|indeed))?"
-# with verb and colon: "the answer is: ", "=", "option ", "so, "
+# a pattern for each way to announce an answer, with the verb and colon behind it: "the answer is: ", "so, "
 ANNOUNCED = [re.compile(rf"(?i)(?:(?:{words})(?:\W*?\b{BE}\b|['’]s\b|[是为])?[\s:：*,]*)+") for words in (
     r"\banswer\b|答案", "=", r"\b(?:option|choice|choose|select|pick|letter|go with|it)\b|选项?",
     r"\b(?:so|thus|hence|therefore|final)\b")]
@@ -488,9 +489,10 @@ def pieces(answer):
     yield from (answer, unwrap_answer(answer))
     plain = answer.replace("**", "")
     for start in ANNOUNCED:
-        # said: what is behind the last announcement; before: what is between those
+        # said: what is behind the last announcement; before: what is in front of each
         *before, said = start.split(plain)
-        most = 9 if start in ANNOUNCED[:2] else 1  # the last "answer is", but not "option A, option B"
+        # of "answer is" and "=" the last counts; others must come once, as "option A, option B" picks none
+        most = 9 if start in ANNOUNCED[:2] else 1
         if 0 < len(before) <= most and not UNCLEAR.search(re.split(r"[,;.!?\n]", before[-1])[-1]):
             yield from (said, re.split(r"[.!;]\s|[。，；\n]", REMARK.split(said)[0])[0])
     yield REMARK.split(plain)[0]
@@ -518,6 +520,7 @@ def option_key(answer, options, loose=False):
     normalised. Without options it can pick any letter. loose: also what one of its `pieces` picks, or the
     only option whose whole text is in it."""
     texts = [text for _, text in read_labels(options or [])] or options or []
+    # not denied or hedged, but for the option's own words, such as "not red"
     clear = lambda piece, text: not loose or not UNCLEAR.search(piece.lower().replace(text.lower(), ""))
     for piece in pieces(answer) if loose else [answer]:
         index = option_index(piece, options or [], LETTERS[:len(options or LETTERS)])

@@ -496,7 +496,8 @@ WARMUP, WEIGHT_DECAY = 0.03, 0.01  # share of the steps with linear warm-up; of 
 
 def setup_process(args):
     """What a rank does before it loads a model. Raises UserError where a large one would run on a CPU."""
-    PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())  # `process` returns this one
+    # a singleton: `process` returns it from now on
+    PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
     if is_first():
         lock(args.output)
     else:
@@ -653,7 +654,7 @@ def check_resume(run, old):
     """Raises UserError if the run that `old` describes would become another one by going on as `run`. Prints
     flags that have changed, and keeps the old ones in run["earlier_flags"]."""
     for key in ("base", "adapter", "data", "algorithm", "loss_average"):
-        # of the name "SFT + GRPO" the last part: what a run starts from is compared by `adapter`, its weights
+        # of "SFT + GRPO" only "GRPO": what a run starts from is compared by `adapter`, a hash of its weights
         before, now = (str(either.get(key)).rpartition(" + ")[2] for either in (old, run))
         if before != now:
             raise UserError(f"The run was begun with another {key}, {before} (now {now}): give it back what "
