@@ -201,7 +201,7 @@ def generate(records, args):
         return teacher.reply([*media_parts(*media), build_prompt(record, template)], key=key,
                              question=question_key(record), problem_id=record.get("problem_id"))
 
-    # Lazy: each job that `in_order` takes from here takes a medium from `read_ahead` and submits its question.
+    # Lazy: each job that `in_order` takes from here takes a medium of `read_ahead` and submits its question.
     # So 2 x --teacher-concurrency questions are under way, and replies come in order.
     jobs = (teacher.pool.submit(ask, key, record, media)
             for key, (record, media) in zip(todo, read_ahead(todo.values(), args)))
