@@ -1,6 +1,8 @@
 """The count of memory (bench_gpu.py, count_memory.py) against what PyTorch's profiler sees of the same
 stages, really run, on the shape `small` in float32."""
 import contextlib
+import re
+import subprocess
 import sys
 
 import pytest
@@ -10,8 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 import bench_gpu
 import pagrpo
 import sft
+from conftest import ROOT
 
-FLAGS = ("--model random/weights --probe --device cpu --max-completion-tokens 64 --num-frames 4 "
+FLAGS = ("--model random/weights --probe --device cpu --max-completion-tokens 24 --num-frames 4 "
          "--max-pixels 16 --num-generations 4 --prompts-per-update 2 --completions-per-pass 2").split()
 
 
@@ -35,6 +38,7 @@ def peaks(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("run"))
         patch.setattr(sys, "argv", ["pagrpo.py", *FLAGS])
+        patch.setattr(pagrpo.self_judge, "__defaults__", (24,))  # tokens of a judgement
         args = pagrpo.get_args()
         for name in ("Qwen2_5_VLForConditionalGeneration", "AutoTokenizer"):  # to be put back in the end
             patch.setattr(sft, name, getattr(sft, name))
@@ -51,3 +55,14 @@ def test_a_count_is_within_a_tenth_of_the_profilers_memory_events(peaks, phase):
     print(f"{phase}: {1024 * counted:.1f} MiB counted, {1024 * profiled:.1f} by the profiler")
     assert counted == pytest.approx(profiled, rel=0.1)
     assert profiled > 0.01
+
+
+def test_what_the_first_hour_on_a_gpu_needs_runs_on_a_small_shape():
+    flags = ("--shapes small --tokens 8 --num-frames 2 --max-pixels 4 --num-generations 2 "
+             "--prompts-per-update 1").split()
+    done = subprocess.run([sys.executable, "tests/bench_gpu.py", *flags], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = re.findall(r"^(\w+) +[\d.]+ s +[\d.]+ GiB +([\d.]+) s +\d+% +([\d.]+) GiB$", done.stdout, re.M)
+    assert [phase for phase, _, _ in table] == ["SFT", "rollout", "judge", "update"]
+    assert all(float(gib) > 0.1 for _, _, gib in table) and "of the token ratio" in done.stdout

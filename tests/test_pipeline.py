@@ -359,14 +359,3 @@ def test_a_mistake_on_the_command_line_shows_no_traceback(clone):
     text = run(clone, "pagrpo.py --model tiny --algorithm grpo --without length", code=2)
     said = " ".join(text.replace("│", " ").split())  # it comes in a box
     assert "leave out --without length" in said and "Traceback" not in said
-
-
-def test_what_the_first_hour_on_a_gpu_needs_runs_on_a_small_shape():
-    flags = ("--shapes small --tokens 8 --num-frames 2 --max-pixels 4 --num-generations 2 "
-             "--prompts-per-update 1").split()
-    done = subprocess.run([sys.executable, "tests/bench_gpu.py", *flags], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    table = re.findall(r"^(\w+) +[\d.]+ s +[\d.]+ GiB +([\d.]+) s +\d+% +([\d.]+) GiB$", done.stdout, re.M)
-    assert [phase for phase, _, _ in table] == ["SFT", "rollout", "judge", "update"]
-    assert all(float(gib) > 0.1 for _, _, gib in table) and "of the token ratio" in done.stdout
