@@ -579,7 +579,7 @@ def select_records(args):
     return drawn
 
 
-def hold_out(records, share):
+def hold_out(records, share=0.02):
     """(records of the media that are held out, all others). A `share` of the media is held out, by a hash of
     their paths: the same ones in every stage and file. If the hash picks none of ten media or more, the one
     with the least hash is held out; in another file that one may be trained on. 0 holds out none."""
