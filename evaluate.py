@@ -261,7 +261,7 @@ def read_completions(path):
         return rows
     file = next((b.file for b in BENCHMARKS.values() if Path(b.file).stem in path.name), path.name)
     return [dict(gen_cot.parse_record(row, lost_golds=True), file=file, completion=row["output"])
-            for row in rows]
+            for row in rows if row["problem_type"] != "open-ended"]
 
 
 def run_digest(adapter, args):

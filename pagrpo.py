@@ -226,10 +226,10 @@ def train(model, tokenizer, records, judge, args):
                     keep_groups(groups[:2], step, rollouts, tokenizer, args)
                 del groups  # frees their embeddings before the next batch makes its own
             # after it: keep what --keep-every asks for, and look at that and at the last policy
-            kept = bool(args.keep_every) and (step + 1) % args.keep_every == 0
-            if fixed and (kept or step + 1 == args.updates):
+            keep = bool(args.keep_every) and (step + 1) % args.keep_every == 0
+            if fixed and (keep or step + 1 == args.updates):
                 row |= fixed_accuracies(model, own_fixed, tokenizer, judge, args)
-            if kept and sft.is_first():
+            if keep and sft.is_first():
                 row["kept"] = f"adapter-{step + 1:06d}"
                 sft.save_adapter(model, args.output / row["kept"], run | {"steps": step + 1})
             sft.log_row(log, row, tracker)

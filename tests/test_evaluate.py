@@ -440,7 +440,8 @@ def test_another_evaluations_file_is_scored_and_compared_as_ours(folder, capsys)
     records, texts = [question(i=i) for i in range(4)], ["A", TRACE.format("A"), "A.", TRACE.format("B")]
     bench, theirs = evaluate.BENCHMARKS["mmvu"].file, "out/eval_mmvu_Video-R1-7B_greedy_output.json"
     ours = rescore(records, [TRACE.format(gold) for gold in "AABB"], file=bench)
-    video_r1s(theirs, zip(records, texts))
+    # EasyVideoR1 writes open-ended questions, too, for a judge of its own
+    video_r1s(theirs, [*zip(records, texts), (question(i=9, problem_type="open-ended"), "A")])
     rows = run("--data", bench, "--adapters", "none", theirs, "--rescore", "--output", "out")
     assert rows["base"][bench] == ours and rows[theirs][bench]["numbers"]["accuracy"][0] == 50
     run("--compare", theirs, "out/completions-none.jsonl", "--scoring", "lenient")
