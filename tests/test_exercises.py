@@ -1,4 +1,5 @@
 """docs/exercises/: the project's own bodies are done, and typical wrong ones are not."""
+import ast
 import json
 import subprocess
 import sys
@@ -37,21 +38,24 @@ RUN = """import check, json, pathlib, sys
 print(json.dumps([check.check(pathlib.Path(folder), name) for folder, name in json.loads(sys.argv[1])]))"""
 
 
-def write_function(path, name, old="", new=""):
-    """Give the function in the file at `path` the project's body, with `old` replaced by `new`."""
-    target, source = path.read_text(), (ROOT / path.name).read_text()
+def write_function(folder, name, old="", new=""):
+    """Give a function in a folder of start.py's the project's body, with `old` replaced by `new`."""
+    file = start.FUNCTIONS[name][0]
+    target, source = (folder / file).read_text(), (ROOT / file).read_text()
     own, given = start.nodes(target)[name], start.nodes(source)[name]
     body = "".join(source.splitlines(True)[given.lineno - 1:given.end_lineno])
     assert old in body, f"{name} has no {old!r} any more"
     lines = target.splitlines(True)
     lines[own.lineno - 1:own.end_lineno] = body.replace(old, new) if old else body
-    path.write_text("".join(lines))
+    (folder / file).write_text("".join(lines))
 
 
 def test_start_takes_eight_bodies_and_nothing_else(tmp_path):
     start.start(tmp_path / "my")
     for name, (file, _) in start.FUNCTIONS.items():
-        write_function(tmp_path / "my" / file, name)
+        node = start.nodes((tmp_path / "my" / file).read_text())[name]
+        assert len(node.body) == 2 and ast.unparse(node.body[1]) == "raise NotImplementedError"
+        write_function(tmp_path / "my", name)
     for file in start.FILES:
         assert (tmp_path / "my" / file).read_text() == (ROOT / file).read_text()
     assert (tmp_path / "my/data/toy/base").is_dir()
@@ -59,32 +63,42 @@ def test_start_takes_eight_bodies_and_nothing_else(tmp_path):
 
 def test_the_command_lines(tmp_path):
     def run(script, *args):
-        return subprocess.run([sys.executable, EXERCISES / script, *args], cwd=tmp_path, capture_output=True, text=True)
+        command = [sys.executable, EXERCISES / script, *args]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
+    assert run("check.py", "my").stderr == "No pagrpo.py in my: make the folder with start.py.\n"
     assert "Read my/README.md" in run("start.py", "my").stdout
+    (tmp_path / "my/README.md").write_text("mine")
     assert run("start.py", "my").stderr == "my exists already: give another name.\n"
-    done = run("check.py", "my", "length_reward")
-    assert (done.stdout.split(maxsplit=1), done.returncode) == (["length_reward", "not written yet\n"], 1)
+    assert (tmp_path / "my/README.md").read_text() == "mine"
+    assert run("check.py", "my", "length_reward").stdout == "length_reward           not written yet\n"
 
 
 def test_right_bodies_are_done_and_wrong_ones_fail(tmp_path):
-    """Half of the functions are written, then the other half; then the mistakes, one of each function at a
-    time. One run in all, as an import of torch takes seconds."""
-    names, cases, expected = list(start.FUNCTIONS), [], []
+    """Each half of the functions without the other, then all mistakes. Checked in one run, as an import of
+    torch takes seconds."""
+    cases, expected = [], []
     for half in (0, 1):
-        start.start(folder := tmp_path / f"half{half}")
-        for i, name in enumerate(names):
+        folder = tmp_path / f"half{half}"
+        start.start(folder)
+        for i, name in enumerate(start.FUNCTIONS):
+            if i % 2 == half:
+                write_function(folder, name)
             cases.append((str(folder), name))
-            expected.append("not written yet" if i % 2 == half else None)
-            if i % 2 != half:
-                write_function(folder / start.FUNCTIONS[name][0], name)
+            expected.append(None if i % 2 == half else "not written yet")
     for i in range(max(map(len, WRONG.values()))):
-        start.start(folder := tmp_path / f"wrong{i}")
-        for name in names:
+        folder = tmp_path / f"wrong{i}"
+        start.start(folder)
+        for name in start.FUNCTIONS:
             if i < len(WRONG[name]):
-                write_function(folder / start.FUNCTIONS[name][0], name, *WRONG[name][i])
+                write_function(folder, name, *WRONG[name][i])
                 cases.append((str(folder), name))
                 expected.append("fails")
-    run = subprocess.run([sys.executable, "-c", RUN, json.dumps(cases)], cwd=EXERCISES, capture_output=True, text=True)
-    for (folder, name), found, wanted in zip(cases, json.loads(run.stdout), expected, strict=True):
-        assert (found and found.split(" in tests")[0]) == wanted, (folder, name)
+    command = [sys.executable, "-c", RUN, json.dumps(cases)]
+    run = subprocess.run(command, cwd=EXERCISES, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(run.stdout)
+    for case, text, wanted in zip(cases, found, expected, strict=True):
+        assert (text and text.split(" in tests/")[0]) == wanted, case
+    biased = found[cases.index((str(tmp_path / "wrong0"), "group_advantages"))]
+    assert biased.splitlines()[1].strip() == "rewards = [1.0, 2.0, nan, 3.0]"
+    assert biased.splitlines()[3].strip() == "got      [-1.224595, 0.0, 0.0, 1.224595]"
