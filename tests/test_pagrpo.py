@@ -211,15 +211,15 @@ def test_loss_by_hand(ratio, segments, advantages, expected, clip_frac):
 
 
 def test_kl_by_hand():
-    """π_ref is half of π: x = -ln 2, so a token's KL is 1/2 + ln 2 - 1. Of two completions one has both
-    segments, so three segments of weight 1/2 count it; of four columns the last is padding."""
-    logp, ref = (torch.full((2, 4), p).log() for p in (0.5, 0.25))
-    perception = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
-    reasoning = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 0]], dtype=torch.bool)
+    """The first completion has three tokens where π_ref is half of π: x = -ln 2, the KL is 1/2 + ln 2 - 1, and
+    so is the mean of each segment. The second has one token, where π_ref is π. The rest is padding."""
+    logp = torch.full((2, 4), 0.5).log()
+    ref = logp - torch.tensor([[math.log(2)] * 4, [0, 9, 9, 9]])
+    perception, reasoning = torch.tensor([[[1, 0, 0, 0], [0] * 4], [[0, 1, 1, 0], [1, 0, 0, 0]]]).bool()
     loss, metrics = pagrpo.pa_grpo_loss(logp, logp, ref, perception, reasoning, *torch.zeros(2, 2), beta=0.1)
     kl = 0.5 + math.log(2) - 1
-    assert metrics["kl"] == pytest.approx(kl)
-    assert loss.item() == pytest.approx(0.1 * 3 / 2 * kl)
+    assert metrics["kl"] == pytest.approx(3 / 4 * kl)
+    assert loss.item() == pytest.approx(0.1 * (kl + kl + 0) / 2)
 
 
 def test_loss_and_gradient_equal_a_slow_loop():

@@ -92,7 +92,7 @@ def check(folder, name):
     importlib.import_module(Path(FUNCTIONS[name][0]).stem)
     put_in_place(folder, name)
     first, (file, *tests) = FirstFailure(folder), TESTS[name]
-    signal.alarm(60)
+    signal.alarm(30)
     status = pytest.main(["-x", *QUIET, *[f"{ROOT}/tests/{file}::{test}" for test in tests]], plugins=[first])
     signal.alarm(0)
     assert status == (1 if first.text else 0), f"pytest ended with {status!r}"
@@ -100,7 +100,7 @@ def check(folder, name):
 
 
 def too_long(*_):
-    raise TimeoutError("over a minute: a loop without an end?")
+    raise TimeoutError("over half a minute: a loop without an end?")
 
 
 if __name__ == "__main__":
