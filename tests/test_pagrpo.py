@@ -211,11 +211,11 @@ def test_loss_by_hand(ratio, segments, advantages, expected, clip_frac):
 
 
 def test_kl_by_hand():
-    """The first completion has three tokens where π_ref is half of π: x = -ln 2, the KL is 1/2 + ln 2 - 1, and
+    """The first completion has three tokens. π_ref is half of π there: x = -ln 2, the KL is 1/2 + ln 2 - 1, and
     so is the mean of each segment. The second has one token, where π_ref is π. The rest is padding."""
     logp = torch.full((2, 4), 0.5).log()
     ref = logp - torch.tensor([[math.log(2)] * 4, [0, 9, 9, 9]])
-    perception, reasoning = torch.tensor([[[1, 0, 0, 0], [0] * 4], [[0, 1, 1, 0], [1, 0, 0, 0]]]).bool()
+    perception, reasoning = torch.tensor([[[1, 0, 0, 0], [0] * 4], [[0, 1, 1, 0], [1, 0, 0, 0]]]) > 0
     loss, metrics = pagrpo.pa_grpo_loss(logp, logp, ref, perception, reasoning, *torch.zeros(2, 2), beta=0.1)
     kl = 0.5 + math.log(2) - 1
     assert metrics["kl"] == pytest.approx(3 / 4 * kl)

@@ -35,10 +35,10 @@ Choice S1. `grid_thw` counts patches; `spatial_merge_size` of them in each direc
 Usual mistakes: the text goes on after the last time instead of after the largest position of all axes;
 4 · 2 · 11.625 must be 93, where floats can make it 92.999…"""),
     "shared_prefix_attention": ("pagrpo.py", """\
-The docstring of `token_logprobs` says why it is exact. The scale is `module.scaling`. Without `lengths`
+The docstring of `token_logprobs` says why it is exact. `module.scaling` is the scale. Without `lengths`,
 return `sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)`. Usual mistake:
-`is_causal=True` for completions. With more keys than queries, PyTorch then shows the first query the first key alone. See
-`causal_lower_right`."""),
+`is_causal=True` for completions. With more keys than queries, PyTorch then shows the first query the first
+key alone. See `causal_lower_right`."""),
 }
 README = """\
 # Eight functions to write
