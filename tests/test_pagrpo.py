@@ -211,8 +211,8 @@ def test_loss_by_hand(ratio, segments, advantages, expected, clip_frac):
 
 
 def test_kl_by_hand():
-    """The first completion has three tokens. π_ref is half of π there: x = -ln 2, the KL is 1/2 + ln 2 - 1, and
-    so is the mean of each segment. The second has one token, where π_ref is π. The rest is padding."""
+    """The first completion has three tokens, at which π_ref is half of π: x = -ln 2. So the KL of each token,
+    and the mean of each segment, is 1/2 + ln 2 - 1. The second has one token, at which π_ref is π."""
     logp = torch.full((2, 4), 0.5).log()
     ref = logp - torch.tensor([[math.log(2)] * 4, [0, 9, 9, 9]])
     perception, reasoning = torch.tensor([[[1, 0, 0, 0], [0] * 4], [[0, 1, 1, 0], [1, 0, 0, 0]]]) > 0
