@@ -89,20 +89,36 @@ def test_masks_partition_the_completion_wherever_the_tokenizer_splits_it():
 def test_masks_by_hand(text, perception):
     ids = torch.tensor([list(range(2, len(text) + 2)) + [1]])
     p, r = pagrpo.segment_masks(ids, ByteTokenizer([c.encode() for c in text]))
+    parts = ["".join(c for c, own in zip(text + "\n", mask[0]) if own) for mask in (p, r)]
+    assert parts == [perception, (text + "\n")[len(perception):]]
     assert p[0].tolist() == [t < len(perception) for t in range(len(text) + 1)]
     assert torch.equal(r, ~p)  # the end-of-sequence token included
+
+
+@pytest.mark.parametrize("pieces, perception", [
+    (["<observation>", "red.</obs", "ervation>", "<think>"], 3),
+    (["<observation>", "red.</observation", "> <th", "ink>"], 3),  # it completes the tag
+    (["<observation>", "red.", " <th", "ink>"], 2),  # never closed; it begins <think>
+])
+def test_a_token_across_a_tag_by_hand(pieces, perception):
+    ids = torch.tensor([[2, 3, 4, 5, 1, 0]])
+    p, r = pagrpo.segment_masks(ids, ByteTokenizer([piece.encode() for piece in pieces]))
+    assert p[0].tolist() == [t < perception for t in range(6)]
+    assert r[0].tolist() == [perception <= t < 5 for t in range(6)]  # the end, but not the padding
 
 
 # --- advantages and loss ------------------------------------------------------------------------------------
 
 
-def test_advantages_by_hand():
-    nan = math.nan
-    assert pagrpo.group_advantages(torch.tensor([0.1] * 8)).tolist() == [0.0] * 8  # 0.1 has no exact mean
-    got = pagrpo.group_advantages(torch.tensor([1.0, 2.0, nan, 3.0]))
-    assert got.tolist() == pytest.approx([-1 / 1.0001, 0, 0, 1 / 1.0001])  # unbiased std of 1, 2, 3 is 1
-    assert pagrpo.group_advantages(torch.tensor([nan, nan])).tolist() == [0, 0]
-    assert pagrpo.group_advantages(torch.tensor([2.0, nan])).tolist() == [0, 0]  # nobody to compare with
+@pytest.mark.parametrize("rewards, expected", [
+    ([1.0, 2.0, math.nan, 3.0], [-1 / 1.0001, 0, 0, 1 / 1.0001]),  # the unbiased std of 1, 2, 3 is 1
+    ([0.1] * 8, [0.0] * 8),  # 0.1 has no exact mean
+    ([math.nan, math.nan], [0, 0]),
+    ([2.0, math.nan], [0, 0]),  # nobody to compare with
+])
+def test_advantages_by_hand(rewards, expected):
+    got = pagrpo.group_advantages(torch.tensor(rewards)).tolist()
+    assert got == pytest.approx(expected, rel=1e-6, abs=0)  # zeros are exact
 
 
 def test_ablations_are_the_rows_of_the_table():
@@ -113,7 +129,7 @@ def test_ablations_are_the_rows_of_the_table():
                 "assignment": (a(p) + a(r), a(p) + a(r))}
     for without, pair in expected.items():
         got = pagrpo.process_advantages(p, r, without)
-        assert torch.equal(got[0], pair[0]) and torch.equal(got[1], pair[1])
+        assert [a.tolist() for a in got] == [a.tolist() for a in pair], f"without {without}"
 
 
 @pytest.mark.parametrize("without, known", [(None, 1), ("separation", 0)])
@@ -173,6 +189,37 @@ def random_case(rng):
     adv = pagrpo.process_advantages(*rewards, rng.choice(
         [None, "perception", "reasoning", "separation", "assignment"]))
     return logp.requires_grad_(), old, ref, index < splits, (index >= splits) & (index < lengths), *adv
+
+
+@pytest.mark.parametrize("ratio, segments, advantages, expected, clip_frac", [
+    ([1.0], "P", (2.0, 5.0), -2.0, 0),  # each token has its own process's advantage
+    ([1.0], "R", (2.0, 5.0), -5.0, 0),
+    ([1.5], "P", (1.0, 0.0), -1.2, 1),  # clipped at 1 + ε
+    ([1.5], "P", (-1.0, 0.0), 1.5, 0),  # the clipped one isn't the minimum
+    ([0.5], "P", (1.0, 0.0), -0.5, 0),
+    ([0.5], "P", (-1.0, 0.0), 0.8, 1),
+    ([1.1, 0.9, 1.5], "PRR", (1.0, 2.0), -3.2, 1 / 3),  # 1.1 + 2 · (0.9 + 1.2) / 2: two means, added
+    ([1.5, 1.1, 1.5], "PP.", (1.0, 9.0), -1.15, 1 / 2),  # neither padding nor an empty segment counts
+])
+def test_loss_by_hand(ratio, segments, advantages, expected, clip_frac):
+    masks = [torch.tensor([[s == k for s in segments]]) for k in "PR"]
+    adv = [torch.tensor([a]) for a in advantages]
+    logp = torch.tensor([ratio]).log()
+    loss, metrics = pagrpo.pa_grpo_loss(logp, torch.zeros_like(logp), None, *masks, *adv, 0.2, beta=0)
+    assert loss.item() == pytest.approx(expected)
+    assert metrics["clip_frac"] == pytest.approx(clip_frac)
+
+
+def test_kl_by_hand():
+    """The first completion has three tokens, at which π_ref is half of π: x = -ln 2. So the KL of each token,
+    and the mean of each segment, is 1/2 + ln 2 - 1. The second has one token, at which π_ref is π."""
+    logp = torch.full((2, 4), 0.5).log()
+    ref = logp - torch.tensor([[math.log(2)] * 4, [0, 9, 9, 9]])
+    perception, reasoning = torch.tensor([[[1, 0, 0, 0], [0] * 4], [[0, 1, 1, 0], [1, 0, 0, 0]]]) > 0
+    loss, metrics = pagrpo.pa_grpo_loss(logp, logp, ref, perception, reasoning, *torch.zeros(2, 2), beta=0.1)
+    kl = 0.5 + math.log(2) - 1
+    assert metrics["kl"] == pytest.approx(3 / 4 * kl)
+    assert loss.item() == pytest.approx(0.1 * (kl + kl + 0) / 2)
 
 
 def test_loss_and_gradient_equal_a_slow_loop():
@@ -411,6 +458,22 @@ def hugging_face_logprobs(model, prompt, ids, mask):
                       **media).logits[0]
         rows.append(logits[len(prompt.input_ids) - 1:-1].log_softmax(-1).gather(1, row[:, None])[:, 0])
     return rows
+
+
+def test_packed_attention_equals_a_dense_mask():
+    """A prompt of three tokens, completions of two and one; four heads on two of keys and values."""
+    lengths, segment, index = [3, 2, 1], torch.tensor([0, 0, 0, 1, 1, 2]), torch.arange(6)
+    query, key, value = torch.randn(3, 1, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    key, value = key[:, :2], value[:, :2]
+    sees = (index <= index[:, None]) & ((segment == 0) | (segment == segment[:, None]))
+    keys, values = (x.repeat_interleave(2, dim=1) for x in (key, value))
+    weights = (query @ keys.mT * 0.5).masked_fill(~sees, -math.inf).softmax(-1)
+    expected = (weights @ values).transpose(1, 2)
+    module = SimpleNamespace(scaling=0.5, num_key_value_groups=2)
+    got, _ = pagrpo.shared_prefix_attention(module, query, key, value, None, lengths)
+    assert got.shape == expected.shape
+    wrong = [t for t in range(6) if not torch.allclose(got[0, t], expected[0, t], atol=1e-5)]
+    assert wrong == []  # tokens: 0 to 2 are the prompt's, 3 and 4 one completion's, 5 is another's
 
 
 def test_packed_logprobs_and_gradients_equal_hugging_face(tiny, group):
