@@ -1,4 +1,4 @@
-"""A judge that never sees the correct answer. The SFT model goes on behind an observation, without the medium,
+"""A judge that never sees the correct answer. The SFT model goes on behind an observation without the medium,
 and its answer is scored by Eq. 4. MoCA (arXiv 2605.14054) rewards perception by such a blindfolded reasoner.
 
     python docs/exercises/blind_judge.py runs/tiny/evaluate/completions-sft.jsonl  # agreement with the rule
@@ -48,7 +48,7 @@ def exact(records, observations):
 
 
 def go_on(records, observations):
-    """What the model writes behind each observation, from <think> on, greedily. The prompt is the question."""
+    """What the model writes behind each observation, from <think> on, greedily. Its prompt: the question."""
     model, tokenizer = load()
     prompts = []
     for record, observation in zip(records, observations):
