@@ -302,12 +302,12 @@ def complete_all(records, files, names, runs, args):
     base = None
     sft.process().wait_for_everyone()  # till all have read the observations, as their file may be moved aside
     for adapter, path in files.items():
-        # rows of other settings; no rank takes them for its own, as all wait
+        # rank 0 moves rows of other settings aside; the others wait, so that none reads or continues them
         if sft.is_first() and any(row.get("run") != runs[adapter] for row in read_completions(path)):
             gen_cot.move_aside(path)
         sft.process().wait_for_everyone()
         done = {key_of(row) for row in read_completions(path) if row["completion"] is not None}
-        # always the same share, as other ranks may already write theirs
+        # every n-th of all questions, not of those that are left: another rank may already write its own
         todo = [record for record in sft.shard(records, len(records)) if key_of(record) not in done]
         if not todo:
             continue

@@ -147,6 +147,43 @@ def test_two_ranks_learn_what_one_learns(clone, monkeypatch):
             assert row == pytest.approx(other, abs=1e-4)
 
 
+def test_two_ranks_answer_what_one_answers_and_one_goes_on_where_two_were_killed(clone, monkeypatch):
+    """No question is answered twice: not by two ranks, nor by the one that goes on after rank 1 has died."""
+    command = ("evaluate.py --model tiny --limit 14 --batch-size 3 --max-completion-tokens 32 "
+               "--adapters none runs/tiny/sft --output runs/NAME/evaluate")
+    words = {name: command.replace("NAME", name).split() for name in ("shared", "killed")}
+    (clone / "answer.py").write_text(f"""
+import os, signal, sys, evaluate, sft
+sys.argv = {words["shared"]}
+evaluate.main(evaluate.get_args())
+assert sft.process().num_processes == 2
+rows_of = evaluate.rows_of
+
+def dying(adapter, *args):
+    for n, pair in enumerate(rows_of(adapter, *args)):
+        if n == 4 and adapter != "none" and not sft.is_first():
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield pair
+
+evaluate.rows_of = dying
+sys.argv = {words["killed"]}
+evaluate.main(evaluate.get_args())
+""")
+    run(clone, f"-m torch.distributed.run --nproc_per_node 2 --master_port {free_port()} answer.py", code=1)
+    killed = clone / "runs/killed/evaluate/completions-sft.jsonl"
+    assert 4 <= len(gen_cot.read_json(killed)) <= 11  # rank 1's, and at most the seven of rank 0
+    for name in ("killed", "alone"):
+        run_here(clone, monkeypatch, command.replace("NAME", name))
+    alone, *others = (clone / "runs" / name / "evaluate" for name in ("alone", "shared", "killed"))
+    tables = [json.loads((folder / "results.json").read_text())["rows"] for folder in (alone, *others)]
+    assert tables[0] == tables[1] == tables[2] and tables[0]["SFT"]["test.jsonl"]["questions"] == 14
+    for file in sorted(alone.glob("completions-*.jsonl")):
+        lines = sorted(file.read_text().splitlines())
+        assert len(set(lines)) == 14
+        for folder in others:
+            assert sorted((folder / file.name).read_text().splitlines()) == lines
+
+
 @pytest.mark.parametrize("stage, command", [
     ("sft", "sft.py --batch-size 4 --epochs 2 --lr 2e-3"),
     ("pagrpo", "pagrpo.py --updates 6 --prompts-per-update 2 --num-generations 4 --max-completion-tokens 24 "
