@@ -2,13 +2,15 @@
 
     python evaluate.py --model tiny                        # base, SFT, SFT + PA-GRPO on the toy's test split
     python evaluate.py --model qwen2.5-vl-7b --bench all   # the paper's seven benchmarks (Table 1)
+    accelerate launch evaluate.py --model qwen2.5-vl-7b --bench all             # on several GPUs
     python evaluate.py --model tiny --ask "Which colour comes first?" --media clip.mp4
     python evaluate.py --model tiny --rescore --scoring lenient --mismatch      # no model is loaded
     python evaluate.py --compare A/completions-pagrpo.jsonl B/completions-pagrpo.jsonl
     python evaluate.py --html runs/tiny                    # one page of a run's rollouts and completions
 
 Completions are written as they come, one file for each adapter, each row with its whole record. The same
-command goes on where a killed run was; a file that was made with other settings is moved aside.
+command goes on where a killed run was; a file that was made with other settings is moved aside. Of n GPUs
+each answers every n-th question, and a killed run may go on with another number of them.
 
 Our choices:
 E1. Decoding is greedy, which is what the paper's temperature 0.01 with top-p 0.001 comes to.
@@ -30,10 +32,12 @@ E6. A trace is a mismatch (Table 6) where the option that its think segment sett
 import base64
 import collections
 import json
+import os
 import re
 import statistics
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
@@ -90,7 +94,13 @@ def get_args():
 
 
 def main(args):
-    judge = gen_cot.judge_from(args) if args.judge else None
+    # ranks share the questions, and rank 0 alone does all else; as one may be done hours before another, none
+    # gives up waiting after the usual ten minutes
+    sft.PartialState(args.device == "cpu" or not sft.torch.cuda.is_available(), timeout=timedelta(days=30))
+    if not sft.is_first() and any((args.compare, args.judge_agreement, args.html, args.media, args.rescore)):
+        return
+    sys.stdout = sys.stdout if sft.is_first() else open(os.devnull, "w")
+    judge = gen_cot.judge_from(args) if args.judge and sft.is_first() else None
     if args.compare:
         return print_comparison(*args.compare, args.scoring)
     if args.judge_agreement:
@@ -99,7 +109,8 @@ def main(args):
         return write_page(args.html, judge, args)
     if args.ask is not None or args.media:
         return answer_one(args)
-    gen_cot.lock(args.output)
+    if sft.is_first():
+        gen_cot.lock(args.output)
     print(f"Adapters: {', '.join(args.adapters)}; by default none, and sft and pagrpo of {args.run_dir}.")
 
     # answer the questions, as far as they aren't answered yet
@@ -113,6 +124,9 @@ def main(args):
         for adapter in set(own) - {"none", args.server}:
             sft.check_adapter(adapter)
         complete_all(records, own, names, runs, args)
+        sft.process().wait_for_everyone()
+    if not sft.is_first():
+        return
 
     # score the answers
     results = {"constant": constant_answers(records, args.scoring)}
@@ -274,7 +288,10 @@ def run_digest(adapter, args):
 
 
 def complete_all(records, files, names, runs, args):
-    """Write what is missing of each adapter's completions, as they come; the base is loaded once."""
+    """Write what is missing of each adapter's completions, as they come; the base is loaded once.
+
+    All ranks append to one file. A row is one write to the system, at the file's end, so that none is torn by
+    another rank's."""
     # the observations of another run, by their questions
     noted = read_completions(args.observations) if args.observations else []
     observations = {key_of(row): parse_trace(row["completion"] or "").observation for row in noted}
@@ -283,11 +300,15 @@ def complete_all(records, files, names, runs, args):
         print(f"{found} of {len(records)} questions have an observation in {args.observations}.")
 
     base = None
+    sft.process().wait_for_everyone()  # till all have read the observations, as their file may be moved aside
     for adapter, path in files.items():
-        if any(row.get("run") != runs[adapter] for row in read_completions(path)):  # of other settings
+        # rank 0 moves rows of other settings aside; the others wait, so that none reads or continues them
+        if sft.is_first() and any(row.get("run") != runs[adapter] for row in read_completions(path)):
             gen_cot.move_aside(path)
+        sft.process().wait_for_everyone()
         done = {key_of(row) for row in read_completions(path) if row["completion"] is not None}
-        todo = [record for record in records if key_of(record) not in done]
+        # every n-th of all questions, not of those that are left: another rank may already write its own
+        todo = [record for record in sft.shard(records, len(records)) if key_of(record) not in done]
         if not todo:
             continue
         read = partial(gen_cot.read_media, min_frames=args.min_frames) if args.min_frames else None
@@ -297,7 +318,7 @@ def complete_all(records, files, names, runs, args):
             base = sft.load_base(args.base, not args.no_4bit)
         rows = rows_of(adapter, base, media, observations, args)
         with open_append(path) as file:
-            for record, row in tqdm(rows, names[adapter][1], len(todo)):
+            for record, row in tqdm(rows, names[adapter][1], len(todo), disable=not sft.is_first()):
                 record = {k: v for k, v in record.items() if k != "media"}
                 file.write(json_line(record | row | dict(run=runs[adapter], model=names[adapter][1])))
 

@@ -3,6 +3,7 @@ import base64
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -20,7 +21,7 @@ import evaluate
 import gen_cot
 import sft
 from conftest import ROOT, Fault
-from rewards import UserError, accuracy_reward, question_text, read_jsonl, write_jsonl
+from rewards import UserError, accuracy_reward, json_line, open_append, question_text, read_jsonl, write_jsonl
 
 sys.path.append(str(ROOT / "data"))
 import benchmarks  # noqa: E402
@@ -762,6 +763,25 @@ def test_a_file_that_a_kill_tore_is_completed(clips, server, keep, torn):
     rows, lines = completions("openai-model-1"), path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:keep]) + torn)
     assert run(*flags) == table and completions("openai-model-1") == rows
+
+
+def test_rows_that_several_ranks_append_to_one_file_do_not_mix(tmp_path):
+    """Rows below and above the sizes of Python's and the system's buffers."""
+    path, context = tmp_path / "rows.jsonl", multiprocessing.get_context("fork")
+
+    def write(rank):
+        with open_append(path) as file:
+            for i in range(300):
+                file.write(json_line([rank, i, "字" * (50, 3000, 40_000)[i % 3]]))
+
+    ranks = [context.Process(target=write, args=(rank,)) for rank in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
+    assert sorted(row[:2] for row in rows) == [[rank, i] for rank in range(3) for i in range(300)]
+    assert all(set(text) == {"字"} for _, _, text in rows)
 
 
 def test_rows_that_are_not_there_yet_are_told(folder, capsys):

@@ -147,6 +147,49 @@ def test_two_ranks_learn_what_one_learns(clone, monkeypatch):
             assert row == pytest.approx(other, abs=1e-4)
 
 
+def test_two_ranks_answer_what_one_answers_and_one_goes_on_where_two_were_killed(clone, monkeypatch):
+    """No question is answered twice: not by two ranks, nor by the one that goes on after rank 1 has died. Each
+    rank waits where the other one is late: rank 0 for the answers, rank 1 for the move of other settings'."""
+    command = ("evaluate.py --model tiny --limit 14 --batch-size 3 --max-completion-tokens 32 "
+               "--adapters none runs/tiny/sft --output runs/NAME/evaluate")
+    words = {name: command.replace("NAME", name).split() for name in ("shared", "killed")}
+    (clone / "answer.py").write_text(f"""
+import os, signal, sys, time, evaluate, gen_cot, sft
+rows_of, move_aside, write_results = evaluate.rows_of, gen_cot.move_aside, evaluate.write_results
+
+def late_or_dying(adapter, *args):
+    time.sleep(sft.process().process_index)
+    for n, pair in enumerate(rows_of(adapter, *args)):
+        if n == 4 and adapter != "none" and "runs/killed/evaluate" in sys.argv and not sft.is_first():
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield pair
+
+def write_alone(*args):
+    assert sft.process().num_processes == 2 and sft.is_first()
+    write_results(*args)
+
+evaluate.rows_of, evaluate.write_results = late_or_dying, write_alone
+gen_cot.move_aside = lambda path: time.sleep(1) or move_aside(path)
+for sys.argv in {list(words.values())}:
+    evaluate.main(evaluate.get_args())
+""")
+    old = [row | dict(completion="", run="") for row in gen_cot.read_json(clone / "data/toy/test.jsonl")]
+    gen_cot.write_jsonl(clone / "runs/shared/evaluate/completions-none.jsonl", old)
+    run(clone, f"-m torch.distributed.run --nproc_per_node 2 --master_port {free_port()} answer.py", code=1)
+    killed = clone / "runs/killed/evaluate/completions-sft.jsonl"
+    assert 4 <= len(gen_cot.read_json(killed)) <= 11  # rank 1's, and at most the seven of rank 0
+    for name in ("killed", "alone"):
+        run_here(clone, monkeypatch, command.replace("NAME", name))
+    alone, *others = (clone / "runs" / name / "evaluate" for name in ("alone", "shared", "killed"))
+    tables = [json.loads((folder / "results.json").read_text())["rows"] for folder in (alone, *others)]
+    assert tables[0] == tables[1] == tables[2] and tables[0]["SFT"]["test.jsonl"]["questions"] == 14
+    for file in sorted(alone.glob("completions-*.jsonl")):
+        lines = sorted(file.read_text().splitlines())
+        assert len(set(lines)) == 14
+        for folder in others:
+            assert sorted((folder / file.name).read_text().splitlines()) == lines
+
+
 @pytest.mark.parametrize("stage, command", [
     ("sft", "sft.py --batch-size 4 --epochs 2 --lr 2e-3"),
     ("pagrpo", "pagrpo.py --updates 6 --prompts-per-update 2 --num-generations 4 --max-completion-tokens 24 "
