@@ -32,12 +32,10 @@ E6. A trace is a mismatch (Table 6) where the option that its think segment sett
 import base64
 import collections
 import json
-import os
 import re
 import statistics
 import sys
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
@@ -94,12 +92,10 @@ def get_args():
 
 
 def main(args):
-    # ranks share the questions, and rank 0 alone does all else; as one may be done hours before another, none
-    # gives up waiting after the usual ten minutes
-    sft.PartialState(args.device == "cpu" or not sft.torch.cuda.is_available(), timeout=timedelta(days=30))
+    # ranks share the questions, and rank 0 alone does all else
+    sft.start_ranks(args)
     if not sft.is_first() and any((args.compare, args.judge_agreement, args.html, args.media, args.rescore)):
         return
-    sys.stdout = sys.stdout if sft.is_first() else open(os.devnull, "w")
     judge = gen_cot.judge_from(args) if args.judge and sft.is_first() else None
     if args.compare:
         return print_comparison(*args.compare, args.scoring)

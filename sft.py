@@ -39,6 +39,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -494,14 +495,20 @@ def shard_size(batch_size):
 WARMUP, WEIGHT_DECAY = 0.03, 0.01  # share of the steps with linear warm-up; of AdamW (Video-R1's)
 
 
+def start_ranks(args):
+    """Joins the ranks, of which rank 0 alone prints. One may be done hours before another, or its judge may
+    keep it waiting: none gives up on the others after the usual ten minutes."""
+    # a singleton: `process` returns it from now on
+    PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=1))
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
+
+
 def setup_process(args):
     """What a rank does before it loads a model. Raises UserError where a large one would run on a CPU."""
-    # a singleton: `process` returns it from now on
-    PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
+    start_ranks(args)
     if is_first():
         lock(args.output)
-    else:
-        sys.stdout = open(os.devnull, "w")  # one voice is enough
     torch.manual_seed(args.seed)  # of a fresh adapter; all else draws from generators of its own
     if not on_gpu() and args.device != "cpu":
         print("No GPU is visible to torch: running on the CPU.")
