@@ -827,7 +827,7 @@ CURVES = {"reward": ["reward"], "KL to the reference": ["kl"],
 
 
 def reward_metrics(groups):
-    """What an update's completions earned, as logged (names in the README). A completion with an unknown
+    """What an update's completions earned, as logged (see docs/metrics.md). A completion with an unknown
     verdict is left out of every mean and spread that needs the verdict. groups: for each prompt a list of its
     completions' `process_rewards`, with `truncated` (bool)."""
     scores = [s for group in groups for s in group]
