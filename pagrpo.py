@@ -30,6 +30,12 @@ completion` it is β times `kl`.) The gradient of the policy term, the mean of A
 rewards. The policy term's value is not quite 0 in two cases. A completion can lack a segment. And PA-GRPO can
 be run with `--loss-average completion`, where A_P and A_R are weighted by the lengths of their segments.
 
+Why GRPO hardly learns to see: it pays the observation's tokens for the answer. Let a share p of a group's
+observations be right, and let answers be right at the rate a after a right observation and g after a wrong
+one, so at q = p a + (1 - p) g in all. For binary rewards the correlation of GRPO's advantage with what was
+seen is then (a - g) √(p (1 - p) / (q (1 - q))), which is 0.16 on the toy. PA-GRPO's is 1. The derivation is in
+docs/by_hand.ipynb.
+
 Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (at most the limit),
 S tokens of a packed sequence, D hidden, V vocabulary. "Process" means perception or reasoning; a process of
 the operating system, of which there is one for each GPU, is called a rank.
@@ -44,14 +50,17 @@ P2. A completion's loss is the mean over each segment's tokens, summed over the 
     as other GRPO code does. It is the default in the rows of P7 that are marked *.
 P3. std is the unbiased estimate plus 1e-4; a group with equal rewards, or with less than two that are known,
     gets exact zeros.
-P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3), in the same mean (P2).
-P5. Completions are sampled at temperature 1. Of the added tokens (visual, chat control, tools) only
-    `<|im_end|>` can be sampled, which ends a turn of the chat format. `<|endoftext|>` can't be sampled
-    either, nor can ids that stand for no token. The sampled ids are kept and trained on as they are;
-    completions cut at the limit count as truncated. The ban changes what is sampled and nothing else. Every
-    log-prob, the rollout's too, is normalised over the whole vocabulary, so that policy and reference stay
-    the model's own distributions. A sampled token's log-prob is therefore a little below that of the
-    distribution that it was drawn from.
+P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3), in the same mean (P2). Its
+    mean over samples of π is KL(π || π_ref). Its gradient, as every GRPO code takes it, is KL(π_ref || π)'s.
+P5. Completions are sampled at temperature 1, without top-p, top-k or penalties: the loss is about the very
+    distribution that is sampled. Of the added tokens (visual, chat control, tools) only `<|im_end|>` can be
+    sampled, which ends a turn of the chat format. The others would be inputs without meaning: a visual token
+    stands for a part of a picture, of which a completion has none, and a control token would begin somebody
+    else's turn. Nor can ids be sampled that stand for no token. The sampled ids are kept and trained on as
+    they are; completions cut at the limit count as truncated. The ban changes what is sampled and nothing
+    else. Every log-prob, the rollout's too, is normalised over the whole vocabulary, so that policy and
+    reference stay the model's own distributions. A sampled token's log-prob is therefore a little below that
+    of the distribution that it was drawn from.
 P6. If the judge fails to give a verdict on a completion, R_P is NaN, never 0. The completion is left out of
     the mean and std of every reward that contains R_P, and its advantage for that reward is 0. The advantages
     that its tokens still get, by the value of --without:
@@ -76,6 +85,11 @@ P7. The rows of Table 2. In those marked * all tokens of a completion have one a
         GDPO *                                --without assignment                        process_advantages
         without R_len                         --without length                            score_groups
         RL only                               --adapter none                    get_args, main, add_reference
+P8. π_old's log-probs come from the training pass, not from the rollout, whose rounding differs. So ρ is
+    exactly 1 in the first step. Each of the μ steps is on all completions of the rollout, not on a part.
+P9. The judge `self` is the frozen base without any adapter. It decodes greedily, 256 tokens at most.
+P10. A judge of your own may give a float in [0, 1] instead of True or False. It is the accuracy in Eq. 3.
+     Above 0 it can earn the length bonus.
 """
 import contextlib
 import functools
@@ -160,9 +174,8 @@ def get_args():
 
 def main(args):
     # Your own perception reward is --judge FILE.py:FUNCTION, with any f(records, observations) -> list of
-    # True, False or None (P6), or of floats in [0, 1], which are then the accuracy in Eq. 3 (an accuracy
-    # above 0 can earn the length bonus). A record is as `load_records` gives it, with `media`, the path of
-    # its file; an observation is a str, or None where the block isn't complete.
+    # True, False or None (P6), or of floats (P10). A record is as `load_records` gives it, with `media`, the
+    # path of its file; an observation is a str, or None where the block isn't complete.
     # (The lambda finds `model`, which is loaded below, when it is called.)
     judge = gen_cot.judge_from(args, generate=lambda prompts: self_judge(model, tokenizer, prompts, args))
     sft.setup_process(args)
@@ -384,9 +397,9 @@ def update_policy(model, optimizer, groups, lr, args):
     """μ gradient steps on the groups of one rollout, every step on all of them; returns the last one's
     metrics.
 
-    π_old is computed by `token_logprobs`, as π is, not taken from the rollout, so that ρ is exactly 1 in the
-    first step. For μ = 1 it is that step's own log-probs, detached; for μ > 1 it is computed before the first
-    step, without gradient. `logprob_gap` is how far the rollout's own log-probs are from it.
+    π_old is computed by `token_logprobs`, as π is (P8). For μ = 1 it is that step's own log-probs, detached;
+    for μ > 1 it is computed before the first step, without gradient. `logprob_gap` is how far the rollout's
+    own log-probs are from it.
 
     `--completions-per-pass` cuts the groups into pieces. A piece's loss is the mean over its completions. It
     is weighted by its share of all completions of the update, on all ranks: each completion counts the same.

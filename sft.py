@@ -21,6 +21,11 @@ S2. A batch's loss is the mean over all its completion tokens, however it is spl
 S3. `--process-agnostic` (Table 2) removes the observation block from the target; the prompt stays the same.
 S4. One medium in fifty is held out, by a hash of its path (`gen_cot.hold_out`): no question about it is
     trained on, in SFT or RL. The paper trains on all, as `--held-out 0` does.
+S5. LoRA is on all linear layers of the language model's blocks (`LORA_TARGETS`), in float32, without dropout.
+    Its alpha is twice its rank.
+S6. The learning rate rises linearly in the first 3 % of the steps, then falls to 0 along a cosine. AdamW's
+    weight decay is 0.01 (Video-R1's).
+S7. A step whose loss or gradient isn't finite is counted and not taken. Three in a row end the run.
 """
 import contextlib
 import hashlib
