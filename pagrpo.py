@@ -51,7 +51,7 @@ P2. A completion's loss is the mean over each segment's tokens, summed over the 
 P3. std is the unbiased estimate plus 1e-4; a group with equal rewards, or with less than two that are known,
     gets exact zeros.
 P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3), in the same mean (P2). Its
-    mean over samples of π is KL(π || π_ref). Its gradient, as every GRPO code takes it, is KL(π_ref || π)'s.
+    mean over samples of π is KL(π || π_ref). Its gradient, as GRPO codes take it, is that of KL(π_ref || π).
 P5. Completions are sampled at temperature 1, without top-p, top-k or penalties: the loss is about the very
     distribution that is sampled. Of the added tokens (visual, chat control, tools) only `<|im_end|>` can be
     sampled, which ends a turn of the chat format. The others would be inputs without meaning: a visual token

@@ -2,6 +2,7 @@
 
     python tests/bench.py                      # everything: about 12 minutes on two cores
     python tests/bench.py training rollout     # some of: frames, questions, training, rollout, update
+    python tests/bench.py --since 0f4748e      # this build against an older one, CPU seconds: half an hour
 
 frames      decoding in worker processes ahead of the model, and in this process, against a plain decord loop
             (pip install decord==0.6.0; left out without it)
@@ -14,15 +15,24 @@ update      a whole update against TRL's GRPOTrainer on images (pip install trl=
 The model is the toy base (128 wide) in float32 with LoRA of rank 32; P = 574 prompt tokens, 512 of them
 visual. The training pass is measured on a wider one too, with random weights: at 128 a tenth of our pass is
 what calling its functions takes. Times are the best of several runs in turn.
+
+--since takes medians of --repeats, in turn, one thread each. It compares training passes, a rollout of the SFT
+adapter on the toy's own lengths, and the quick start's commands. The older build is a git worktree. Run the
+quick start once before.
 """
 import argparse
 import asyncio
 import copy
 import ctypes
+import itertools
 import json
 import multiprocessing
+import os
 import re
+import resource
+import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,13 +46,12 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(os.environ.get("BENCH_ROOT") or Path(__file__).resolve().parents[1])  # the build to measure
 sys.path[:0] = [str(ROOT)]
 
 import gen_cot  # noqa: E402
 import pagrpo  # noqa: E402
 import sft  # noqa: E402
-from rewards import read_jsonl, write_jsonl  # noqa: E402
 
 
 def load():
@@ -187,9 +196,9 @@ def bench_questions(questions=20_000, in_flight=64):
         for i in range(50):
             Image.new("RGB", (56, 56), (5 * i, 9, 9)).save(f"{folder}/{i}.png")
         question = dict(problem_type="numerical", data_type="image", solution="1", evidence=["one"])
-        write_jsonl(f"{folder}/questions.jsonl", [
-            dict(question, problem_id=i, problem=f"Picture {i}: how many?", path=f"{i % 50}.png")
-            for i in range(questions)])
+        rows = (dict(question, problem_id=i, problem=f"Picture {i}: how many?", path=f"{i % 50}.png")
+                for i in range(questions))
+        Path(folder, "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
         start = time.perf_counter()
         subprocess.run(
             [sys.executable, ROOT / "gen_cot.py", "--model", "own/server", "--media-root", folder,
@@ -199,7 +208,7 @@ def bench_questions(questions=20_000, in_flight=64):
             check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
         for name in ("traces", "cot"):  # every reply was written down, every trace kept
-            assert len(read_jsonl(f"{folder}/out/{name}.jsonl")) == questions
+            assert len(Path(folder, f"out/{name}.jsonl").read_text().splitlines()) == questions
     server.kill()
     ideal = questions * 0.05 / in_flight
     print(f"questions: {questions} in {seconds:.1f} s, the server's part {ideal:.1f} s: "
@@ -392,12 +401,96 @@ def trl_step_seconds(G, T, steps=4):
     return min(times[1:])
 
 
+# --- this build against an older one ------------------------------------------------------------------------
+
+COMMANDS = "gen_cot.py", "sft.py", "pagrpo.py", "evaluate.py"
+
+
+def cpu_seconds(function, repeats=1):
+    """Median CPU seconds of a call, after one warm-up."""
+    function()
+    seconds = []
+    for _ in range(repeats):
+        start = time.process_time()
+        function()
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds)
+
+
+def own_seconds():
+    """{what: CPU seconds} of the build at ROOT."""
+    torch.set_num_threads(1)
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (model, tokenizer) in {"128 wide": load(), "512 wide": load_wide(folder)}.items():
+            prompt, weights = embedded(model, make_prompt(model, tokenizer)), sft.trainable_parameters(model)
+            for shape in ("full", "ragged"):
+                ids = torch.randint(0, 600, (8, 256))
+                lengths = torch.full((8,), 256) if shape == "full" else torch.arange(1, 9) * 32
+                mask = torch.arange(256) < lengths[:, None]
+                seconds[f"training pass, {name}, {shape}"] = cpu_seconds(lambda: torch.autograd.grad(
+                    pagrpo.token_logprobs(model, prompt, ids, mask).mean(), weights), 3)
+    model, tokenizer = sft.load_model(ROOT / "data/toy/base", os.environ["BENCH_ADAPTER"])
+    prompts = []
+    for record in gen_cot.load_records(str(ROOT / "data/toy/rl.jsonl"), str(ROOT / "data/toy"))[:8]:
+        text, (frames, fps) = gen_cot.build_prompt(record), gen_cot.read_media(record, 16, 4)
+        prompt = sft.encode_prompt(text, frames, fps, tokenizer, sft.unwrap(model).config)
+        prompts.append(embedded(model, prompt))
+    uniforms = torch.from_numpy(np.random.default_rng(0).random((64, 112)))
+    seconds["rollout, 64 rows of the toy's own lengths"] = cpu_seconds(
+        lambda: pagrpo.rollout(model, prompts, tokenizer, 8, 112, uniforms), 3)
+    return seconds
+
+
+def command_seconds(root, script):
+    """CPU seconds of a command of the quick start, its workers' too."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, script, "--model", "tiny"], cwd=root, check=True, capture_output=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def bench_since(commit, repeats):
+    with tempfile.TemporaryDirectory() as folder:
+        old, found = Path(folder, "old"), {}
+        subprocess.run(["git", "worktree", "add", "--detach", old, commit], cwd=ROOT, check=True,
+                       capture_output=True)
+        new = Path(folder, "new")  # a clone, so that the runs that are here stay as they are
+        subprocess.run(["git", "clone", "-q", ROOT, new], check=True)
+        try:
+            for _ in range(repeats):
+                for root, script in itertools.product((old, new), COMMANDS):
+                    found.setdefault((script, root), []).append(command_seconds(root, script))
+                for root in (old, new):
+                    shutil.rmtree(root / "runs/tiny/evaluate")  # or it has nothing left to answer
+                    own = subprocess.run([sys.executable, __file__, "--own"], check=True, capture_output=True,
+                                         text=True, env=os.environ | {
+                                             "BENCH_ROOT": str(root), "BENCH_ADAPTER": f"{new}/runs/tiny/sft"})
+                    for what, seconds in json.loads(own.stdout.splitlines()[-1]).items():
+                        found.setdefault((what, root), []).append(seconds)
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", old], cwd=ROOT, check=True)
+    print(f"CPU seconds at {commit}, here, ratio; medians of {repeats}")
+    for what in dict.fromkeys(what for what, _ in found):
+        before, now = (statistics.median(found[what, root]) for root in (old, new))
+        print(f"   {what:<45}{before:>8.2f}{now:>8.2f}{before / now:>8.2f}x", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["frames", "questions", "training", "rollout", "update"]
     parser.add_argument("parts", nargs="*", help=", ".join(names))
-    parts = parser.parse_args().parts or names
+    parser.add_argument("--since", metavar="COMMIT", help="compare with this older build")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--own", action="store_true", help=argparse.SUPPRESS)  # for --since, in each build
+    args = parser.parse_args()
+    if args.since:
+        return bench_since(args.since, args.repeats)
+    if args.own:
+        return print(json.dumps(own_seconds()))
+    parts = args.parts or names
     print(f"{torch.get_num_threads()} threads, float32, torch {torch.__version__}")
     if "frames" in parts:
         bench_frames()
