@@ -16,9 +16,10 @@ which goes to the tokens of o_{i,k} alone:
 
     J = E[ 1/G Σ_i Σ_k ( min(ρ A, clip(ρ, 1-ε, 1+ε) A) - β KL(π_θ || π_ref) ) ]                    (Eq. 7)
 
-where i and j count completions, k is P or R, and ρ = π_θ / π_old per token. π_old is the policy that sampled
+where i and j count completions, k is P or R, and ρ = π_θ / π_old. ρ, A and KL are per token, and a segment's
+value is the mean over its tokens (P2). π_old is the policy that sampled
 the completions. π_ref is the frozen model that RL starts from: the one after SFT, or the base where there was
-no SFT (`add_reference`). Eq. 7 leaves the average over a segment's tokens open; ours is choice P2.
+no SFT (`add_reference`).
 
     python pagrpo.py --model tiny              # a laptop's CPU: 2 minutes, 0.6 GiB
     python pagrpo.py --model qwen2.5-vl-7b     # one consumer GPU
@@ -30,11 +31,15 @@ completion` it is β times `kl`.) The gradient of the policy term, the mean of A
 rewards. The policy term's value is not quite 0 in two cases. A completion can lack a segment. And PA-GRPO can
 be run with `--loss-average completion`, where A_P and A_R are weighted by the lengths of their segments.
 
-Why GRPO hardly learns to see: it pays the observation's tokens for the answer. Let a share p of a group's
-observations be right, and let answers be right at the rate a after a right observation and g after a wrong
-one, so at q = p a + (1 - p) g in all. For binary rewards the correlation of GRPO's advantage with what was
-seen is then (a - g) √(p (1 - p) / (q (1 - q))), which is 0.16 on the toy. PA-GRPO's is 1. The derivation is in
-docs/by_hand.ipynb.
+Why GRPO hardly learns to see: it pays the observation's tokens for the answer. In a group, let
+
+    p       be the share of right observations,
+    a, g    the accuracy of the answers after right and after wrong observations,
+    q       = p a + (1 - p) g, the accuracy of all answers.
+
+For binary rewards the correlation of GRPO's advantage with being right in the observation is then
+(a - g) √(p (1 - p) / (q (1 - q))), and PA-GRPO's is 1 (docs/by_hand.ipynb derives it). The toy's p, a and g give
+0.16. Measured there, with rewards that are not binary, R² is 0.01 and 0.75 (docs/toy.md).
 
 Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (at most the limit),
 S tokens of a packed sequence, D hidden, V vocabulary. "Process" means perception or reasoning; a process of
@@ -51,7 +56,8 @@ P2. A completion's loss is the mean over each segment's tokens, summed over the 
 P3. std is the unbiased estimate plus 1e-4; a group with equal rewards, or with less than two that are known,
     gets exact zeros.
 P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3), in the same mean (P2). Its
-    mean over samples of π is KL(π || π_ref). Its gradient, as GRPO codes take it, is that of KL(π_ref || π).
+    mean over samples of π is KL(π || π_ref). Autograd takes the samples as fixed. That gives the gradient
+    of KL(π_ref || π), the other direction (docs/by_hand.ipynb, 4).
 P5. Completions are sampled at temperature 1, without top-p, top-k or penalties: the loss is about the very
     distribution that is sampled. Of the added tokens (visual, chat control, tools) only `<|im_end|>` can be
     sampled, which ends a turn of the chat format. The others would be inputs without meaning: a visual token
@@ -65,14 +71,15 @@ P6. If the judge fails to give a verdict on a completion, R_P is NaN, never 0. T
     the mean and std of every reward that contains R_P, and its advantage for that reward is 0. The advantages
     that its tokens still get, by the value of --without:
                                  o_P's tokens  o_R's tokens  why
-        (PA-GRPO), length             0            A_R       each has its own
+        none (PA-GRPO)                0            A_R       each has its own
+        length                        0            A_R       each has its own
         perception (GRPO)            A_R           A_R       A_R needs no verdict
-        reasoning, separation         0             0        the one reward contains R_P
+        reasoning                     0             0        the one reward is R_P
+        separation                    0             0        the one reward is R_P + R_R
         assignment (GDPO)            A_R           A_R       the sum, with A_P = 0
     The KL term still applies to it. If the judge gives no verdict at all in an update, nothing is learnt from
-    that update (it is still one of the `--updates`). Three such updates in a row stop the run, or all of them
-    if there are fewer. Neither holds
-    for `--without perception`, which needs no verdicts.
+    that update (it is still one of the `--updates`). Three such updates in a row stop the run; so do one or
+    two if the run has no more. `--without perception` needs no verdicts: it learns and goes on.
 P7. The rows of Table 2. In those marked * all tokens of a completion have one advantage, and the loss average
     is the completion's (`get_args`). The judge is asked in any case, for the log. GDPO, which is not the
     paper's, normalises each reward by itself, as PA-GRPO does, but assigns their sum to all tokens. For the
@@ -85,7 +92,7 @@ P7. The rows of Table 2. In those marked * all tokens of a completion have one a
         GDPO *                                --without assignment                        process_advantages
         without R_len                         --without length                            score_groups
         RL only                               --adapter none                    get_args, main, add_reference
-P8. π_old's log-probs come from the training pass, not from the rollout, whose rounding differs. So ρ is
+P8. π_old's log-probs come from `token_logprobs`, as π's, not from the rollout, whose rounding differs. So ρ is
     exactly 1 in the first step. Each of the μ steps is on all completions of the rollout, not on a part.
 P9. The judge `self` is the frozen base without any adapter. It decodes greedily, 256 tokens at most.
 P10. A judge of your own may give a float in [0, 1] instead of True or False. It is the accuracy in Eq. 3.
@@ -130,7 +137,8 @@ class Args(sft.TrainingFlags):
     adapter: str | None = None  # the SFT adapter to start from (default: runs/<model>/sft); none: the base
     judge: str = "self"  # the frozen base; or rule, anthropic:MODEL, openai:MODEL@URL, FILE.py:FUNCTION
     algorithm: Literal["pa-grpo", "grpo"] = "pa-grpo"  # grpo is --without perception
-    without: Literal["perception", "reasoning", "length", "separation", "assignment"] | None = None  # P7
+    # the reward that is left out; separation: one reward, the sum; assignment: one advantage, the sum (P7)
+    without: Literal["perception", "reasoning", "length", "separation", "assignment"] | None = None
     num_generations: int = 8  # completions per prompt, G (paper: 8)
     prompts_per_update: int = 7  # prompts per optimiser step (paper: 7)
     num_iterations: int = 1  # gradient steps per rollout, μ
@@ -176,7 +184,8 @@ def main(args):
     # Your own perception reward is --judge FILE.py:FUNCTION, with any f(records, observations) -> list of
     # True, False or None (P6), or of floats (P10). A record is as `load_records` gives it, with `media`, the
     # path of its file; an observation is a str, or None where the block isn't complete.
-    # (The lambda finds `model`, which is loaded below, when it is called.)
+    # It is made first, so that a bad one is an error before the model loads. (The lambda looks `model` up only
+    # when it is called.)
     judge = gen_cot.judge_from(args, generate=lambda prompts: self_judge(model, tokenizer, prompts, args))
     sft.setup_process(args)
     if sft.is_finished(args):
@@ -200,14 +209,14 @@ def train(model, tokenizer, records, judge, args):
     """The RL loop: decode a few questions' media, update, log. Writes run.json, metrics.jsonl, rollouts.jsonl
     (two groups every `--show-every` updates), curves.png and the adapter."""
     template, config = gen_cot.load_template(args), sft.unwrap(model).config
-    fixed, records = gen_cot.hold_out(records, args.held_out)
+    held_out, records = gen_cot.hold_out(records, args.held_out)
     run = sft.describe_run(run_name(args), records, args, args.adapter)
     optimizer = sft.setup_training(model, args)
     start = sft.load_checkpoint(model, optimizer, run, args)
     unanswered = 0  # updates in a row
     # Up to 48 prompts about held-out media are for the curves, the same ones for every --seed. The others are
     # trained on, over and over.
-    fixed = gen_cot.draw(fixed, 48, seed=0)
+    fixed = gen_cot.draw(held_out, 48, seed=0)
     print(f"{len(fixed)} prompts of held-out media for the curves")
     # by default the tokens of a question of 300 words with all frames
     limit = args.max_prompt_tokens or len(sft.worst_prompt(tokenizer, config, args)[1].input_ids)
@@ -217,7 +226,7 @@ def train(model, tokenizer, records, judge, args):
     tracker = sft.start_tracker(args)
     with (sft.open_log(args.output / "metrics.jsonl", start) as log,
           sft.open_log(args.output / "rollouts.jsonl", start) as rollouts):
-        for step in sft.resumable("PA-GRPO", start, args.updates, model, optimizer, args, CURVES):
+        for step in sft.resumable(run["algorithm"], start, args.updates, model, optimizer, args, CURVES):
             # take a few questions: their media were decoded while the last update ran
             encoded, media_log = sft.encode_batch(media, args.prompts_per_update, template, tokenizer, config,
                                                   limit)
@@ -238,7 +247,8 @@ def train(model, tokenizer, records, judge, args):
                 if step % args.show_every == 0:
                     keep_groups(groups[:2], step, rollouts, tokenizer, args)
                 del groups  # frees their embeddings before the next batch makes its own
-            # after it: keep what --keep-every asks for, and look at that and at the last policy
+            # After it: save the adapter every --keep-every updates, and look at this policy, or at the last one.
+            # These values replace those of before the update, where there are both.
             keep = bool(args.keep_every) and (step + 1) % args.keep_every == 0
             if fixed and (keep or step + 1 == args.updates):
                 row |= fixed_accuracies(model, own_fixed, tokenizer, judge, args)
@@ -252,7 +262,7 @@ def train(model, tokenizer, records, judge, args):
     kept = [row for row in rows if row.get("kept") and row.get("fixed/reasoning") is not None]
     if kept:
         best = max(kept, key=lambda row: row["fixed/reasoning"])
-        print(f"{best['kept']} answers the held-out prompts best. They chose it: report it on other ones.")
+        print(f"{best['kept']} answers the held-out prompts best. They chose it: report its figures on others.")
     gen_cot.print_stats("judge", judge)
 
 
@@ -328,13 +338,13 @@ def update(model, tokenizer, optimizer, encoded, judge, lr, args):
     with sft.measured("judge", metrics):
         # gather_object joins the lists of all ranks; on one GPU it gives back its argument
         verdicts = gather_object(score_groups(groups, tokenizer, judge, args))
-    silent = set(verdicts) == {None}  # the judge was asked, and gave no verdict
+    silent = set(verdicts) == {None}  # the judge gave no verdict (an empty set: it wasn't asked)
     if args.without == "perception" or not silent:
         with sft.measured("update", metrics):
             metrics |= update_policy(model, optimizer, groups, lr, args)
         flat = [not (g.perception_mask * g.perception_advantages[:, None]
                      + g.reasoning_mask * g.reasoning_advantages[:, None]).any() for g in groups]
-        metrics["frac_no_gradient"] = nan_mean(gather_object(flat))  # but for the KL term (Fig. 6c)
+        metrics["frac_no_gradient"] = nan_mean(gather_object(flat))  # only the KL term acts there (Fig. 6c)
     # the entropy of each process, by its sampled tokens
     for process in ("perception", "reasoning"):
         own = [-group.sampled_logprobs[getattr(group, f"{process}_mask")] for group in groups]
@@ -345,10 +355,10 @@ def update(model, tokenizer, optimizer, encoded, judge, lr, args):
 
 def sample_groups(model, encoded, tokenizer, args, greedy=False):
     """Sample G completions of each prompt, for `--prompts-per-rollout` prompts at a time, and find the
-    segment of each token. greedy: one completion of each, for --num-generations times as many prompts at a
-    time. encoded: pairs (record, Prompt)."""
+    segment of each token. greedy: one completion of each prompt, and as many rows at a time. encoded: pairs
+    (record, Prompt)."""
     groups, G, T = [], 1 if greedy else args.num_generations, args.max_completion_tokens
-    batch = args.prompts_per_rollout * args.num_generations // G  # prompts at a time
+    batch = args.prompts_per_rollout * (args.num_generations // G)  # prompts at a time
     for i in range(0, len(encoded), batch):
         records, prompts = zip(*encoded[i:i + batch])
         uniforms = None if greedy else torch.cat([draw_uniforms(args.seed, record["sample_index"], G, T)
@@ -468,7 +478,7 @@ def segment_masks(completion_ids, tokenizer):
         length = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
         pieces = [text_of[i] for i in row[:length]]
         text = "".join(pieces)
-        ends = np.cumsum([len(piece) for piece in pieces])  # characters up to the end of each token
+        ends = np.cumsum([len(piece) for piece in pieces])  # where each token ends: 8, 17, 24 in the example
         if "<observation>" not in text:
             split = 0
         elif "</observation>" in text:  # the tokens that end before its ">", and the one that holds it
@@ -555,9 +565,9 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
         prompt: Prompt with embeds (P, D). completion_ids (G, T) int64, completion_mask (G, T) bool.
     """
     language, device, P = sft.unwrap(model).model.language_model, prompt.embeds.device, len(prompt.input_ids)
-    # By this name each layer looks up `shared_prefix_attention`. The name stays set, as checkpointing runs
-    # the layers once more in the backward pass. Called without `lengths`, as in `rollout`, that function
-    # hands over to the library's own attention.
+    # Side effect: from now on all layers call `shared_prefix_attention`, which they look up by this name.
+    # Checkpointing needs it in the backward pass, too, where it runs the layers once more. Without `lengths`,
+    # as in `rollout`, that function is the library's own attention.
     language.config._attn_implementation = "shared_prefix"
     tokens = completion_ids[completion_mask]  # (S - P,), completion after completion
     embeds = torch.cat([prompt.embeds, language.embed_tokens(tokens)])  # (S, D)
@@ -572,7 +582,8 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
                       lengths=[P, *completion_mask.sum(1).tolist()]).last_hidden_state[0]  # (S, D)
 
     # A token is predicted from the state of the one before it. For a completion's first that is the prompt's
-    # last, at P - 1; for the others it is the one before in the packed sequence.
+    # last, at P - 1; for the others it is the one before in the packed sequence. With P = 5 and completions
+    # of 2 and 3 tokens, `before` is 4, 5 and 4, 7, 8.
     before = torch.arange(P - 1, P - 1 + len(tokens), device=device).masked_fill(offsets == 0, P - 1)
     logprobs = sft.logprobs_from_hidden(model, hidden[before], tokens)
     return torch.zeros(completion_ids.shape, device=device).masked_scatter(completion_mask, logprobs)
@@ -614,9 +625,9 @@ class RolloutCache:
         row 3    --ppp cc....
 
     `replace(cache, rows=…, columns=…)` shares the memory and selects a part. While a prompt is prefilled,
-    that is its G rows and its own columns. While all decode, it is all rows and the columns so far. What is
-    fed now goes into the part's last columns. As we pass masks and positions, the library calls nothing but
-    `update` on it."""
+    that is its G rows and its own columns (of prompt 1: rows 2 and 3, columns 2 to 4). While all decode, it is
+    all rows and the columns so far. What is fed now goes into the part's last columns. As we pass masks and
+    positions, the library calls nothing but `update` on it."""
     layers: list  # for each layer its keys and values, (rows, key-value heads, columns, d) each
     rows: slice
     columns: slice
@@ -638,9 +649,9 @@ class RolloutCache:
         return seen
 
     def close_gaps(self, going, n):
-        """Of the first n rows those in `going`, ascending, go on. The last of them move into the places of
-        those that have ended. Returns where each row was before, (len(going),): for n = 4 and going [0, 2, 3]
-        row 3 moves into the gap at 1, so [0, 3, 2]."""
+        """Puts the rows that go on first. `going` holds their numbers, ascending, of the first n. A gap, where a
+        row has ended, is filled by one of the last of them. For n = 4 and going [0, 2, 3] row 3 moves to the
+        gap at 1. Returns where each row was before, for the caller's own tensors: [0, 3, 2]."""
         order = torch.arange(len(going), device=going.device)
         ended = torch.ones(n, dtype=torch.bool, device=going.device).index_fill(0, going, False)
         gaps, moved = ended[:len(going)].nonzero()[:, 0], going[going >= len(going)]
@@ -680,8 +691,8 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
     cache = RolloutCache.empty(prompts[0].embeds, qwen.config.text_config, *shape)
 
     def feed(embeds, positions, part, mask=None):  # (n, tokens, D), (3, n, tokens) -> (n, D) of the last
-        # transformers 5.24, which is pinned, calls it `cache`; earlier ones called it past_key_values
-        # a copy, as a view would keep all of a prompt's states
+        # (`cache` is called past_key_values in transformers before 5.24. clone: a view of the last state would
+        # keep all of a prompt's states.)
         return qwen.language_model(inputs_embeds=embeds, position_ids=positions, cache=part,
                                    attention_mask={"full_attention": mask}).last_hidden_state[:, -1].clone()
 
@@ -698,10 +709,11 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
             index = torch.arange(width + max_tokens, device=device)
             attention_mask = (index >= padding.repeat_interleave(G)[:, None])[:, None, None]
         # sample a token of every row that goes on, then feed it, until all have ended
-        rows = torch.arange(len(hidden), device=device)  # rows[i]: what row of the result the cache's i-th is
+        rows = torch.arange(len(hidden), device=device)  # rows[i]: the result's row of cache row i
         ids = torch.full((len(rows), max_tokens), tokenizer.pad_token_id, device=device)
         mask, logprobs = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.float32)
         uniforms = uniforms if uniforms is None else uniforms.to(device)
+        end = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id  # -1 in `probe`: none ends
         for t in range(max_tokens):
             logits = head(hidden).float()  # (n, V)
             allowed = logits.index_fill(-1, banned, -torch.inf)
@@ -709,8 +721,7 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
             ids[rows, t], mask[rows, t] = token, True
             # normalised over the whole vocabulary, the banned tokens too (P5)
             logprobs[rows, t] = -F.cross_entropy(logits, token, reduction="none")
-            # (`eos_token_id` can be None, see `probe`; then the comparison is no tensor)
-            going = (mask[rows, t] & (token != tokenizer.eos_token_id)).nonzero()[:, 0]
+            going = (token != end).nonzero()[:, 0]
             if t + 1 == max_tokens or not len(going):
                 break
             if len(going) < len(rows):
@@ -781,8 +792,8 @@ def add_reference(model, args):
 
 @contextlib.contextmanager
 def use_adapter(model, name):
-    """Within the block the adapter `name` is active. Afterwards `policy` is active again, even after an
-    error: `resumable` then saves the trainable weights, which are the active adapter's."""
+    """Within the block the adapter `name` is active. Afterwards `policy` is active again, also after
+    an error, as `resumable` then saves the weights of the active adapter."""
     model.set_adapter(name, inference_mode=True)
     try:
         yield
@@ -882,7 +893,7 @@ ALGORITHMS = {None: "PA-GRPO", "perception": "GRPO", "assignment": "GDPO", "sepa
 
 def rollout_row(group, tokenizer, args):
     """A group as rollouts.jsonl holds it: all that `show` and the page of `evaluate.py --html` tell of it.
-    Its advantages are, for this run's algorithm and each of ALGORITHMS, perception's (G,) and reasoning's."""
+    `advantages` is {algorithm: [perception's (G,), reasoning's (G,)]}, of this run's and all of ALGORITHMS."""
     rewards = [torch.tensor([s[k] for s in group.scores]) for k in ("perception", "reasoning")]
     # those of the page's switch, and this run's own
     names = ALGORITHMS | {args.without: ALGORITHMS.get(args.without, f"without {args.without}")}
@@ -905,7 +916,7 @@ def token_pieces(ids, perception, tokenizer):
     start = 0
     for stop in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:stop])
-        if stop == len(ids) or not text.endswith("\ufffd"):  # part of a character
+        if stop == len(ids) or not text.endswith("\ufffd"):  # unless it ends within a character
             yield [text, "P" if perception[start] else "R"]
             start = stop
 
