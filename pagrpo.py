@@ -38,8 +38,8 @@ Why GRPO hardly learns to see: it pays the observation's tokens for the answer. 
     q       = p a + (1 - p) g, the accuracy of all answers.
 
 For binary rewards the correlation of GRPO's advantage with being right in the observation is then
-(a - g) √(p (1 - p) / (q (1 - q))), and PA-GRPO's is 1 (docs/by_hand.ipynb derives it). The toy's p, a and g give
-0.16. Measured there, with rewards that are not binary, R² is 0.01 and 0.75 (docs/toy.md).
+(a - g) √(p (1 - p) / (q (1 - q))), and PA-GRPO's is 1 (docs/by_hand.ipynb derives it). The toy's p, a and g
+give 0.16. Measured there, with rewards that are not binary, R² is 0.01 and 0.75 (docs/toy.md).
 
 Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (at most the limit),
 S tokens of a packed sequence, D hidden, V vocabulary. "Process" means perception or reasoning; a process of
@@ -92,8 +92,8 @@ P7. The rows of Table 2. In those marked * all tokens of a completion have one a
         GDPO *                                --without assignment                        process_advantages
         without R_len                         --without length                            score_groups
         RL only                               --adapter none                    get_args, main, add_reference
-P8. π_old's log-probs come from `token_logprobs`, as π's, not from the rollout, whose rounding differs. So ρ is
-    exactly 1 in the first step. Each of the μ steps is on all completions of the rollout, not on a part.
+P8. π_old's log-probs come from `token_logprobs`, as π's, not from the rollout, whose rounding differs. So ρ
+    is exactly 1 in the first step. Each of the μ steps is on all completions of the rollout, not on a part.
 P9. The judge `self` is the frozen base without any adapter. It decodes greedily, 256 tokens at most.
 P10. A judge of your own may give a float in [0, 1] instead of True or False. It is the accuracy in Eq. 3.
      Above 0 it can earn the length bonus.
@@ -184,8 +184,8 @@ def main(args):
     # Your own perception reward is --judge FILE.py:FUNCTION, with any f(records, observations) -> list of
     # True, False or None (P6), or of floats (P10). A record is as `load_records` gives it, with `media`, the
     # path of its file; an observation is a str, or None where the block isn't complete.
-    # It is made first, so that a bad one is an error before the model loads. (The lambda looks `model` up only
-    # when it is called.)
+    # It is made first, so that a bad one is an error before the model loads. (The lambda looks `model` up when
+    # it is called.)
     judge = gen_cot.judge_from(args, generate=lambda prompts: self_judge(model, tokenizer, prompts, args))
     sft.setup_process(args)
     if sft.is_finished(args):
@@ -247,8 +247,8 @@ def train(model, tokenizer, records, judge, args):
                 if step % args.show_every == 0:
                     keep_groups(groups[:2], step, rollouts, tokenizer, args)
                 del groups  # frees their embeddings before the next batch makes its own
-            # After it: save the adapter every --keep-every updates, and look at this policy, or at the last one.
-            # These values replace those of before the update, where there are both.
+            # After it: save the adapter every --keep-every updates, and look at this policy and at the last.
+            # Where there are values of before the update, too, these replace them.
             keep = bool(args.keep_every) and (step + 1) % args.keep_every == 0
             if fixed and (keep or step + 1 == args.updates):
                 row |= fixed_accuracies(model, own_fixed, tokenizer, judge, args)
@@ -262,7 +262,7 @@ def train(model, tokenizer, records, judge, args):
     kept = [row for row in rows if row.get("kept") and row.get("fixed/reasoning") is not None]
     if kept:
         best = max(kept, key=lambda row: row["fixed/reasoning"])
-        print(f"{best['kept']} answers the held-out prompts best. They chose it: report its figures on others.")
+        print(f"{best['kept']} answers the held-out prompts best. They chose it: report it on others.")
     gen_cot.print_stats("judge", judge)
 
 
@@ -625,8 +625,8 @@ class RolloutCache:
         row 3    --ppp cc....
 
     `replace(cache, rows=…, columns=…)` shares the memory and selects a part. While a prompt is prefilled,
-    that is its G rows and its own columns (of prompt 1: rows 2 and 3, columns 2 to 4). While all decode, it is
-    all rows and the columns so far. What is fed now goes into the part's last columns. As we pass masks and
+    that is its G rows and its own columns (of prompt 1: rows 2 and 3, columns 2 to 4). While all decode, it
+    is all rows and the columns so far. What is fed now goes into the part's last columns. As we pass masks and
     positions, the library calls nothing but `update` on it."""
     layers: list  # for each layer its keys and values, (rows, key-value heads, columns, d) each
     rows: slice
@@ -649,9 +649,9 @@ class RolloutCache:
         return seen
 
     def close_gaps(self, going, n):
-        """Puts the rows that go on first. `going` holds their numbers, ascending, of the first n. A gap, where a
-        row has ended, is filled by one of the last of them. For n = 4 and going [0, 2, 3] row 3 moves to the
-        gap at 1. Returns where each row was before, for the caller's own tensors: [0, 3, 2]."""
+        """Puts the rows that go on first. `going` holds their numbers, ascending, of the first n. A gap, where
+        a row has ended, is filled by one of the last of them. For n = 4 and going [0, 2, 3] row 3 moves to
+        the gap at 1. Returns where each row was before, for the caller's own tensors: [0, 3, 2]."""
         order = torch.arange(len(going), device=going.device)
         ended = torch.ones(n, dtype=torch.bool, device=going.device).index_fill(0, going, False)
         gaps, moved = ended[:len(going)].nonzero()[:, 0], going[going >= len(going)]
@@ -691,8 +691,8 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
     cache = RolloutCache.empty(prompts[0].embeds, qwen.config.text_config, *shape)
 
     def feed(embeds, positions, part, mask=None):  # (n, tokens, D), (3, n, tokens) -> (n, D) of the last
-        # (`cache` is called past_key_values in transformers before 5.24. clone: a view of the last state would
-        # keep all of a prompt's states.)
+        # (`cache` was past_key_values before transformers 5.24. A copy, as a view of the last state would keep
+        # all of a prompt's states.)
         return qwen.language_model(inputs_embeds=embeds, position_ids=positions, cache=part,
                                    attention_mask={"full_attention": mask}).last_hidden_state[:, -1].clone()
 
@@ -713,7 +713,6 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
         ids = torch.full((len(rows), max_tokens), tokenizer.pad_token_id, device=device)
         mask, logprobs = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.float32)
         uniforms = uniforms if uniforms is None else uniforms.to(device)
-        end = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id  # -1 in `probe`: none ends
         for t in range(max_tokens):
             logits = head(hidden).float()  # (n, V)
             allowed = logits.index_fill(-1, banned, -torch.inf)
@@ -721,7 +720,8 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
             ids[rows, t], mask[rows, t] = token, True
             # normalised over the whole vocabulary, the banned tokens too (P5)
             logprobs[rows, t] = -F.cross_entropy(logits, token, reduction="none")
-            going = (token != end).nonzero()[:, 0]
+            # those that have not ended (in `probe` there is no end token, and nothing equals -1)
+            going = (token != (tokenizer.eos_token_id if tokenizer.eos_token else -1)).nonzero()[:, 0]
             if t + 1 == max_tokens or not len(going):
                 break
             if len(going) < len(rows):
@@ -893,7 +893,7 @@ ALGORITHMS = {None: "PA-GRPO", "perception": "GRPO", "assignment": "GDPO", "sepa
 
 def rollout_row(group, tokenizer, args):
     """A group as rollouts.jsonl holds it: all that `show` and the page of `evaluate.py --html` tell of it.
-    `advantages` is {algorithm: [perception's (G,), reasoning's (G,)]}, of this run's and all of ALGORITHMS."""
+    `advantages`: {algorithm: [perception's (G,), reasoning's (G,)]}, of this run's and all of ALGORITHMS."""
     rewards = [torch.tensor([s[k] for s in group.scores]) for k in ("perception", "reasoning")]
     # those of the page's switch, and this run's own
     names = ALGORITHMS | {args.without: ALGORITHMS.get(args.without, f"without {args.without}")}
