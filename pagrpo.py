@@ -184,8 +184,8 @@ def main(args):
     # Your own perception reward is --judge FILE.py:FUNCTION, with any f(records, observations) -> list of
     # True, False or None (P6), or of floats (P10). A record is as `load_records` gives it, with `media`, the
     # path of its file; an observation is a str, or None where the block isn't complete.
-    # It is made first, so that a bad one is an error before the model loads. (The lambda looks `model` up when
-    # it is called.)
+    # It is made first, so that a bad one is an error before the model loads. (The lambda looks `model` up
+    # when it is called.)
     judge = gen_cot.judge_from(args, generate=lambda prompts: self_judge(model, tokenizer, prompts, args))
     sft.setup_process(args)
     if sft.is_finished(args):
@@ -626,8 +626,8 @@ class RolloutCache:
 
     `replace(cache, rows=…, columns=…)` shares the memory and selects a part. While a prompt is prefilled,
     that is its G rows and its own columns (of prompt 1: rows 2 and 3, columns 2 to 4). While all decode, it
-    is all rows and the columns so far. What is fed now goes into the part's last columns. As we pass masks and
-    positions, the library calls nothing but `update` on it."""
+    is all rows and the columns so far. What is fed now goes into the part's last columns. As we pass masks
+    and positions, the library calls nothing but `update` on it."""
     layers: list  # for each layer its keys and values, (rows, key-value heads, columns, d) each
     rows: slice
     columns: slice
@@ -649,8 +649,8 @@ class RolloutCache:
         return seen
 
     def close_gaps(self, going, n):
-        """Puts the rows that go on first. `going` holds their numbers, ascending, of the first n. A gap, where
-        a row has ended, is filled by one of the last of them. For n = 4 and going [0, 2, 3] row 3 moves to
+        """Puts the rows that go on first. `going` holds their numbers, ascending, of the first n. A gap,
+        where a row has ended, is filled by one of the last of them. For n = 4 and going [0, 2, 3] row 3 moves to
         the gap at 1. Returns where each row was before, for the caller's own tensors: [0, 3, 2]."""
         order = torch.arange(len(going), device=going.device)
         ended = torch.ones(n, dtype=torch.bool, device=going.device).index_fill(0, going, False)
@@ -691,8 +691,8 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
     cache = RolloutCache.empty(prompts[0].embeds, qwen.config.text_config, *shape)
 
     def feed(embeds, positions, part, mask=None):  # (n, tokens, D), (3, n, tokens) -> (n, D) of the last
-        # (`cache` was past_key_values before transformers 5.24. A copy, as a view of the last state would keep
-        # all of a prompt's states.)
+        # (`cache` was past_key_values before transformers 5.24. A copy, as a view of the last state would
+        # keep all of a prompt's states.)
         return qwen.language_model(inputs_embeds=embeds, position_ids=positions, cache=part,
                                    attention_mask={"full_attention": mask}).last_hidden_state[:, -1].clone()
 
@@ -720,8 +720,9 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
             ids[rows, t], mask[rows, t] = token, True
             # normalised over the whole vocabulary, the banned tokens too (P5)
             logprobs[rows, t] = -F.cross_entropy(logits, token, reduction="none")
-            # those that have not ended (in `probe` there is no end token, and nothing equals -1)
-            going = (token != (tokenizer.eos_token_id if tokenizer.eos_token else -1)).nonzero()[:, 0]
+            # Those that have not ended. The mask is true for all of these rows: it makes a tensor where
+            # `eos_token_id` is None (in `probe`) and the comparison a bool.
+            going = (mask[rows, t] & (token != tokenizer.eos_token_id)).nonzero()[:, 0]
             if t + 1 == max_tokens or not len(going):
                 break
             if len(going) < len(rows):
