@@ -650,8 +650,8 @@ class RolloutCache:
 
     def close_gaps(self, going, n):
         """Puts the rows that go on first. `going` holds their numbers, ascending, of the first n. A gap,
-        where a row has ended, is filled by one of the last of them. For n = 4 and going [0, 2, 3] row 3 moves to
-        the gap at 1. Returns where each row was before, for the caller's own tensors: [0, 3, 2]."""
+        where a row has ended, is filled by one of the last of them. For n = 4 and going [0, 2, 3] row 3 moves
+        to the gap at 1. Returns where each row was before, for the caller's own tensors: [0, 3, 2]."""
         order = torch.arange(len(going), device=going.device)
         ended = torch.ones(n, dtype=torch.bool, device=going.device).index_fill(0, going, False)
         gaps, moved = ended[:len(going)].nonzero()[:, 0], going[going >= len(going)]
