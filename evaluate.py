@@ -18,12 +18,12 @@ E2. The row "constant" is what guessing could earn. All questions of a group (su
     problem type get one answer: of the 20 most frequent golds and, for numbers, their median, the one that
     scores best on this very test set.
 E3. The 95 % intervals and the p of a comparison come from a bootstrap over media: questions about one video
-    are drawn together. Near 95 % right on 30 media such an interval is too short and covers the truth too
-    rarely.
+    are drawn together. With about 30 media and scores near 95 %, an interval is too short: it covers the
+    truth less often than it says.
 E4. An output without a complete answer block is scored as a whole, here and nowhere else, as the peers do.
-    If it has begun the template it gets 0: a thought that was cut off is no answer. (Scoring "lenient" takes
-    what is behind the last </think>, so behind a whole thought there can be one.) `no tag` in the table is
-    the share of all outputs without a complete answer block.
+    If it has begun the template it gets 0: a thought that was cut off is no answer. Scoring "lenient" looks
+    only behind the last </think>, so there an answer after a finished thought counts. `no tag` in the table
+    is the share of all outputs without a complete answer block.
 E5. Every question counts. One whose medium is missing or unreadable is answered wrongly, and the table has
     their number. Open-ended questions, which the paper doesn't score, are left out.
 E6. A trace is a mismatch (Table 6) where the option that its think segment settles on is not its answer.
@@ -61,7 +61,7 @@ class Args(sft.ModelFlags):
     num_frames: int = 32  # most frames per video (paper: 32 for inference)
     min_frames: int | None = None  # least frames per video that has them (default: 4; pass 32 for always 32)
     max_pixels: int = 256  # most pixels per frame of a video, in units of 28x28 (paper: 256 for inference)
-    adapters: tuple[str, ...] = ()  # folders (runs/<model>/NAME as NAME), none, files of completions
+    adapters: tuple[str, ...] = ()  # each a folder, a NAME in runs/<model>, none, or a file of completions
     server: str | None = None  # openai:MODEL@BASE_URL, which decodes in place of base and adapters
     server_extra: str | None = None  # fields of a request (default: {"temperature": 0, "max_tokens": …})
     ask: str | None = None  # only: answer this question about --media, with each adapter
@@ -116,10 +116,11 @@ def main(args):
     assert len(set(files.values())) == len(files), "two adapters would write to one file: rename a folder"
     runs = {adapter: run_digest(adapter, args) for adapter in args.adapters}
     if not args.rescore:
-        own = {adapter: file for adapter, file in files.items() if file != Path(adapter)}
-        for adapter in set(own) - {"none", args.server}:
+        # an adapter that is itself a file of completions is only scored
+        to_answer = {adapter: file for adapter, file in files.items() if file != Path(adapter)}
+        for adapter in set(to_answer) - {"none", args.server}:
             sft.check_adapter(adapter)
-        complete_all(records, own, names, runs, args)
+        complete_all(records, to_answer, names, runs, args)
         sft.process().wait_for_everyone()
     if not sft.is_first():
         return
@@ -163,9 +164,9 @@ def write_results(summary, records, runs, args):
 # often a bootstrap has drawn the row's medium.
 
 def mean_of(score, *groups):
-    """A metric: the weighted mean of the column `score`. For each further column, in turn, the weights are
-    scaled to add up to 1 for each of its values. With "group", "task" that is the mean of the tasks, each the
-    mean of its groups, each the mean of its questions."""
+    """A metric: the weighted mean of the column `score`. Groups are averaged from the inside out. With
+    "group", "task": after the first column every group has total weight 1, after the second every task. With
+    three questions in g1 and one in g2, "group" gives the weights ⅓, ⅓, ⅓ and 1."""
     def metric(columns, weights):
         for group in groups:
             _, of_row = np.unique(columns[group], return_inverse=True)
@@ -178,12 +179,11 @@ def mean_of(score, *groups):
 pooled = mean_of("score")  # over all questions
 
 
-MVBENCH_TASKS = [
-    "Action Antonym", "Action Count", "Action Localization", "Action Prediction", "Action Sequence",
-    "Character Order", "Counterfactual Inference", "Egocentric Navigation", "Episodic Reasoning",
-    "Fine-grained Action", "Fine-grained Pose", "Moving Attribute", "Moving Count", "Moving Direction",
-    "Object Existence", "Object Interaction", "Object Shuffle", "Scene Transition", "State Change",
-    "Unexpected Action"]
+MVBENCH_TASKS = ["Action Antonym", "Action Count", "Action Localization", "Action Prediction",
+                 "Action Sequence", "Character Order", "Counterfactual Inference", "Egocentric Navigation",
+                 "Episodic Reasoning", "Fine-grained Action", "Fine-grained Pose", "Moving Attribute",
+                 "Moving Count", "Moving Direction", "Object Existence", "Object Interaction",
+                 "Object Shuffle", "Scene Transition", "State Change", "Unexpected Action"]
 TRACKS = ["adaptation", "comprehension", "perception"]  # of VideoMMMU, 300 questions each
 
 
@@ -202,9 +202,10 @@ def field(name):
 
 BENCHMARKS = {
     "vsi": Benchmark("eval_vsibench.json", field("original_question_type"),
-                     # Video-R1's and the paper's: the mean of accuracy and MRA, with a strict <
+                     # first the paper's (and Video-R1's): accuracy and strict MRA (a < for ≤), averaged
                      {"(accuracy + MRA) / 2": mean_of("strict", "problem_type"),
-                      # VSI-Bench's own: eight tasks; relative direction is the mean of three difficulties
+                      # then VSI-Bench's own: its eight tasks, averaged; the task of relative direction is
+                      # the mean of three difficulties
                       "official": mean_of("score", "group", "task")}, (30.1, 36.8, 38.7), mra=True,
                      task=lambda group: re.sub("_(easy|medium|hard)$", "", group)),
     "videommmu": Benchmark("eval_videommmu.json", lambda r: TRACKS[min(2, (int(r["problem_id"]) - 1) // 300)],
@@ -212,7 +213,9 @@ BENCHMARKS = {
     "mmvu": Benchmark("eval_mmvu.json", lambda r: Path(r["path"]).parent.name, {"accuracy": pooled},
                       (60.0, 65.4, 58.7)),
     "vcr": Benchmark("eval_vcrbench.json", field("dimension"), {"accuracy": pooled}, (44.3, 51.0, 45.3)),
-    "mvbench": Benchmark("eval_mvbench.json",  # problem_ids 1 to 4000, 200 for each task; others raise
+    # problem_ids are 1 to 4000, 200 for each task. For any other `index` raises ValueError; a plain
+    # (id - 1) // 200 would put id 0 into the last task.
+    "mvbench": Benchmark("eval_mvbench.json",
                          lambda r: MVBENCH_TASKS[range(4000).index(int(r["problem_id"]) - 1) // 200],
                          {"mean of tasks": mean_of("score", "group")}, (59.0, 68.1, 63.2)),
     "tempcompass": Benchmark("eval_tempcompass.json", field("dim"), {"accuracy": pooled}, (72.6, 74.5, 66.4)),
@@ -260,8 +263,8 @@ def read_completions(path):
     evaluation writes, {"results": [{…, "output"}]}. UserError for any other."""
     path, ours = Path(path), Path(path).suffix != ".json"
     rows = read_jsonl(path) if ours else json.loads(path.read_text("utf-8-sig"))
-    rows = rows["results"] if "results" in rows else rows
-    first = rows[0] if rows and isinstance(rows, list) else rows
+    rows = rows["results"] if isinstance(rows, dict) and "results" in rows else rows
+    first = rows if isinstance(rows, dict) else next(iter(rows), {})  # any other dict: its keys are reported
     fields = "problem", "problem_type", "path", "data_type", "solution", "completion" if ours else "output"
     missing = [field for field in fields if field not in first]
     if rows and missing:
@@ -338,7 +341,8 @@ def prompt_text(record, observations, args):
 
 
 def local_rows(model, tokenizer, media, observations, args):
-    """`rows_of` by the model, decoded greedily in batches (E1). The model then loses its adapter."""
+    """`rows_of` by the model, decoded greedily in batches (E1). A generator: after its last pair, when it is
+    asked for one more, it takes the adapter off the model."""
     config = sft.unwrap(model).config
     while batch := list(islice(media, args.batch_size)):
         read = []
@@ -351,8 +355,7 @@ def local_rows(model, tokenizer, media, observations, args):
             else:
                 read.append((record, medium, prompt))
         if read:
-            prompts = [prompt for _, _, prompt in read]
-            ids, mask, _ = rollout(model, prompts, tokenizer, 1, args.max_completion_tokens)
+            ids, mask, _ = rollout(model, [p for _, _, p in read], tokenizer, 1, args.max_completion_tokens)
             for (record, medium, _), row, keep in zip(read, ids, mask):
                 text = tokenizer.decode(row[keep], skip_special_tokens=True)
                 yield record, dict(completion=text, tokens=int(keep.sum()), fps=medium and medium[1],
@@ -398,13 +401,14 @@ def score_row(row, scoring):
     """A row with its `trace` and its scores: `score`, `strict` (VSI in the paper's way), `no_tag`,
     `template`."""
     text, kind, gold = row["completion"] or "", row["problem_type"], gold_answer(row["solution"])
-    trace, rest = parse_trace(text), text.rpartition("</think>")[2] if scoring == "lenient" else text
-    # rest: what is scored where there is no answer block
-    begun = "<observation>" in rest or "<think>" in rest
-    answer = trace.answer if trace.answer is not None else "" if begun else rest  # E4
+    trace = parse_trace(text)
+    answer = trace.answer
+    if answer is None:  # E4
+        answer = text.rpartition("</think>")[2] if scoring == "lenient" else text
+        answer = "" if "<observation>" in answer or "<think>" in answer else answer  # has begun the template
     score = strict = answer_score(kind, answer, gold, scoring, row["options"])
     if kind == "regression" and bench_of(row["file"]).mra:
-        if scoring == "lenient" and "" not in (bare := without_units(answer, gold)):
+        if scoring == "lenient" and all(bare := without_units(answer, gold)):  # neither is empty
             answer, gold = bare
         score, strict = relative_accuracy(answer, gold), relative_accuracy(answer, gold, strict=True)
     return dict(row, score=score, strict=strict, template=min(format_rewards(text)), trace=trace,
@@ -445,6 +449,8 @@ def interval(metric, columns):
     # a row weighs as often as its medium was drawn
     draws = [metric(columns, rng.multinomial(len(media), share)[of_row]) for _ in range(1000)]
     low, high = np.percentile(draws, [2.5, 97.5])
+    # A half of 0 becomes NaN: equal draws don't show how far off the value may be, and no table prints a
+    # NaN. Rounded first, as sums of the same floats can differ in their last digits.
     return metric(columns, np.ones(len(of_row))), round((high - low) / 2, 9) or np.nan, np.array(draws)
 
 
@@ -522,7 +528,8 @@ def print_summary(summary):
 
 def row_names(adapters):
     """{adapter: (the end of its file's name, its name in the table)}, such as {"runs/tiny/sft": ("sft",
-    "SFT")}. A name is what the adapter's run.json says; one that two share has its folder behind it."""
+    "SFT")}. A name is what the adapter's run.json says; one that two share has its folder behind it. Two
+    folders of one name, a/sft and b/sft, get ("a-sft", "SFT (a/sft)") and ("b-sft", "SFT (b/sft)")."""
     ends = [Path(adapter.partition("@http")[0]).name for adapter in adapters]  # "sft", or a server's model
     names = ["base" if adapter == "none" else end if ":" in adapter else sft.read_run(adapter)["algorithm"]
              for end, adapter in zip(ends, adapters)]
@@ -567,6 +574,7 @@ def answer_one(args):
         sft.setup_process(args)
     base = None if args.server else sft.load_base(args.base, not args.no_4bit)
     for adapter, (_, name) in row_names(args.adapters).items():
+        # the trailing comma takes the only pair and exhausts the generator: it takes the adapter off
         (_, row), = rows_of(adapter, base, iter([(record, (frames, fps))]), {}, args)
         print(f"\n{name}")
         for text, hue in trace_pieces(row["completion"] or "no reply"):
@@ -631,10 +639,11 @@ def print_agreement(file, judge):
     for label in (True, False):
         print(f"{label!s:<10}" + "".join(f"{counts[label, verdict]:>12}" for verdict in (True, False, None)))
     known = [(r["path"], r["label"], verdict) for r, verdict in zip(records, said) if verdict is not None]
-    columns = dict(zip(("path", "label", "said"), map(np.array, zip(*known))))
+    columns = {name: np.array(column) for name, column in zip(("path", "label", "said"), zip(*known))}
     columns["agreed"] = columns["label"] == columns["said"]
     agreement, half, _ = interval(mean_of("agreed"), columns)
     told = f"agreement {100 * agreement:.1f} ± {100 * half:.1f} % of {len(known)} verdicts, Cohen's kappa "
+    # format uses value and half, and ignores the draws, the third
     print((told + "{:.2f} ± {:.2f}".format(*interval(kappa, columns))).replace(" ± nan", ""))
 
 
@@ -659,8 +668,8 @@ def print_comparison(a, b, scoring):
         bench = bench_of(file)
         metric, sides = next(iter(bench.numbers.values())), [columns_of(side, bench) for side in zip(*some)]
 
-        # on both sides with the same drawn media
-        gain = lambda side, weights: metric(sides[1], weights) - metric(side, weights)
+        # `interval` draws media, and calls this with sides[0]; their weights hold for both sides, row by row
+        gain = lambda side_a, weights: metric(sides[1], weights) - metric(side_a, weights)
         mean, spread, draws = interval(gain, sides[0])
         p = max(1 / len(draws), min(1, 2 * min((draws <= 0).mean(), (draws >= 0).mean())))
         means = " | ".join(f"{100 * metric(side, np.ones(len(some))):.1f}" for side in sides)
@@ -709,7 +718,7 @@ def page_rollout(row, name, medium):
     moments = {}
     for key in ("perception", "reasoning", "reward"):
         known = [c["scores"][key] for c in row["completions"] if c["scores"][key] is not None]
-        moments[key] = len(known) > 1 and (statistics.mean(known), statistics.stdev(known))
+        moments[key] = (statistics.mean(known), statistics.stdev(known)) if len(known) > 1 else False
     row["record"] |= dict(gold=gold_answer(row["record"]["solution"]), media=medium(row["record"]))
     return row | dict(run=name, moments=moments)
 
@@ -735,7 +744,7 @@ def page_medium(place, settings, args, record):
     starts = *place.parents, Path(), *place.resolve().parents, project
     roots = args.media_root, *(start / own for start in starts), project / TINY["media_root"]
     files = [gen_cot.media_path(root, record["path"]) for root in roots]
-    return min(files, key=lambda file: not Path(file).exists())
+    return next((file for file in files if Path(file).exists()), files[0])
 
 
 def thumbnails(record, num_frames, max_pixels):

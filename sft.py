@@ -90,7 +90,7 @@ class TrainingFlags(ModelFlags):
     lr: float = 1e-4  # peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)
     max_grad_norm: float = 5.0  # clip gradients to this norm (Video-R1: 5)
     checkpointing: bool = True  # of activations, to save memory
-    max_prompt_tokens: int | None = None  # leave out longer prompts (default: over 300 words and all frames)
+    max_prompt_tokens: int | None = None  # leave out longer prompts (default: 300 words, the most frames)
     save_every: int = 20  # steps between two checkpoints
     show_every: int = 25  # every N steps: curves.png; in RL a group on screen, accuracy on held-out prompts
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None  # gets every row of the log, too
@@ -130,11 +130,13 @@ def train(model, tokenizer, records, args):
     run = describe_run("process-agnostic SFT" if args.process_agnostic else "SFT", records, args)
     template, optimizer, order = load_template(args), setup_training(model, args), []
     config = unwrap(model).config
-    # by default the tokens of a question of 300 words with all frames
+    # the longest prompt that is kept: by default the tokens of a 300-word question with the most frames
     limit = args.max_prompt_tokens or len(worst_prompt(tokenizer, config, args)[1].input_ids)
     for epoch in range(args.epochs):  # each in an order of its own
         order += random.Random(args.seed + epoch).sample(records, len(records))
-    steps, start = math.ceil(len(order) / args.batch_size), load_checkpoint(model, optimizer, run, args)
+    steps = math.ceil(len(order) / args.batch_size)
+    # with --resume puts the checkpoint's weights back, else moves an earlier run aside; then writes run.json
+    start = load_checkpoint(model, optimizer, run, args)
     media = read_ahead(shard(order[start * args.batch_size:], args.batch_size), args)
     tracker = start_tracker(args)
     with open_log(args.output / "metrics.jsonl", start) as log:
@@ -180,7 +182,8 @@ def sft_loss(model, prompts, completions):
     """
     qwen = unwrap(model).model
     device = prompts[0].embeds.device
-    embeds, positions = [], []  # (S, D) and (S, 3) each
+    # Each (S, D) and (S, 3). pad_sequence pads the first axis, so the positions (3, S) are transposed here.
+    embeds, positions = [], []
     for prompt, completion in zip(prompts, completions):
         after = prompt.next_position + torch.arange(len(completion))
         embeds.append(torch.cat([prompt.embeds, qwen.language_model.embed_tokens(completion.to(device))]))
@@ -188,12 +191,11 @@ def sft_loss(model, prompts, completions):
     attention_mask = pad_sequence([e.new_ones(len(e), dtype=torch.bool) for e in embeds], batch_first=True)
     hidden = qwen.language_model(  # (B, S, D)
         inputs_embeds=pad_sequence(embeds, batch_first=True), attention_mask=attention_mask,  # (B, S)
-        # (longest S, B, 3) -> (3, B, longest S)
+        # pad_sequence gave (longest S, B, 3), the model wants (3, B, longest S)
         position_ids=pad_sequence(positions).permute(2, 1, 0).to(device), use_cache=False).last_hidden_state
     # a label is predicted from the state of the token before it
     before = [h[len(p.input_ids) - 1:len(e) - 1] for h, p, e in zip(hidden, prompts, embeds)]
-    labels = torch.cat(completions).to(device)
-    return -logprobs_from_hidden(model, torch.cat(before), labels).sum()
+    return -logprobs_from_hidden(model, torch.cat(before), torch.cat(completions).to(device)).sum()
 
 
 def target_text(record, process_agnostic=False):
@@ -250,8 +252,8 @@ def load_base(base, four_bit=True):
     # which linear layers are in 4 bits, and which should be
     linears = {name: "4bit" in type(module).__name__ for name, module in model.named_modules()
                if isinstance(module, torch.nn.Linear)}
-    in_place = {name: four_bit and "language_model.layers" in name for name in linears}
-    assert linears == in_place, f"4-bit layers belong into {base}'s language model, and nowhere else"
+    expected = {name: four_bit and "language_model.layers" in name for name in linears}
+    assert linears == expected, f"4-bit layers belong into {base}'s language model, and nowhere else"
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     dtypes |= {module.compute_dtype for module in model.modules() if hasattr(module, "compute_dtype")}
     assert dtypes == {dtype}, f"{base} is in {dtypes}, this device wants {dtype}: take the base in 16 bits"
@@ -281,7 +283,8 @@ def add_adapter(model, adapter=None, lora_rank=64, trainable=True):
         assert all(changes), f"{adapter} changes nothing in a layer: of another model, or it learnt nothing"
         config = model.peft_config["policy"]
         plain = not (config.lora_dropout or config.use_dora or config.lora_bias) and config.bias == "none"
-        assert plain, f"{adapter} has dropout, DoRA or biases, which `pagrpo.merged` would decode without"
+        # `pagrpo.merged`, with which a CPU decodes, adds B·A to the base's weights and nothing else
+        assert plain, f"{adapter} has dropout, DoRA or biases, which the merged decoding on a CPU leaves out"
         check_finite(model)
     model.requires_grad_(False)
     model.set_requires_grad("policy", trainable)
@@ -471,8 +474,13 @@ def logprobs_from_hidden(model, hidden, targets, chunk=None):
 # --- several ranks ------------------------------------------------------------------------------------------
 
 def process():
-    """This rank among those that `accelerate launch` started, or alone: its index, their number, its device.
-    Each takes its share of every batch, gradients are summed, and rank 0 alone talks and writes."""
+    """The PartialState of this rank (accelerate calls a rank a process): its index, its device, and how many
+    ranks `accelerate launch` started. Each rank takes its share of every batch. Gradients are summed. Only
+    rank 0 talks and writes.
+
+    PartialState is a singleton. `start_ranks` has made it on the device that --device names; every later
+    call returns that one and ignores `cpu`, which counts only where no script has called `start_ranks`.
+    """
     return PartialState(cpu=not torch.cuda.is_available())
 
 
@@ -487,6 +495,7 @@ def is_first():
 def shard(items, batch_size):
     """This rank's share of a stream, batch by batch: every n-th item of a batch for n ranks."""
     rank, world_size = process().process_index, process().num_processes
+    # i % batch_size: an item's place in its batch, modulo the ranks
     return (item for i, item in enumerate(items) if i % batch_size % world_size == rank)
 
 
@@ -503,7 +512,7 @@ WARMUP, WEIGHT_DECAY = 0.03, 0.01  # share of the steps with linear warm-up; of 
 def start_ranks(args):
     """Joins the ranks, of which rank 0 alone prints. One may be done hours before another, or its judge may
     keep it waiting: none gives up on the others after the usual ten minutes."""
-    # a singleton: `process` returns it from now on
+    # a singleton: `process` returns this one, on this device, from now on
     PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=1))
     if not is_first():
         sys.stdout = open(os.devnull, "w")
@@ -523,10 +532,12 @@ def setup_process(args):
 
 
 def setup_training(model, args):
-    """AdamW over the LoRA weights; checkpointing as asked for, not reentrant, as the inputs need no gradient.
+    """AdamW over the LoRA weights. Activation checkpointing if asked for; non-reentrant, because reentrant
+    wants inputs that require a gradient.
 
-    Hugging Face checkpoints only in training mode, so `model.train()` turns it on for gradient passes and
-    `model.eval()` off for sampling, where it would disable the key-value cache. Nothing here has dropout.
+    transformers applies it only in training mode. So `model.train()` turns it on for gradient passes, and
+    `model.eval()` turns it off for sampling, where it would disable the key-value cache. Nothing here has
+    dropout.
     """
     if args.checkpointing:
         unwrap(model).activation_checkpointing_enable({"use_reentrant": False})
@@ -570,7 +581,9 @@ def optimiser_step(model, optimizer, lr, clip, loss=0.0):
 
 def worst_prompt(tokenizer, config, args, words=300):
     """(record, Prompt) of a clip with as many visual tokens as these settings allow, and a long question."""
-    rows = math.gcd(args.max_pixels, 8)  # of 28×28 blocks; a divisor, so that rows × columns = max_pixels
+    # Rows of 28×28 blocks: a divisor of max_pixels, so that a frame has all of them. 256 gives 8 rows of 32
+    # blocks, 4 gives 4 rows of 1.
+    rows = math.gcd(args.max_pixels, 8)
     shape = args.num_frames, rows * FACTOR, args.max_pixels // rows * FACTOR, 3
     pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     record = dict(problem="the " * words, problem_type="free-form", solution="the", options=[])
@@ -666,7 +679,8 @@ def check_resume(run, old):
     """Raises UserError if the run that `old` describes would become another one by going on as `run`. Prints
     flags that have changed, and keeps the old ones in run["earlier_flags"]."""
     for key in ("base", "adapter", "data", "algorithm", "loss_average"):
-        # of "SFT + GRPO" only "GRPO": what a run starts from is compared by `adapter`, a hash of its weights
+        # Compare only the part after the last " + ": of "SFT + GRPO" that is "GRPO". The part before names
+        # the run that this one starts from, which `adapter`, the hash of its weights, compares already.
         before, now = (str(either.get(key)).rpartition(" + ")[2] for either in (old, run))
         if before != now:
             raise UserError(f"The run was begun with another {key}, {before} (now {now}): give it back what "
@@ -691,8 +705,8 @@ def save_checkpoint(step, model, optimizer, folder):
 
 
 def load_checkpoint(model, optimizer, run, args):
-    """The step to go on with, weights and AdamW's moments being put back; 0 for a run that begins. A run that
-    begins without --resume moves an earlier one aside. Writes run.json."""
+    """Returns the step to go on with, 0 for a run that begins. With --resume puts the checkpoint's weights
+    and AdamW's moments back. Without --resume moves an earlier run in the folder aside. Writes run.json."""
     path = args.output / "checkpoint.pt"
     if args.resume and path.exists():
         check_resume(run, read_run(args.output))
@@ -717,7 +731,10 @@ def resumable(name, start, steps, model, optimizer, args, curves):
 
     On Ctrl-C, SIGTERM, or SIGHUP where it isn't ignored (nohup), the step in hand is finished and saved, and
     the run ends with the command that goes on. A second Ctrl-C or SIGTERM ends it at once, with the last
-    checkpoint. An error in the loop's body saves, too, unless AdamW has begun its step.
+    checkpoint.
+
+    An error in the caller's loop closes this generator, which raises GeneratorExit at the yield. The weights
+    are then saved, too, unless AdamW has begun its step.
     """
     asked = []  # the signals so far
     adamw_steps = lambda: sum(int(state["step"]) for state in optimizer.state.values())
@@ -737,7 +754,7 @@ def resumable(name, start, steps, model, optimizer, args, curves):
         before = adamw_steps()
         try:
             yield step
-        except GeneratorExit:  # after an error in the caller's loop, as Python then closes this generator
+        except GeneratorExit:  # an error in the caller's loop
             if adamw_steps() == before:
                 save_checkpoint(step, model, optimizer, args.output)
             raise
@@ -761,6 +778,7 @@ def open_log(path, start):
 def log_row(file, row, tracker=None):
     """Append a row to the log, floats with six digits, null for what is not finite, at any depth. Its numbers
     go to the tracker, too."""
+    # rounds by a trip through JSON, which finds every float, however deep
     row = json.loads(json.dumps(row), parse_float=lambda digits: float(f"{float(digits):.6g}"),
                      parse_constant=lambda nan: None)
     file.write(json_line(row))
@@ -777,7 +795,7 @@ def finish(model, curves, run, folder):
             raise UserError("Nothing was learnt in any step: see above.")
         save_adapter(model, folder, run | {"steps": len(rows)})
         plot_curves(curves, folder)
-        # what a kill left of saves; checkpoint.pt is last, so that a kill in here leaves a run to go on with
+        # Remove partial saves first and checkpoint.pt last: if killed here, the run can still resume.
         for path in sorted(folder.glob("checkpoint*")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         lost = sum(row["skipped_media"] for row in rows)
