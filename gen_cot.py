@@ -19,18 +19,18 @@ next to the output before anything is made of it, and is not asked for again. St
 function of that file and of what the judge said, which is in its cache.
 
 Our choices where the paper is silent:
-G1. Frames are sampled at 2 per second, T of them, between 4 and `--num-frames`, never more than the clip has,
-    and rounded down to a multiple of two (a clip of one frame gives it twice). Their times are evenly spaced
+G1. T frames are sampled, 2 per second, but at least 4, at most `--num-frames`, and no more than the clip has.
+    T is rounded down to an even number. (A clip of one frame gives it twice.) Their times are evenly spaced
     from the middle of the first frame to the middle of the last. At each we take the frame that a player has
-    on screen. The sampled rate, of which sft.py makes positions, is T over the seconds of all its frames.
+    on screen. The sampled rate, from which sft.py computes positions, is T over the clip's seconds.
 G2. Both sides of a frame are rounded to multiples of 28 (patch 14 × merge 2) within the pixel budget, aspect
     kept. Frames of a clip under 128·28² pixels are enlarged to that, as far as the budget allows.
 G3. The options appear once in the prompt: they are appended unless the question holds them as "A. text".
 G4. The teacher gets each sampled frame as a JPEG after its time stamp, then the prompt of all stages. A
     question that its server refuses or does not answer is "no trace". One on which the judge gives no verdict
     is "judge unknown". The next run asks both again.
-G5. Options are shown with the letters A, B, … Where the file has other labels, the gold answer is translated
-    by them; where it has none, a gold answer is an option's own text, or else the letter of its place.
+G5. Options are shown with the letters A, B, … Other labels of the file become these letters, the gold
+    answer's, too. If the options have no labels, the gold is an option's own text or the letter of its place.
 """
 import ast
 import collections
@@ -95,10 +95,10 @@ class Flags:
     seed: int = 0  # of the draw of --limit, the data's order, a fresh adapter, and the sampling
     output: Path | None = None  # file or folder of the results (default: in runs/<model>)
 
-    def __post_init__(self):  # some are silent errors: a negative --max-grad-norm turns the gradient round
+    def __post_init__(self):  # a negative --max-grad-norm would turn the gradient round in silence
         for name, value in vars(self).items():
             if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} {value} is no number from 0 on")
+                raise ValueError(f"--{name.replace('_', '-')} {value} is no number of at least 0")
 
 
 @dataclass
@@ -201,8 +201,8 @@ def generate(records, args):
         return teacher.reply([*media_parts(*media), build_prompt(record, template)], key=key,
                              question=question_key(record), problem_id=record.get("problem_id"))
 
-    # Lazy: each job that `in_order` takes from here takes a medium of `read_ahead` and submits its question.
-    # So 2 x --teacher-concurrency questions are under way, and replies come in order.
+    # `jobs` is a generator: each job that `in_order` takes from it takes a decoded medium and submits its
+    # question. 2 x --teacher-concurrency are submitted, so that none of the threads has to wait for a medium.
     jobs = (teacher.pool.submit(ask, key, record, media)
             for key, (record, media) in zip(todo, read_ahead(todo.values(), args)))
     outputs = dict(teacher.replies)
@@ -254,7 +254,7 @@ def load_traces(path, records):
             continue  # a line that a kill tore, or an error
         own = re.fullmatch("[0-9a-f]{24}", str(row.get("question")))
         key = own[0] if own else id_of(row["problem_id"])
-        # the same trace twice is fine; different ones: None
+        # of an id or a question's hash: its trace, or None where two differ
         traces[key] = row["output"] if traces.get(key, row["output"]) == row["output"] else None
     outputs = []
     for record in records:
@@ -388,6 +388,7 @@ def judge_from(args, generate=None):
     """The judge that the flags ask for. A remote one is tried first, on an easy question that no cache knows.
     Raises UserError where it gives no verdict."""
     make = functools.partial(make_judge, args.judge, args.judge_prompt_file, generate)
+    # (the trial's judge has no cache)
     trial = dict(problem="What colour is the car?", problem_type="free-form", solution="red")
     if str(args.judge).startswith(("anthropic:", "openai:")) and make()([trial], ["A red car."])[0] is None:
         raise UserError(f"The judge {args.judge} gave no verdict on a question of trial: see above.")
@@ -469,7 +470,7 @@ def read_json(file):
     try:
         with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as f:
             text = f.read()
-        if text.lstrip()[:1] in ("[", ""):  # an empty one, which a broken download leaves, fails here
+        if text.lstrip()[:1] in ("[", ""):  # an empty file is no JSON, and raises
             return load(text)
     except Exception as error:  # of the system, gzip, zlib or json
         raise UserError(f"{file} can't be read ({error}): download or make it again.") from None
@@ -506,8 +507,8 @@ def parse_gold(record, options, lost_golds):
         raise ValueError("it has no gold answer")
     if record["problem_type"] != "multiple choice":
         return gold
-    # The file letters its places, empty ones, too: in ["", "red", "blue"] red is B. The record drops the
-    # empty one: red is A. Without options, which may be in the question, any letter counts.
+    # The file's letters count all places: in ["", "red", "blue"] its gold "B" is red. The record has no empty
+    # options: there red is "A". Without options, which may be in the question, any letter counts.
     index = option_index(gold, list(options.values()), list(options or LETTERS))
     if index is None and options:
         gold = f"none of the options: {gold}"  # alone it could be the new letter of another option
@@ -537,7 +538,8 @@ def parse_options(options):
     if isinstance(options, dict) or len(options or []) > 14:
         raise ValueError("its options are no list of at most 14, A to N")
     kept = {letter: text for letter, text in zip(LETTERS, map(as_text, options or [])) if text}
-    bare = [text for _, text in read_labels(list(kept.values()))] or kept.values()  # "C. nan" -> "nan"
+    # the texts without labels, as "C. nan" is empty, too
+    bare = [text for _, text in read_labels(list(kept.values()))] or kept.values()
     return {letter: kept[letter] for letter, text in zip(kept, bare) if text.lower() not in ("", "nan")}
 
 
@@ -582,7 +584,7 @@ def select_records(args):
 def hold_out(records, share=0.02):
     """(records of the media that are held out, all others). A `share` of the media is held out, by a hash of
     their paths: the same ones in every stage and file. If the hash picks none of ten media or more, the one
-    with the least hash is held out; in another file that one may be trained on. 0 holds out none."""
+    with the least hash is held out. (This holds for this file only.) 0 holds out none."""
     ranks = sorted((int(digest(path), 16) / 16**24, path) for path in {record["path"] for record in records})
     count = max(sum(rank < share for rank, _ in ranks), share > 0 and len(ranks) >= 10)
     chosen = {path for _, path in ranks[:count]}
@@ -606,7 +608,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # 
 VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,asf,flv,ogg,gif,h264,hevc,ivf,dv,mxf,rm"
 SEEK_OVER = 32  # frames; to jump over fewer costs more than to decode them
 DECODE_TIMEOUT = 60  # seconds for one medium
-Image.MAX_IMAGE_PIXELS = 32_000_000  # Pillow refuses twice as many, which would take a gigabyte
+Image.MAX_IMAGE_PIXELS = 32_000_000  # Pillow refuses pictures of more than twice as many
 
 
 class MediaError(Exception):
@@ -690,7 +692,8 @@ def pick_frames(path, stamps, num_frames, max_pixels, min_frames):
     """(frames, fps) as in `read_frames`, from the (pts, duration, is keyframe) of all frames. Seeks to
     keyframes; where the stamps have none, frame i is the i-th one decoded. LookupError where a frame is not
     where its packet said."""
-    frames, at = [], -1  # at: the index of the frame that was decoded last. -1: none yet; None: after a seek
+    # at: the index of the frame that was decoded last; -1 before the first, None after a seek
+    frames, at = [], -1
     with open_video(path) as (container, stream):
         # when each frame appears: its packet's time, else one after the other at the stream's rate
         step = float(1 / (stream.average_rate or 25) / stream.time_base)
@@ -712,7 +715,7 @@ def pick_frames(path, stamps, num_frames, max_pixels, min_frames):
             # at == i: the frame that was decoded last is wanted again
             while at is None or at < i:
                 frame = next(decoded, None)
-                if frame is None or at is None and frame.pict_type != av.video.frame.PictureType.I:
+                if frame is None or (at is None and frame.pict_type != av.video.frame.PictureType.I):
                     raise LookupError("no frame, or no keyframe though its packet says so")
                 at = index[frame.pts] if keyframes else at + 1  # KeyError: a time that no packet has
             if at > i:
@@ -762,7 +765,7 @@ def read_folder(path, num_frames, max_pixels, rate=FOLDER_FPS, min_frames=4):
         formats = Image.registered_extensions()
         names = [name for name in os.listdir(path) if not name.startswith(".")  # .DS_Store, ._1.jpg
                  and formats.get(Path(name).suffix.lower()) in IMAGE_FORMATS]
-        number = lambda match: f"{Decimal(match[0]):040.9f}"
+        number = lambda match: f"{Decimal(match[0]):040.9f}"  # zeros first, so that texts sort as numbers
         names.sort(key=lambda name: re.sub(r"\d+(\.\d+)?", number, Path(name).stem))
         assert names, "a folder without pictures"
         wanted = sample_indices(np.arange(len(names)) / rate, len(names) / rate, num_frames,
@@ -835,8 +838,8 @@ def read_ahead(records, args, read=None, timeout=None):
 
 
 def in_order(jobs, ahead):
-    """The items of `jobs`, in order. Taking an item from `jobs` begins its job; `ahead` of them are begun,
-    the one in use included."""
+    """The items of `jobs`, in order. Taking an item from `jobs` begins its job. At any time up to `ahead`
+    jobs are begun, with the one that was yielded last."""
     waiting = collections.deque(itertools.islice(jobs, ahead))
     while waiting:
         yield waiting.popleft()

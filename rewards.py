@@ -14,18 +14,18 @@ R1. Format: the stripped completion is the three blocks in order, each once, non
     between. A fault in one process's part costs the other nothing. Perception is judged on the text up to
     and including the first </observation>, which must be one observation block. Reasoning is judged on what
     comes after that, which must be one think and one answer block. Without any </observation> perception
-    gets 0, and reasoning is judged on the whole text. Of an observation that is opened and never closed all
-    is skipped up to the first think or answer tag. Tags are case-sensitive.
+    gets 0, and reasoning is judged on the whole text. If an observation is opened and
+    never closed, everything up to the first think or answer tag is skipped. Tags are case-sensitive.
 R2. The answer is the first answer block after the think block; without a complete think block, the first one
     anywhere, so that `<answer>B</answer>` alone is B. No answer, or an empty one, scores 0 whatever the gold
     is.
 R3. Scoring "paper" agrees with the metric of Video-R1 and its successors unless that can be exploited.
-    Unlike there, NaN, infinities and empty texts score 0, and a regression's 0 for a gold of 0 scores 1.
-    In answers, characters that show nothing don't count.
-R4. Scoring "lenient" never gives less, and takes what a person would. For B also b, B., (B), B. text,
-    **B**, \\boxed{B}, the option's text, "the answer is B", "B, because …". For 5 also 5 m, "there are 5
-    chairs", "2 + 3 = 5". And any answer that is written as the gold is. What is denied ("not B"), or leaves a
-    choice ("A or B"), is no answer. A unit that only one side has doesn't count, but "3 million" is not 3.
+    Unlike there, NaN, infinities and empty texts score 0, and in regression an answer of 0 to a gold of
+    0 scores 1. In answers, characters that show nothing don't count.
+R4. Scoring "lenient" never gives less than "paper", and takes what a person would. For B also b, B., (B),
+    B. text, **B**, \\boxed{B}, the option's text, "the answer is B", "B, because …". For 5 also 5 m, "there are 5
+    chairs", "2 + 3 = 5". It also takes any answer that is spelled exactly like the gold.
+    What is denied ("not B"), or leaves a choice ("A or B"), is no answer. A unit that only one side has doesn't count, but "3 million" is not 3.
 R5. A judge that gives no verdict (a remote one is asked again where that can help) says None, "unknown",
     never False. A missing or empty observation is False, and a language model is not asked about it.
 R6. The observation is written by a policy that is paid for a Yes. So what enters a judge's prompt loses its
@@ -109,7 +109,7 @@ def format_rewards(completion):
         if piece.strip():
             sketch += SKETCH.get(piece, "." if strip_invisible(piece) else "-")
     before, closing, after = sketch.partition("o")
-    if not closing:  # an observation that is never closed: cut it, up to the first think or answer tag
+    if not closing:  # cut an observation that is never closed: O.T.tA.a is T.tA.a (without an O nothing is)
         after = re.sub("^[^TtAa]*O[^TtAa]*", "", sketch)
     return float(before == "O." and closing == "o"), float(after == "T.tA.a")
 
@@ -161,7 +161,7 @@ def answer_score(problem_type, answer, gold, scoring="paper", options=None):
         key = option_key(gold, options)
         if options and key not in LETTERS:
             return 0.0
-        return float(answer == gold or lenient and option_key(answer, options, True) == key != "")
+        return float(answer == gold or bool(lenient and key and option_key(answer, options, True) == key))
     if answer == gold and lenient:
         return 1.0
     if problem_type == "OCR":
@@ -190,7 +190,8 @@ def to_number(text):
 
 
 def number_score(problem_type, answer, gold):
-    """Numerical: 1.0 if both round to the same two decimals, and both or neither hold a point or comma.
+    """Numerical: 1.0 if both round to the same two decimals, and both or neither are written with a
+    point or comma.
     Regression: 1 − |answer − gold| / |gold|, at least 0; a gold of 0 is matched by 0 alone."""
     a, b = to_number(answer), to_number(gold)
     if a is None or b is None:
@@ -224,7 +225,7 @@ def process_rewards(record, completion, verdict, num_tokens, length_ranges, bonu
     reasoning_length = length_reward(reasoning_tokens, reasoning_accuracy, reasoning_format,
                                      *reasoning_range, bonus)
     if math.isnan(perception_accuracy):
-        perception_length = math.nan  # unknown as well: `pagrpo.reward_metrics` leaves it out of its means
+        perception_length = math.nan  # unknown, too, where `length_reward` said 0: left out of the means
 
     perception = perception_accuracy + perception_format + perception_length  # Eq. 5
     reasoning = reasoning_accuracy + reasoning_format + reasoning_length
@@ -261,9 +262,9 @@ def make_judge(spec, prompt_file=None, generate=None, **client_options):
     """The judge that `spec` names: judge(records, observations) -> list of True, False or None, one per pair.
     Any function of this form is a judge. So is one that gives floats in [0, 1], the accuracy in Eq. 3.
 
-        rule                   every item of record["evidence"] (without it, every word of the correct answer)
-                               is in the observation as whole words, and nothing of "counter_evidence":
-                               exact, free, offline, but no language model
+        rule                   the observation holds, as whole words, every item of record["evidence"] and
+                               none of "counter_evidence" (without evidence, every word of the correct
+                               answer): exact, free, offline, but no language model
         anthropic:MODEL        the Messages API; its key is in ANTHROPIC_API_KEY
         openai:MODEL@BASE_URL  any chat-completions server (vLLM, llama.cpp, Ollama), by default OpenAI's;
                                the key, where the server wants one, is in OPENAI_API_KEY
@@ -280,7 +281,7 @@ def make_judge(spec, prompt_file=None, generate=None, **client_options):
     if file.endswith(".py") and Path(file).exists() and (judge := runpy.run_path(file).get(name)):
         return judge
     if spec == "self" and generate:
-        return Judge(lambda prompts, lacks: generate(prompts), prompt)
+        return Judge(lambda prompts, lacks: generate(prompts), prompt)  # a local model is asked once
     if str(spec).startswith(("anthropic:", "openai:")):
         client = ChatClient(spec, **client_options)
         return Judge(client.ask, prompt, client.stats)
@@ -313,10 +314,11 @@ class Judge:
 def read_verdict(reply):
     """True or False, as the first word in the last <judgement> of a reply says, outside <think>…</think>;
     None where it says neither (R6)."""
+    # behind the last </think>, before a later <think>
     reply = reply.lower().rpartition("</think>")[2].partition("<think>")[0]
     said = re.findall(r"<judge?ment>(.*?)</judge?ment>", reply, re.DOTALL)
-    # its first word is it; unless that only begins a longer word ("nothing"), or is followed by "or yes",
-    # "and no", a slash, a bar or another opening tag
+    # The verdict is the first word. "nothing", "yes or no", "yes/no", and a word with another <judge… behind
+    # it are none.
     hedged = r"[a-z]|[\s,(]*(?:or|and)\W+(?:yes|no)\b|\s*[/|\\]|.*<judge"
     word = re.match(rf"[\W_]*(yes|no)(?!{hedged})", said[-1], re.DOTALL) if said else None
     return word and word[1] == "yes"
@@ -366,9 +368,9 @@ OPTION = re.compile(LABEL + r"(?:[)）\]、]|(?<!\d)[.:．：]|[.:．：](?!\d))
 
 
 def read_labels(options):
-    """[(label, text)] of options that carry labels, such as [("A", "red"), ("B", "blue")], else []. That is a
-    property of the set: all have one, all letters or all numbers, in ascending order. "J. Smith" next to
-    "B. Jones" is a name."""
+    """[(label, text)] of options that carry labels, such as [("A", "red"), ("B", "blue")], else []. They
+    are labels only if all options have one, and all are letters or all numbers, in ascending order. "J.
+    Smith" next to "B. Jones" is a name."""
     found = [OPTION.fullmatch(option) for option in options]
     labels = [unicodedata.normalize("NFKC", match[1]).upper() for match in found if match]
     ascending = sorted(set(labels), key=lambda label: label.zfill(2)) == labels
@@ -389,7 +391,8 @@ def option_index(answer, options, letters):
 
     def labelled_by(match):
         label = match and unicodedata.normalize("NFKC", match[1]).upper()
-        known = letters if label in letters and labels[0].isdigit() else labels  # B: 2 of 1, 2, 3
+        # where options are numbered and the answer is a letter, B is the second
+        known = letters if label in letters and labels[0].isdigit() else labels
         return known.index(label) if label in known else None
 
     index = labelled_by(BARE_LABEL.fullmatch(answer))  # 1
@@ -468,12 +471,13 @@ UNCLEAR = re.compile(r"(?i)[?不非或]|n['’]t\b|\b(?:not|cannot|never|no long
                      r"false|unlike|than|if|except|without|instead|maybe|perhaps|might|could|doubt|least|"
                      r"absent|missing|(?:exclud|eliminat|reject|dismiss)\w*|rul\w+ out)\b")
 BE = r"(?:is|seems|(?:would|should|must|will) be)(?: (?:most )?(?:likely|probably|clearly|indeed))?"
-# a pattern for each way to announce an answer, with the verb and colon behind it: "the answer is: ", "so, "
+# a pattern for each way to announce an answer, with the verb and colon behind it: "the answer is: ", "= ",
+# "I choose ", "so, "
 ANNOUNCED = [re.compile(rf"(?i)(?:(?:{words})(?:\W*?\b{BE}\b|['’]s\b|[是为])?[\s:：*,]*)+") for words in (
     r"\banswer\b|答案", "=", r"\b(?:option|choice|choose|select|pick|letter|go with|it)\b|选项?",
     r"\b(?:so|thus|hence|therefore|final)\b")]
-# where a remark begins: ", because …"; " is right"; a comma, a sentence's end or a new line, where no label
-# follows
+# Where a remark begins: "B| because it rolls", "B| is right", "B|, the ball is red". No remark: "red, B". It
+# begins at a comma, a sentence's end or a new line, if no label follows.
 REMARK = re.compile(rf",?\s\(?(?i:because|since|as|for|not|rather|{BE} (?:the )?(?:best |most likely )?(?:"
                     r"right|correct|answer))\b|(?:[,;]|(?<=\w\w)[.!])\s(?!.{0,99}(?:\b[A-N]\b|\b[a-n]\W*\Z|"
                     r"\d))|\n(?!(?s:.*)\b[A-N](?:[).:\n]|\Z))")
@@ -485,7 +489,7 @@ MULTIPLIER = re.compile(r"[A-Za-fi-ln-rt-zπ]|[百千万亿萬億].*|(?i:(?:hund
 
 def pieces(answer):
     """What an answer may come to, the likeliest first: all of it; what is in its box; what it announces; what
-    is before a remark. None is denied by the words before it."""
+    is before a remark. No piece is taken that the words before it deny."""
     yield from (answer, unwrap_answer(answer))
     plain = answer.replace("**", "")
     for start in ANNOUNCED:
@@ -508,11 +512,11 @@ def read_number(answer):
 
 
 def without_units(answer, gold):
-    """The numbers in both, as texts, "" for none. Both are "" if both have units and these differ, or if only
-    one has a unit and that is a multiplier."""
+    """The numbers in both, as texts, "" for none. Both are "" if both have units and these differ. They are
+    also "" if only one has a unit and that is a multiplier."""
     (a, unit), (b, gold_unit) = read_number(answer), read_number(gold)
-    bare = "" in (unit, gold_unit) and not MULTIPLIER.fullmatch(unit + gold_unit)
-    return (a, b) if bare or unit == gold_unit else ("", "")
+    one_has_it = "" in (unit, gold_unit) and not MULTIPLIER.fullmatch(unit + gold_unit)
+    return (a, b) if one_has_it or unit == gold_unit else ("", "")
 
 
 def option_key(answer, options, loose=False):
@@ -529,6 +533,7 @@ def option_key(answer, options, loose=False):
     # the options in it, but not "5 m" in "2.5 m", nor "no" or "a" in a sentence
     held = [text for text in texts if loose and (len(text) > 2 or text.isdigit()) and re.search(
         rf"(?i)(?<![\w.,^/+-]){re.escape(text)}(?![\w/^]|[.,]\d)", answer)]
+    # of "red" and "dark red" only the longer one
     held = [text for text in held if not any(text in longer and text != longer for longer in held)]
     if len(held) == 1 and clear(answer, held[0]):
         return LETTERS[texts.index(held[0])]
@@ -592,6 +597,7 @@ class ChatClient:
         where it is as wanted.
         """
         keys = [self.key_of(content) for content in contents]
+        # one job for each different content
         jobs = {key: self.pool.submit(self.reply, content, lacks, key)
                 for key, content in dict(zip(keys, contents)).items()}
         try:
