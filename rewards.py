@@ -23,9 +23,10 @@ R3. Scoring "paper" agrees with the metric of Video-R1 and its successors unless
     Unlike there, NaN, infinities and empty texts score 0, and in regression an answer of 0 to a gold of
     0 scores 1. In answers, characters that show nothing don't count.
 R4. Scoring "lenient" never gives less than "paper", and takes what a person would. For B also b, B., (B),
-    B. text, **B**, \\boxed{B}, the option's text, "the answer is B", "B, because …". For 5 also 5 m, "there are 5
-    chairs", "2 + 3 = 5". It also takes any answer that is spelled exactly like the gold.
-    What is denied ("not B"), or leaves a choice ("A or B"), is no answer. A unit that only one side has doesn't count, but "3 million" is not 3.
+    B. text, **B**, \\boxed{B}, the option's text, "the answer is B", "B, because …". For 5 also 5 m, "there
+    are 5 chairs", "2 + 3 = 5". It also takes any answer that is spelled exactly like the gold. What is denied
+    ("not B"), or leaves a choice ("A or B"), is no answer. A unit that only one side has doesn't count, but
+    "3 million" is not 3.
 R5. A judge that gives no verdict (a remote one is asked again where that can help) says None, "unknown",
     never False. A missing or empty observation is False, and a language model is not asked about it.
 R6. The observation is written by a policy that is paid for a Yes. So what enters a judge's prompt loses its
