@@ -29,8 +29,8 @@ G3. The options appear once in the prompt: they are appended unless the question
 G4. The teacher gets each sampled frame as a JPEG after its time stamp, then the prompt of all stages. A
     question that its server refuses or does not answer is "no trace". One on which the judge gives no verdict
     is "judge unknown". The next run asks both again.
-G5. Options are shown with the letters A, B, … Other labels of the file become these letters, the gold
-    answer's, too. If the options have no labels, the gold is an option's own text or the letter of its place.
+G5. Options are shown with the letters A, B, … Other labels in the file, and the label in its gold answer,
+    are changed to these letters. If the options have no labels, the gold is an option's own text or the letter of its place.
 """
 import ast
 import collections
@@ -201,8 +201,8 @@ def generate(records, args):
         return teacher.reply([*media_parts(*media), build_prompt(record, template)], key=key,
                              question=question_key(record), problem_id=record.get("problem_id"))
 
-    # `jobs` is a generator: each job that `in_order` takes from it takes a decoded medium and submits its
-    # question. 2 x --teacher-concurrency are submitted, so that none of the threads has to wait for a medium.
+    # `jobs` is lazy: when `in_order` asks for the next job, the next decoded medium is fetched and its question
+    # submitted. 2 x --teacher-concurrency are, so that no thread has to wait for a medium.
     jobs = (teacher.pool.submit(ask, key, record, media)
             for key, (record, media) in zip(todo, read_ahead(todo.values(), args)))
     outputs = dict(teacher.replies)
@@ -254,7 +254,7 @@ def load_traces(path, records):
             continue  # a line that a kill tore, or an error
         own = re.fullmatch("[0-9a-f]{24}", str(row.get("question")))
         key = own[0] if own else id_of(row["problem_id"])
-        # of an id or a question's hash: its trace, or None where two differ
+        # of an id or a question's hash: its trace; None for good once two differ
         traces[key] = row["output"] if traces.get(key, row["output"]) == row["output"] else None
     outputs = []
     for record in records:
@@ -507,8 +507,8 @@ def parse_gold(record, options, lost_golds):
         raise ValueError("it has no gold answer")
     if record["problem_type"] != "multiple choice":
         return gold
-    # The file's letters count all places: in ["", "red", "blue"] its gold "B" is red. The record has no empty
-    # options: there red is "A". Without options, which may be in the question, any letter counts.
+    # `options` is {"B": "red", "C": "blue"} for ["", "red", "blue"]. A gold "B" is found by these old letters
+    # at index 0, whose new letter is A. Without options, which may be in the question, any letter counts.
     index = option_index(gold, list(options.values()), list(options or LETTERS))
     if index is None and options:
         gold = f"none of the options: {gold}"  # alone it could be the new letter of another option
@@ -584,7 +584,7 @@ def select_records(args):
 def hold_out(records, share=0.02):
     """(records of the media that are held out, all others). A `share` of the media is held out, by a hash of
     their paths: the same ones in every stage and file. If the hash picks none of ten media or more, the one
-    with the least hash is held out. (This holds for this file only.) 0 holds out none."""
+    with the least hash is held out. (It need not be in another file.) 0 holds out none."""
     ranks = sorted((int(digest(path), 16) / 16**24, path) for path in {record["path"] for record in records})
     count = max(sum(rank < share for rank, _ in ranks), share > 0 and len(ranks) >= 10)
     chosen = {path for _, path in ranks[:count]}
@@ -712,7 +712,7 @@ def pick_frames(path, stamps, num_frames, max_pixels, min_frames):
             if key > at + SEEK_OVER:
                 container.seek(stamps[key][0], stream=stream)
                 decoded, at = container.decode(stream), None
-            # at == i: the frame that was decoded last is wanted again
+            # decode until frame i; if `at` is i already, `frame` is used again
             while at is None or at < i:
                 frame = next(decoded, None)
                 if frame is None or (at is None and frame.pict_type != av.video.frame.PictureType.I):
@@ -731,8 +731,8 @@ def to_pixels(frame, stream, shape, max_pixels):
     sides = [frame.height, frame.width * float(stream.sample_aspect_ratio or 1)]
     # the pixel (x, y) is shown at (a x + c y, b x + d y), and moved into view
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
-    # A quarter turn: transpose the picture. With x and y swapped, c takes the place of a, and b that of d.
-    # Then a < 0 mirrors x, and d < 0 mirrors y.
+    # A quarter turn: transpose the picture. Its pixel (x', y') = (y, x) is shown at (c x' + a y', d x' + b y'):
+    # now c scales x', and b scales y'. A negative scale mirrors.
     if abs(b) > abs(a):
         image, a, d, sides = image.transpose(Image.TRANSPOSE), c, b, sides[::-1]
     image = ImageOps.mirror(image) if a < 0 else image

@@ -25,9 +25,9 @@ no SFT (`add_reference`).
     python pagrpo.py --model qwen2.5-vl-7b     # one consumer GPU
 
 Why the loss is about 0: with one gradient step per rollout (μ = 1) ρ is exactly 1. So the mean of ρ A over a
-segment is its A, and over the group these add up to 0. What is left is the KL term: a mean of β KL for each
-segment, so about 2β times the logged `kl`, which is one mean over all tokens. (Under `--loss-average
-completion` it is β times `kl`.) The gradient of the policy term, the mean of A · ∇ log π, is not 0. Watch the
+segment is its A, and over the group these add up to 0. What is left is the KL term. Each of the two
+segments adds β times its own mean KL, so about 2β times the logged `kl`, the mean over all tokens. (Under
+`--loss-average completion` it is about β times `kl`.) The gradient of the policy term, the mean of A · ∇ log π, is not 0. Watch the
 rewards. The policy term's value is not quite 0 in two cases. A completion can lack a segment. And PA-GRPO can
 be run with `--loss-average completion`, where A_P and A_R are weighted by the lengths of their segments.
 
@@ -39,7 +39,8 @@ Why GRPO hardly learns to see: it pays the observation's tokens for the answer. 
 
 For binary rewards the correlation of GRPO's advantage with being right in the observation is then
 (a - g) √(p (1 - p) / (q (1 - q))), and PA-GRPO's is 1 (docs/by_hand.ipynb derives it). The toy's p, a and g
-give 0.16. Measured there, with rewards that are not binary, R² is 0.01 and 0.75 (docs/toy.md).
+give 0.16, an R² of 0.03. Measured there, with rewards that are not binary, R² is 0.01 for GRPO and 0.75 for
+PA-GRPO (docs/toy.md).
 
 Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (at most the limit),
 S tokens of a packed sequence, D hidden, V vocabulary. "Process" means perception or reasoning; a process of
@@ -48,7 +49,8 @@ the operating system, of which there is one for each GPU, is called a rank.
 Our choices where the paper is silent:
 P1. o_P is everything up to and including the token that completes the first `</observation>`; o_R is the
     rest, end-of-sequence included. If the observation is never closed, o_P ends before the first `<think>`,
-    or, without one, is the whole completion. If it is never opened, all is o_R. Boundaries are found on the
+    or, without one, is the whole completion. If it is never opened, all is o_R. (R1 also ends an unclosed
+    observation at `<answer>`: the rewards are about text, and o_R is then empty.) Boundaries are found on the
     sampled ids, never by re-tokenising.
 P2. A completion's loss is the mean over each segment's tokens, summed over the two: our reading of Eq. 7. An
     empty segment contributes 0. `--loss-average completion` takes one mean over all tokens of a completion,
@@ -56,8 +58,8 @@ P2. A completion's loss is the mean over each segment's tokens, summed over the 
 P3. std is the unbiased estimate plus 1e-4; a group with equal rewards, or with less than two that are known,
     gets exact zeros.
 P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3), in the same mean (P2). Its
-    mean over samples of π is KL(π || π_ref). Autograd takes the samples as fixed. That gives the gradient
-    of KL(π_ref || π), the other direction (docs/by_hand.ipynb, 4).
+    mean over samples of π is KL(π || π_ref). Autograd takes the samples as fixed. So the gradient is
+    E_π[(1 - π_ref/π) ∇log π] = -E_ref[∇log π], that of KL(π_ref || π), the other direction.
 P5. Completions are sampled at temperature 1, without top-p, top-k or penalties: the loss is about the very
     distribution that is sampled. Of the added tokens (visual, chat control, tools) only `<|im_end|>` can be
     sampled, which ends a turn of the chat format. The others would be inputs without meaning: a visual token
@@ -78,8 +80,8 @@ P6. If the judge fails to give a verdict on a completion, R_P is NaN, never 0. T
         separation                    0             0        the one reward is R_P + R_R
         assignment (GDPO)            A_R           A_R       the sum, with A_P = 0
     The KL term still applies to it. If the judge gives no verdict at all in an update, nothing is learnt from
-    that update (it is still one of the `--updates`). Three such updates in a row stop the run; so do one or
-    two if the run has no more. `--without perception` needs no verdicts: it learns and goes on.
+    that update (it is still one of the `--updates`). Three such updates in a row stop the run, or all of
+    them in a run of one or two updates. `--without perception` needs no verdicts: it learns and goes on.
 P7. The rows of Table 2. In those marked * all tokens of a completion have one advantage, and the loss average
     is the completion's (`get_args`). The judge is asked in any case, for the log. GDPO, which is not the
     paper's, normalises each reward by itself, as PA-GRPO does, but assigns their sum to all tokens. For the
@@ -247,8 +249,8 @@ def train(model, tokenizer, records, judge, args):
                 if step % args.show_every == 0:
                     keep_groups(groups[:2], step, rollouts, tokenizer, args)
                 del groups  # frees their embeddings before the next batch makes its own
-            # After it: save the adapter every --keep-every updates, and look at this policy and at the last.
-            # Where there are values of before the update, too, these replace them.
+            # After it: save the adapter every --keep-every updates. Look at each policy that is kept, and at the
+            # final one. These values overwrite those from before the same update.
             keep = bool(args.keep_every) and (step + 1) % args.keep_every == 0
             if fixed and (keep or step + 1 == args.updates):
                 row |= fixed_accuracies(model, own_fixed, tokenizer, judge, args)
@@ -355,8 +357,8 @@ def update(model, tokenizer, optimizer, encoded, judge, lr, args):
 
 def sample_groups(model, encoded, tokenizer, args, greedy=False):
     """Sample G completions of each prompt, for `--prompts-per-rollout` prompts at a time, and find the
-    segment of each token. greedy: one completion of each prompt, and as many rows at a time. encoded: pairs
-    (record, Prompt)."""
+    segment of each token. greedy: one completion of each prompt, and G times as many prompts at a time.
+    encoded: pairs (record, Prompt)."""
     groups, G, T = [], 1 if greedy else args.num_generations, args.max_completion_tokens
     batch = args.prompts_per_rollout * (args.num_generations // G)  # prompts at a time
     for i in range(0, len(encoded), batch):
@@ -478,7 +480,7 @@ def segment_masks(completion_ids, tokenizer):
         length = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
         pieces = [text_of[i] for i in row[:length]]
         text = "".join(pieces)
-        ends = np.cumsum([len(piece) for piece in pieces])  # where each token ends: 8, 17, 24 in the example
+        ends = np.cumsum([len(piece) for piece in pieces])  # where each token ends: 9, 18, 25 in the example
         if "<observation>" not in text:
             split = 0
         elif "</observation>" in text:  # the tokens that end before its ">", and the one that holds it
@@ -649,7 +651,7 @@ class RolloutCache:
         return seen
 
     def close_gaps(self, going, n):
-        """Puts the rows that go on first. `going` holds their numbers, ascending, of the first n. A gap,
+        """Moves the rows that go on to the front. `going` holds their numbers, ascending, among n. A gap,
         where a row has ended, is filled by one of the last of them. For n = 4 and going [0, 2, 3] row 3 moves
         to the gap at 1. Returns where each row was before, for the caller's own tensors: [0, 3, 2]."""
         order = torch.arange(len(going), device=going.device)
@@ -691,8 +693,8 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
     cache = RolloutCache.empty(prompts[0].embeds, qwen.config.text_config, *shape)
 
     def feed(embeds, positions, part, mask=None):  # (n, tokens, D), (3, n, tokens) -> (n, D) of the last
-        # (`cache` was past_key_values before transformers 5.24. A copy, as a view of the last state would
-        # keep all of a prompt's states.)
+        # (The argument `cache` was called past_key_values before transformers 5.24. `.clone()`, as a view of
+        # the last state would keep all of a prompt's states.)
         return qwen.language_model(inputs_embeds=embeds, position_ids=positions, cache=part,
                                    attention_mask={"full_attention": mask}).last_hidden_state[:, -1].clone()
 
@@ -720,8 +722,8 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
             ids[rows, t], mask[rows, t] = token, True
             # normalised over the whole vocabulary, the banned tokens too (P5)
             logprobs[rows, t] = -F.cross_entropy(logits, token, reduction="none")
-            # Those that have not ended. The mask is true for all of these rows: it makes a tensor where
-            # `eos_token_id` is None (in `probe`) and the comparison a bool.
+            # Rows that have not ended. In `probe` `eos_token_id` is None, and the comparison the bool True: `&`
+            # with the mask, which is true for all these rows, makes it a tensor.
             going = (mask[rows, t] & (token != tokenizer.eos_token_id)).nonzero()[:, 0]
             if t + 1 == max_tokens or not len(going):
                 break

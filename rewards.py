@@ -110,7 +110,7 @@ def format_rewards(completion):
         if piece.strip():
             sketch += SKETCH.get(piece, "." if strip_invisible(piece) else "-")
     before, closing, after = sketch.partition("o")
-    if not closing:  # cut an observation that is never closed: O.T.tA.a is T.tA.a (without an O nothing is)
+    if not closing:  # cut off an observation that is never closed: O.T.tA.a becomes T.tA.a
         after = re.sub("^[^TtAa]*O[^TtAa]*", "", sketch)
     return float(before == "O." and closing == "o"), float(after == "T.tA.a")
 
@@ -226,7 +226,7 @@ def process_rewards(record, completion, verdict, num_tokens, length_ranges, bonu
     reasoning_length = length_reward(reasoning_tokens, reasoning_accuracy, reasoning_format,
                                      *reasoning_range, bonus)
     if math.isnan(perception_accuracy):
-        perception_length = math.nan  # unknown, too, where `length_reward` said 0: left out of the means
+        perception_length = math.nan  # instead of `length_reward`'s 0: left out of the logged means
 
     perception = perception_accuracy + perception_format + perception_length  # Eq. 5
     reasoning = reasoning_accuracy + reasoning_format + reasoning_length
@@ -318,8 +318,8 @@ def read_verdict(reply):
     # behind the last </think>, before a later <think>
     reply = reply.lower().rpartition("</think>")[2].partition("<think>")[0]
     said = re.findall(r"<judge?ment>(.*?)</judge?ment>", reply, re.DOTALL)
-    # The verdict is the first word. "nothing", "yes or no", "yes/no", and a word with another <judge… behind
-    # it are none.
+    # The verdict is the first word. None: a longer word ("nothing"), a choice ("yes or no", "yes/no"), a block
+    # in which a second <judgement> opens.
     hedged = r"[a-z]|[\s,(]*(?:or|and)\W+(?:yes|no)\b|\s*[/|\\]|.*<judge"
     word = re.match(rf"[\W_]*(yes|no)(?!{hedged})", said[-1], re.DOTALL) if said else None
     return word and word[1] == "yes"
@@ -484,7 +484,7 @@ REMARK = re.compile(rf",?\s\(?(?i:because|since|as|for|not|rather|{BE} (?:the )?
                     r"\d))|\n(?!(?s:.*)\b[A-N](?:[).:\n]|\Z))")
 NUMBER = re.compile(r"(?<![A-Za-z\d_.^<>≤≥≠√])([-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+|(?=\.\d))(?:\.\d+)?"
                     r"(?:[eE][-+]?\d+)?)(?![\d²³½^])\.?\s*([%°]|[^\W\d_]+)?")  # -1,200.5 cm
-# after a number these are no unit: a letter but g, h, m and s; "million" and the like
+# what is not a unit after a number: any single letter except g, h, m and s; words like "million"
 MULTIPLIER = re.compile(r"[A-Za-fi-ln-rt-zπ]|[百千万亿萬億].*|(?i:(?:hundred|thousand|.+illion|dozen)s?|half|pi)")
 
 
@@ -496,7 +496,8 @@ def pieces(answer):
     for start in ANNOUNCED:
         # said: what is behind the last announcement; before: what is in front of each
         *before, said = start.split(plain)
-        # of "answer is" and "=" the last counts; others must come once, as "option A, option B" picks none
+        # "answer is" and "=" may come nine times, and the last counts; others once, as "option A, option B"
+        # picks none
         most = 9 if start in ANNOUNCED[:2] else 1
         if 0 < len(before) <= most and not UNCLEAR.search(re.split(r"[,;.!?\n]", before[-1])[-1]):
             yield from (said, re.split(r"[.!;]\s|[。，；\n]", REMARK.split(said)[0])[0])
@@ -525,7 +526,7 @@ def option_key(answer, options, loose=False):
     normalised. Without options it can pick any letter. loose: also what one of its `pieces` picks, or the
     only option whose whole text is in it."""
     texts = [text for _, text in read_labels(options or [])] or options or []
-    # not denied or hedged, but for the option's own words, such as "not red"
+    # no word denies or hedges it; the option's own words don't count, as it may be "not red"
     clear = lambda piece, text: not loose or not UNCLEAR.search(piece.lower().replace(text.lower(), ""))
     for piece in pieces(answer) if loose else [answer]:
         index = option_index(piece, options or [], LETTERS[:len(options or LETTERS)])
