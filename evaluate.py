@@ -164,9 +164,9 @@ def write_results(summary, records, runs, args):
 # often a bootstrap has drawn the row's medium.
 
 def mean_of(score, *groups):
-    """A metric: the weighted mean of the column `score`. Groups are averaged from the inside out. With
-    "group", "task": after the first column every group has total weight 1, after the second every task. With
-    three questions in g1 and one in g2, "group" gives the weights ⅓, ⅓, ⅓ and 1."""
+    """A metric: the weighted mean of the column `score`. With three questions in g1 and one in g2, "group"
+    gives the weights ⅓, ⅓, ⅓ and 1: each group sums to 1. A second column does the same with these weights:
+    with "group", "task" each task then sums to 1."""
     def metric(columns, weights):
         for group in groups:
             _, of_row = np.unique(columns[group], return_inverse=True)
@@ -264,7 +264,7 @@ def read_completions(path):
     path, ours = Path(path), Path(path).suffix != ".json"
     rows = read_jsonl(path) if ours else json.loads(path.read_text("utf-8-sig"))
     rows = rows["results"] if isinstance(rows, dict) and "results" in rows else rows
-    first = rows if isinstance(rows, dict) else next(iter(rows), {})  # any other dict: its keys are reported
+    first = rows if isinstance(rows, dict) else next(iter(rows), {})  # of any other dict the error names the keys
     fields = "problem", "problem_type", "path", "data_type", "solution", "completion" if ours else "output"
     missing = [field for field in fields if field not in first]
     if rows and missing:
@@ -449,8 +449,8 @@ def interval(metric, columns):
     # a row weighs as often as its medium was drawn
     draws = [metric(columns, rng.multinomial(len(media), share)[of_row]) for _ in range(1000)]
     low, high = np.percentile(draws, [2.5, 97.5])
-    # A half of 0 becomes NaN: equal draws don't show how far off the value may be, and no table prints a
-    # NaN. Rounded first, as sums of the same floats can differ in their last digits.
+    # A half of 0 becomes NaN, which the tables leave blank: equal draws say nothing about the error. Rounded
+    # first, as sums of the same floats can differ in their last digits.
     return metric(columns, np.ones(len(of_row))), round((high - low) / 2, 9) or np.nan, np.array(draws)
 
 
@@ -528,7 +528,7 @@ def print_summary(summary):
 
 def row_names(adapters):
     """{adapter: (the end of its file's name, its name in the table)}, such as {"runs/tiny/sft": ("sft",
-    "SFT")}. A name is what the adapter's run.json says; one that two share has its folder behind it. Two
+    "SFT")}. A name is what the adapter's run.json says. Where two share it, each has its folder behind it: two
     folders of one name, a/sft and b/sft, get ("a-sft", "SFT (a/sft)") and ("b-sft", "SFT (b/sft)")."""
     ends = [Path(adapter.partition("@http")[0]).name for adapter in adapters]  # "sft", or a server's model
     names = ["base" if adapter == "none" else end if ":" in adapter else sft.read_run(adapter)["algorithm"]
@@ -668,7 +668,8 @@ def print_comparison(a, b, scoring):
         bench = bench_of(file)
         metric, sides = next(iter(bench.numbers.values())), [columns_of(side, bench) for side in zip(*some)]
 
-        # `interval` draws media, and calls this with sides[0]; their weights hold for both sides, row by row
+        # `interval` calls this with sides[0] and a weight for each row. Both sides have the same rows in the
+        # same order, so the weights fit both.
         gain = lambda side_a, weights: metric(sides[1], weights) - metric(side_a, weights)
         mean, spread, draws = interval(gain, sides[0])
         p = max(1 / len(draws), min(1, 2 * min((draws <= 0).mean(), (draws >= 0).mean())))

@@ -30,7 +30,8 @@ G4. The teacher gets each sampled frame as a JPEG after its time stamp, then the
     question that its server refuses or does not answer is "no trace". One on which the judge gives no verdict
     is "judge unknown". The next run asks both again.
 G5. Options are shown with the letters A, B, … Other labels in the file, and the label in its gold answer,
-    are changed to these letters. If the options have no labels, the gold is an option's own text or the letter of its place.
+    are changed to these letters. If the options have no labels, the gold is an option's own text or the
+    letter of its place.
 """
 import ast
 import collections
@@ -201,8 +202,8 @@ def generate(records, args):
         return teacher.reply([*media_parts(*media), build_prompt(record, template)], key=key,
                              question=question_key(record), problem_id=record.get("problem_id"))
 
-    # `jobs` is lazy: when `in_order` asks for the next job, the next decoded medium is fetched and its question
-    # submitted. 2 x --teacher-concurrency are, so that no thread has to wait for a medium.
+    # `jobs` is lazy: when `in_order` asks for the next job, the next decoded medium is fetched and its
+    # question submitted. 2 x --teacher-concurrency are, so that no thread has to wait for a medium.
     jobs = (teacher.pool.submit(ask, key, record, media)
             for key, (record, media) in zip(todo, read_ahead(todo.values(), args)))
     outputs = dict(teacher.replies)
@@ -731,8 +732,8 @@ def to_pixels(frame, stream, shape, max_pixels):
     sides = [frame.height, frame.width * float(stream.sample_aspect_ratio or 1)]
     # the pixel (x, y) is shown at (a x + c y, b x + d y), and moved into view
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
-    # A quarter turn: transpose the picture. Its pixel (x', y') = (y, x) is shown at (c x' + a y', d x' + b y'):
-    # now c scales x', and b scales y'. A negative scale mirrors.
+    # A quarter turn: transpose the picture. Its pixel (x', y') = (y, x) is shown at (c x' + a y',
+    # d x' + b y'): now c scales x', and b scales y'. A negative scale mirrors.
     if abs(b) > abs(a):
         image, a, d, sides = image.transpose(Image.TRANSPOSE), c, b, sides[::-1]
     image = ImageOps.mirror(image) if a < 0 else image

@@ -25,11 +25,12 @@ no SFT (`add_reference`).
     python pagrpo.py --model qwen2.5-vl-7b     # one consumer GPU
 
 Why the loss is about 0: with one gradient step per rollout (μ = 1) ρ is exactly 1. So the mean of ρ A over a
-segment is its A, and over the group these add up to 0. What is left is the KL term. Each of the two
-segments adds β times its own mean KL, so about 2β times the logged `kl`, the mean over all tokens. (Under
-`--loss-average completion` it is about β times `kl`.) The gradient of the policy term, the mean of A · ∇ log π, is not 0. Watch the
-rewards. The policy term's value is not quite 0 in two cases. A completion can lack a segment. And PA-GRPO can
-be run with `--loss-average completion`, where A_P and A_R are weighted by the lengths of their segments.
+segment is its A, and over the group these add up to 0. What is left is the KL term. Each of the two segments
+adds β times its own mean KL, so about 2β times the logged `kl`, the mean over all tokens. (Under
+`--loss-average completion` it is about β times `kl`.) The gradient of the policy term, the mean of A · ∇ log
+π, is not 0. Watch the rewards. The policy term's value is not quite 0 in two cases. A completion can lack a
+segment. And PA-GRPO can be run with `--loss-average completion`, where A_P and A_R are weighted by the
+lengths of their segments.
 
 Why GRPO hardly learns to see: it pays the observation's tokens for the answer. In a group, let
 
@@ -249,8 +250,8 @@ def train(model, tokenizer, records, judge, args):
                 if step % args.show_every == 0:
                     keep_groups(groups[:2], step, rollouts, tokenizer, args)
                 del groups  # frees their embeddings before the next batch makes its own
-            # After it: save the adapter every --keep-every updates. Look at each policy that is kept, and at the
-            # final one. These values overwrite those from before the same update.
+            # After it: save the adapter every --keep-every updates. Look at each policy that is kept, and at
+            # the final one. These values overwrite those from before the same update.
             keep = bool(args.keep_every) and (step + 1) % args.keep_every == 0
             if fixed and (keep or step + 1 == args.updates):
                 row |= fixed_accuracies(model, own_fixed, tokenizer, judge, args)
@@ -722,8 +723,8 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
             ids[rows, t], mask[rows, t] = token, True
             # normalised over the whole vocabulary, the banned tokens too (P5)
             logprobs[rows, t] = -F.cross_entropy(logits, token, reduction="none")
-            # Rows that have not ended. In `probe` `eos_token_id` is None, and the comparison the bool True: `&`
-            # with the mask, which is true for all these rows, makes it a tensor.
+            # Rows that have not ended. In `probe` `eos_token_id` is None, and the comparison the bool True:
+            # `&` with the mask, which is true for all these rows, makes it a tensor.
             going = (mask[rows, t] & (token != tokenizer.eos_token_id)).nonzero()[:, 0]
             if t + 1 == max_tokens or not len(going):
                 break

@@ -318,8 +318,8 @@ def read_verdict(reply):
     # behind the last </think>, before a later <think>
     reply = reply.lower().rpartition("</think>")[2].partition("<think>")[0]
     said = re.findall(r"<judge?ment>(.*?)</judge?ment>", reply, re.DOTALL)
-    # The verdict is the first word. None: a longer word ("nothing"), a choice ("yes or no", "yes/no"), a block
-    # in which a second <judgement> opens.
+    # The verdict is the first word. None: a longer word ("nothing"), a choice ("yes or no", "yes/no"), a
+    # block in which a second <judgement> opens.
     hedged = r"[a-z]|[\s,(]*(?:or|and)\W+(?:yes|no)\b|\s*[/|\\]|.*<judge"
     word = re.match(rf"[\W_]*(yes|no)(?!{hedged})", said[-1], re.DOTALL) if said else None
     return word and word[1] == "yes"

@@ -479,7 +479,7 @@ def process():
     rank 0 talks and writes.
 
     PartialState is a singleton. `start_ranks` has made it on the device that --device names; every later
-    call returns that one and ignores `cpu`, which counts only where no script has called `start_ranks`.
+    call returns that one. The `cpu` below counts only where `start_ranks` was never called, as in tests.
     """
     return PartialState(cpu=not torch.cuda.is_available())
 
@@ -581,8 +581,8 @@ def optimiser_step(model, optimizer, lr, clip, loss=0.0):
 
 def worst_prompt(tokenizer, config, args, words=300):
     """(record, Prompt) of a clip with as many visual tokens as these settings allow, and a long question."""
-    # Rows of 28×28 blocks: a divisor of max_pixels, so that a frame has all of them. 256 gives 8 rows of 32
-    # blocks, 4 gives 4 rows of 1.
+    # Rows of 28×28 blocks: a divisor of max_pixels, so that rows × columns is max_pixels. 256 gives 8 rows of
+    # 32 blocks, 4 gives 4 rows of 1.
     rows = math.gcd(args.max_pixels, 8)
     shape = args.num_frames, rows * FACTOR, args.max_pixels // rows * FACTOR, 3
     pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
