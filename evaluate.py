@@ -264,7 +264,7 @@ def read_completions(path):
     path, ours = Path(path), Path(path).suffix != ".json"
     rows = read_jsonl(path) if ours else json.loads(path.read_text("utf-8-sig"))
     rows = rows["results"] if isinstance(rows, dict) and "results" in rows else rows
-    first = rows if isinstance(rows, dict) else next(iter(rows), {})  # of any other dict the error names the keys
+    first = rows if isinstance(rows, dict) else next(iter(rows), {})  # of a dict the error names the keys
     fields = "problem", "problem_type", "path", "data_type", "solution", "completion" if ours else "output"
     missing = [field for field in fields if field not in first]
     if rows and missing:
@@ -528,8 +528,8 @@ def print_summary(summary):
 
 def row_names(adapters):
     """{adapter: (the end of its file's name, its name in the table)}, such as {"runs/tiny/sft": ("sft",
-    "SFT")}. A name is what the adapter's run.json says. Where two share it, each has its folder behind it: two
-    folders of one name, a/sft and b/sft, get ("a-sft", "SFT (a/sft)") and ("b-sft", "SFT (b/sft)")."""
+    "SFT")}. A name is what the adapter's run.json says. Where two share it, each has its folder behind it:
+    two folders of one name, a/sft and b/sft, get ("a-sft", "SFT (a/sft)") and ("b-sft", "SFT (b/sft)")."""
     ends = [Path(adapter.partition("@http")[0]).name for adapter in adapters]  # "sft", or a server's model
     names = ["base" if adapter == "none" else end if ":" in adapter else sft.read_run(adapter)["algorithm"]
              for end, adapter in zip(ends, adapters)]
