@@ -329,23 +329,25 @@ def advantage_table(groups):
     lines = [f"{len(groups)} groups of {len(groups[0])}: {100 * len(right) / len(scores):.0f} % of the "
              f"observations are sufficient; answers score {np.mean(right):.2f} after these, "
              f"{np.mean(wrong):.2f} after others.", "",
-             "| advantage of perception's tokens | observation right | wrong | R² with right | right ones "
-             "punished | wrong ones rewarded | of reasoning's: R² with the answer |", "|---" * 7 + "|"]
+             "| advantage of perception's tokens | observation right | wrong | R² with right | over all groups "
+             "| right ones punished | wrong ones rewarded | of reasoning's: R² with the answer |",
+             "|---" * 8 + "|"]
     for name, without in (("PA-GRPO", None), ("GRPO", "perception"), ("without separation", "separation"),
                           ("GDPO", "assignment")):
-        given, answered = [], []
+        given, answered, everywhere = [], [], []  # but for `everywhere`, of groups whose accuracies differ
         for group in groups:
             p, r = (torch.tensor([s[process] for s in group]) for process in ("perception", "reasoning"))
             on_p, on_r = pagrpo.process_advantages(p, r, without)
+            everywhere += zip(on_p.tolist(), [s["perception_accuracy"] for s in group])
             for process, advantages, pairs in (("perception", on_p, given), ("reasoning", on_r, answered)):
                 accuracies = [s[f"{process}_accuracy"] for s in group]
                 if len(set(accuracies)) > 1:
                     pairs += zip(advantages.tolist(), accuracies)
         on_right, on_wrong = (np.array([a for a, seen in given if seen == value]) for value in (1, 0))
-        squares = [np.corrcoef(*np.array(pairs).T)[0, 1] ** 2 for pairs in (given, answered)]
-        lines.append(f"| {name} | {on_right.mean():+.2f} | {on_wrong.mean():+.2f} | {squares[0]:.2f} | "
-                     f"{100 * (on_right < 0).mean():.0f} % | {100 * (on_wrong > 0).mean():.0f} % | "
-                     f"{squares[1]:.2f} |")
+        squares = [np.corrcoef(*np.array(pairs).T)[0, 1] ** 2 for pairs in (given, everywhere, answered)]
+        lines.append(f"| {name} | {on_right.mean():+.2f} | {on_wrong.mean():+.2f} | "
+                     f"{squares[0]:.2f} | {squares[1]:.2f} | {100 * (on_right < 0).mean():.0f} % | {100 * (on_wrong > 0).mean():.0f} % | "
+                     f"{squares[2]:.2f} |")
     return "\n".join(lines)
 
 
