@@ -346,8 +346,8 @@ def advantage_table(groups):
         on_right, on_wrong = (np.array([a for a, seen in given if seen == value]) for value in (1, 0))
         squares = [np.corrcoef(*np.array(pairs).T)[0, 1] ** 2 for pairs in (given, everywhere, answered)]
         lines.append(f"| {name} | {on_right.mean():+.2f} | {on_wrong.mean():+.2f} | "
-                     f"{squares[0]:.2f} | {squares[1]:.2f} | {100 * (on_right < 0).mean():.0f} % | {100 * (on_wrong > 0).mean():.0f} % | "
-                     f"{squares[2]:.2f} |")
+                     f"{squares[0]:.2f} | {squares[1]:.2f} | {100 * (on_right < 0).mean():.0f} % | "
+                     f"{100 * (on_wrong > 0).mean():.0f} % | {squares[2]:.2f} |")
     return "\n".join(lines)
 
 
