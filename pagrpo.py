@@ -40,7 +40,7 @@ Why GRPO hardly learns to see: it pays the observation's tokens for the answer. 
 
 For binary rewards the correlation of GRPO's advantage with being right in the observation is then
 (a - g) √(p (1 - p) / (q (1 - q))), and PA-GRPO's is 1 (docs/by_hand.ipynb derives it). The toy's p, a and g
-give 0.16, an R² of 0.03. Measured there, with rewards that are not binary, R² is 0.01 for GRPO and 0.75 for
+give 0.16, an R² of 0.02. Measured there, with rewards that are not binary, R² is 0.01 for GRPO and 0.75 for
 PA-GRPO (docs/toy.md).
 
 Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (at most the limit),
@@ -60,7 +60,7 @@ P3. std is the unbiased estimate plus 1e-4; a group with equal rewards, or with 
     gets exact zeros.
 P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3), in the same mean (P2). Its
     mean over samples of π is KL(π || π_ref). Autograd takes the samples as fixed. So the gradient is
-    E_π[(1 - π_ref/π) ∇log π] = -E_ref[∇log π], that of KL(π_ref || π), the other direction.
+    E_π[(1 - π_ref/π) ∇log π] = -E_ref[∇log π] (E_π[∇log π] is 0), that of KL(π_ref || π).
 P5. Completions are sampled at temperature 1, without top-p, top-k or penalties: the loss is about the very
     distribution that is sampled. Of the added tokens (visual, chat control, tools) only `<|im_end|>` can be
     sampled, which ends a turn of the chat format. The others would be inputs without meaning: a visual token
@@ -187,8 +187,8 @@ def main(args):
     # Your own perception reward is --judge FILE.py:FUNCTION, with any f(records, observations) -> list of
     # True, False or None (P6), or of floats (P10). A record is as `load_records` gives it, with `media`, the
     # path of its file; an observation is a str, or None where the block isn't complete.
-    # It is made first, so that a bad one is an error before the model loads. (The lambda looks `model` up
-    # when it is called.)
+    # The judge is made first, so that a bad one is an error before the model loads. (The lambda looks `model`
+    # up when it is called.)
     judge = gen_cot.judge_from(args, generate=lambda prompts: self_judge(model, tokenizer, prompts, args))
     sft.setup_process(args)
     if sft.is_finished(args):

@@ -484,7 +484,7 @@ REMARK = re.compile(rf",?\s\(?(?i:because|since|as|for|not|rather|{BE} (?:the )?
                     r"\d))|\n(?!(?s:.*)\b[A-N](?:[).:\n]|\Z))")
 NUMBER = re.compile(r"(?<![A-Za-z\d_.^<>≤≥≠√])([-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+|(?=\.\d))(?:\.\d+)?"
                     r"(?:[eE][-+]?\d+)?)(?![\d²³½^])\.?\s*([%°]|[^\W\d_]+)?")  # -1,200.5 cm
-# what is not a unit after a number: any single letter except g, h, m and s; words like "million"
+# what is not a unit after a number: any single letter except small g, h, m, s; words like "million"
 MULTIPLIER = re.compile(r"[A-Za-fi-ln-rt-zπ]|[百千万亿萬億].*|(?i:(?:hundred|thousand|.+illion|dozen)s?|half|pi)")
 
 
