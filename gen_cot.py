@@ -21,17 +21,17 @@ function of that file and of what the judge said, which is in its cache.
 Our choices where the paper is silent:
 G1. T frames are sampled, 2 per second, but at least 4, at most `--num-frames`, and no more than the clip has.
     T is rounded down to an even number. (A clip of one frame gives it twice.) Their times are evenly spaced
-    from the middle of the first frame to the middle of the last. At each we take the frame that a player has
-    on screen. The sampled rate, from which sft.py computes positions, is T over the clip's seconds.
+    from the middle of the clip's first frame to the middle of its last. At each we take the frame that a
+    player has on screen. The sampled rate, from which sft.py computes positions, is T over the seconds of all
+    of the clip's frames.
 G2. Both sides of a frame are rounded to multiples of 28 (patch 14 × merge 2) within the pixel budget, aspect
     kept. Frames of a clip under 128·28² pixels are enlarged to that, as far as the budget allows.
 G3. The options appear once in the prompt: they are appended unless the question holds them as "A. text".
 G4. The teacher gets each sampled frame as a JPEG after its time stamp, then the prompt of all stages. A
     question that its server refuses or does not answer is "no trace". One on which the judge gives no verdict
     is "judge unknown". The next run asks both again.
-G5. Options are shown with the letters A, B, … Other labels in the file, and the label in its gold answer,
-    are changed to these letters. If the options have no labels, the gold is an option's own text or the
-    letter of its place.
+G5. Options are shown with the letters A, B, … Other labels in the file are mapped to these letters, the
+    gold's too. If the options have no labels, the gold is an option's text or the letter of its place.
 """
 import ast
 import collections
@@ -96,10 +96,11 @@ class Flags:
     seed: int = 0  # of the draw of --limit, the data's order, a fresh adapter, and the sampling
     output: Path | None = None  # file or folder of the results (default: in runs/<model>)
 
-    def __post_init__(self):  # a negative --max-grad-norm would turn the gradient round in silence
+    def __post_init__(self):
+        # no flag may be negative: a negative --max-grad-norm would silently reverse the gradient
         for name, value in vars(self).items():
             if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} {value} is no number of at least 0")
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be a number of at least 0")
 
 
 @dataclass
@@ -130,8 +131,8 @@ def main(args):
         outputs = generate(records, args)
     else:
         records = load_records(args.data, args.media_root)  # no media are needed
-        traces = load_traces(args.traces, records)
-        records, outputs = zip(*draw(list(zip(records, traces)), args.limit, args.seed))
+        pairs = list(zip(records, load_traces(args.traces, records)))
+        records, outputs = zip(*draw(pairs, args.limit, args.seed))
 
     # steps 2 and 3: which of them are kept
     reasons, scores = verify(records, outputs, judge, args.threshold, args.scoring)
@@ -202,8 +203,9 @@ def generate(records, args):
         return teacher.reply([*media_parts(*media), build_prompt(record, template)], key=key,
                              question=question_key(record), problem_id=record.get("problem_id"))
 
-    # `jobs` is lazy: when `in_order` asks for the next job, the next decoded medium is fetched and its
-    # question submitted. 2 x --teacher-concurrency are, so that no thread has to wait for a medium.
+    # `jobs` is a generator. Each pull from it takes one decoded medium and submits its question. `in_order`
+    # pulls up to 2 x --teacher-concurrency jobs ahead. Half of them wait for a thread, so that no thread has
+    # to wait for a medium.
     jobs = (teacher.pool.submit(ask, key, record, media)
             for key, (record, media) in zip(todo, read_ahead(todo.values(), args)))
     outputs = dict(teacher.replies)
@@ -226,7 +228,8 @@ def media_parts(frames, fps):
 
 def stamped_jpegs(frames, fps, quality=90, side=65_500):
     """(time stamp, JPEG) of each frame, made smaller where a side is over `side`, by default the most that a
-    JPEG can have. The stamps go evenly from 0 to the clip's end, len(frames) / fps; a picture's is ""."""
+    JPEG can have. The stamps go evenly from 0 to the clip's end, len(frames) / fps. (They are rounded: the
+    sampled times begin and end half a frame within, see G1.) A picture's is ""."""
     for i, frame in enumerate(frames):
         stamp = "" if fps is None else f"{i * len(frames) / fps / (len(frames) - 1):.1f} s"
         image, jpeg = Image.fromarray(frame), io.BytesIO()
@@ -255,7 +258,7 @@ def load_traces(path, records):
             continue  # a line that a kill tore, or an error
         own = re.fullmatch("[0-9a-f]{24}", str(row.get("question")))
         key = own[0] if own else id_of(row["problem_id"])
-        # of an id or a question's hash: its trace; None for good once two differ
+        # an id or a question's hash -> its trace; None, and that for good, once two differ
         traces[key] = row["output"] if traces.get(key, row["output"]) == row["output"] else None
     outputs = []
     for record in records:
@@ -389,8 +392,8 @@ def judge_from(args, generate=None):
     """The judge that the flags ask for. A remote one is tried first, on an easy question that no cache knows.
     Raises UserError where it gives no verdict."""
     make = functools.partial(make_judge, args.judge, args.judge_prompt_file, generate)
-    # (the trial's judge has no cache)
     trial = dict(problem="What colour is the car?", problem_type="free-form", solution="red")
+    # `make()` is a judge without a cache, for the trial only
     if str(args.judge).startswith(("anthropic:", "openai:")) and make()([trial], ["A red car."])[0] is None:
         raise UserError(f"The judge {args.judge} gave no verdict on a question of trial: see above.")
     cache = f"runs/judge-cache-{os.environ.get('RANK', 0)}.jsonl"  # one file a rank
@@ -471,7 +474,7 @@ def read_json(file):
     try:
         with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as f:
             text = f.read()
-        if text.lstrip()[:1] in ("[", ""):  # an empty file is no JSON, and raises
+        if text.lstrip()[:1] in ("[", ""):  # an empty file goes to json.loads, too, which raises
             return load(text)
     except Exception as error:  # of the system, gzip, zlib or json
         raise UserError(f"{file} can't be read ({error}): download or make it again.") from None
@@ -508,8 +511,9 @@ def parse_gold(record, options, lost_golds):
         raise ValueError("it has no gold answer")
     if record["problem_type"] != "multiple choice":
         return gold
-    # `options` is {"B": "red", "C": "blue"} for ["", "red", "blue"]. A gold "B" is found by these old letters
-    # at index 0, whose new letter is A. Without options, which may be in the question, any letter counts.
+    # Letters in the file count all places. In ["", "red", "blue"] the gold "B" means red. The empty option is
+    # dropped: `options` is {"B": "red", "C": "blue"}, and red becomes A. Without options, which may be in the
+    # question, any letter counts.
     index = option_index(gold, list(options.values()), list(options or LETTERS))
     if index is None and options:
         gold = f"none of the options: {gold}"  # alone it could be the new letter of another option
@@ -539,7 +543,7 @@ def parse_options(options):
     if isinstance(options, dict) or len(options or []) > 14:
         raise ValueError("its options are no list of at most 14, A to N")
     kept = {letter: text for letter, text in zip(LETTERS, map(as_text, options or [])) if text}
-    # the texts without labels, as "C. nan" is empty, too
+    # the texts without labels, to recognise "C. nan" as empty
     bare = [text for _, text in read_labels(list(kept.values()))] or kept.values()
     return {letter: kept[letter] for letter, text in zip(kept, bare) if text.lower() not in ("", "nan")}
 
@@ -585,7 +589,7 @@ def select_records(args):
 def hold_out(records, share=0.02):
     """(records of the media that are held out, all others). A `share` of the media is held out, by a hash of
     their paths: the same ones in every stage and file. If the hash picks none of ten media or more, the one
-    with the least hash is held out. (It need not be in another file.) 0 holds out none."""
+    with the least hash is held out, a fallback for this file only. 0 holds out none."""
     ranks = sorted((int(digest(path), 16) / 16**24, path) for path in {record["path"] for record in records})
     count = max(sum(rank < share for rank, _ in ranks), share > 0 and len(ranks) >= 10)
     chosen = {path for _, path in ranks[:count]}
@@ -637,6 +641,7 @@ def sample_indices(starts, end, num_frames=16, fps=2.0, min_frames=4):
     edges = np.append(starts, end)  # frame i is on screen from edges[i] to edges[i + 1]
     wanted = math.floor((end - edges[0]) * fps + 1e-6)
     wanted = min(max(wanted, min_frames), num_frames, max(len(starts), 2))
+    # an even number; a clip of one frame gives it twice
     times = np.linspace(edges[:2].mean(), edges[-2:].mean(), max(wanted // 2 * 2, 2))
     return np.searchsorted(edges, times, side="right") - 1
 
@@ -693,7 +698,8 @@ def pick_frames(path, stamps, num_frames, max_pixels, min_frames):
     """(frames, fps) as in `read_frames`, from the (pts, duration, is keyframe) of all frames. Seeks to
     keyframes; where the stamps have none, frame i is the i-th one decoded. LookupError where a frame is not
     where its packet said."""
-    # at: the index of the frame that was decoded last; -1 before the first, None after a seek
+    # at: the index of the frame that was decoded last; -1 before the first; None after a seek, until the next
+    # frame's time says where we are
     frames, at = [], -1
     with open_video(path) as (container, stream):
         # when each frame appears: its packet's time, else one after the other at the stream's rate
@@ -730,10 +736,11 @@ def to_pixels(frame, stream, shape, max_pixels):
     of the clip's first one; a tilt counts as the nearest quarter."""
     image, matrix = frame.to_image(), frame.side_data.get("DISPLAYMATRIX")
     sides = [frame.height, frame.width * float(stream.sample_aspect_ratio or 1)]
-    # the pixel (x, y) is shown at (a x + c y, b x + d y), and moved into view
+    # The pixel (x, y), y down, is shown at (a x + c y, b x + d y), and moved into view. Of a turn by 90°
+    # clockwise a = d = 0, b is positive, and c = -b.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
-    # A quarter turn: transpose the picture. Its pixel (x', y') = (y, x) is shown at (c x' + a y',
-    # d x' + b y'): now c scales x', and b scales y'. A negative scale mirrors.
+    # A quarter turn: transpose the picture, which swaps x and y. Then c scales the new x, and b the new y. A
+    # negative scale mirrors: 90° clockwise is transposed, then mirrored left to right.
     if abs(b) > abs(a):
         image, a, d, sides = image.transpose(Image.TRANSPOSE), c, b, sides[::-1]
     image = ImageOps.mirror(image) if a < 0 else image
@@ -766,7 +773,7 @@ def read_folder(path, num_frames, max_pixels, rate=FOLDER_FPS, min_frames=4):
         formats = Image.registered_extensions()
         names = [name for name in os.listdir(path) if not name.startswith(".")  # .DS_Store, ._1.jpg
                  and formats.get(Path(name).suffix.lower()) in IMAGE_FORMATS]
-        number = lambda match: f"{Decimal(match[0]):040.9f}"  # zeros first, so that texts sort as numbers
+        number = lambda match: f"{Decimal(match[0]):040.9f}"  # zero-padded: text order is number order
         names.sort(key=lambda name: re.sub(r"\d+(\.\d+)?", number, Path(name).stem))
         assert names, "a folder without pictures"
         wanted = sample_indices(np.arange(len(names)) / rate, len(names) / rate, num_frames,
@@ -812,7 +819,7 @@ def read_ahead(records, args, read=None, timeout=None):
         returns, or a MediaError.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pools = []
+    pools = []  # the last one is in use
 
     def begin(record):
         if not pools or not pools[-1].active:  # pebble gives a pool up where an idle worker is killed
@@ -826,6 +833,7 @@ def read_ahead(records, args, read=None, timeout=None):
         except MediaError as error:
             return error
         except (TimeoutError, BrokenExecutor, ProcessExpired) as error:
+            # a second try, after which `again` is False
             return result(record, begin(record), False) if again else MediaError(
                 f"{record['media']} hangs or crashes its decoder ({error}).")
 
@@ -840,7 +848,7 @@ def read_ahead(records, args, read=None, timeout=None):
 
 def in_order(jobs, ahead):
     """The items of `jobs`, in order. Taking an item from `jobs` begins its job. At any time up to `ahead`
-    jobs are begun, with the one that was yielded last."""
+    jobs are begun, with the one just yielded."""
     waiting = collections.deque(itertools.islice(jobs, ahead))
     while waiting:
         yield waiting.popleft()

@@ -22,11 +22,11 @@ R2. The answer is the first answer block after the think block; without a comple
 R3. Scoring "paper" agrees with the metric of Video-R1 and its successors unless that can be exploited.
     Unlike there, NaN, infinities and empty texts score 0, and in regression an answer of 0 to a gold of
     0 scores 1. In answers, characters that show nothing don't count.
-R4. Scoring "lenient" never gives less than "paper", and takes what a person would. For B also b, B., (B),
-    B. text, **B**, \\boxed{B}, the option's text, "the answer is B", "B, because …". For 5 also 5 m, "there
-    are 5 chairs", "2 + 3 = 5". It also takes any answer that is spelled exactly like the gold. What is denied
-    ("not B"), or leaves a choice ("A or B"), is no answer. A unit that only one side has doesn't count, but
-    "3 million" is not 3.
+R4. Scoring "lenient" never gives less than "paper". It takes what a person would take. For B it also takes b,
+    B., (B), B. text, **B**, \\boxed{B}, the option's text, "the answer is B", "B, because …". For 5 it also
+    takes 5 m, "there are 5 chairs", "2 + 3 = 5". It also takes any answer that is spelled exactly like the
+    gold. An answer that is denied ("not B"), or that leaves a choice ("A or B"), is none. A unit that only
+    one side has doesn't count, but "3 million" is not 3.
 R5. A judge that gives no verdict (a remote one is asked again where that can help) says None, "unknown",
     never False. A missing or empty observation is False, and a language model is not asked about it.
 R6. The observation is written by a policy that is paid for a Yes. So what enters a judge's prompt loses its
@@ -110,7 +110,9 @@ def format_rewards(completion):
         if piece.strip():
             sketch += SKETCH.get(piece, "." if strip_invisible(piece) else "-")
     before, closing, after = sketch.partition("o")
-    if not closing:  # cut off an observation that is never closed: O.T.tA.a becomes T.tA.a
+    if not closing:
+        # no </observation>: drop one that is not closed, with the text before it, so that `O.T.tA.a` becomes
+        # `T.tA.a`; without any O nothing is cut
         after = re.sub("^[^TtAa]*O[^TtAa]*", "", sketch)
     return float(before == "O." and closing == "o"), float(after == "T.tA.a")
 
@@ -158,11 +160,10 @@ def answer_score(problem_type, answer, gold, scoring="paper", options=None):
     if not answer or not gold:
         return 0.0
     if problem_type == "multiple choice":
-        # the gold's letter, else its words; a gold that is none of the options can't be met
-        key = option_key(gold, options)
-        if options and key not in LETTERS:
-            return 0.0
-        return float(answer == gold or bool(lenient and key and option_key(answer, options, True) == key))
+        key = option_key(gold, options)  # the gold's letter; if it has none, its words
+        gold_is_option = not options or key in LETTERS
+        same = answer == gold or (lenient and key != "" and option_key(answer, options, True) == key)
+        return float(gold_is_option and same)
     if answer == gold and lenient:
         return 1.0
     if problem_type == "OCR":
@@ -191,8 +192,8 @@ def to_number(text):
 
 
 def number_score(problem_type, answer, gold):
-    """Numerical: 1.0 if both round to the same two decimals, and both or neither are written with a
-    point or comma.
+    """Numerical: 1.0 if both round to the same two decimals, and either both are written with a point or
+    comma, or neither is.
     Regression: 1 − |answer − gold| / |gold|, at least 0; a gold of 0 is matched by 0 alone."""
     a, b = to_number(answer), to_number(gold)
     if a is None or b is None:
@@ -226,7 +227,7 @@ def process_rewards(record, completion, verdict, num_tokens, length_ranges, bonu
     reasoning_length = length_reward(reasoning_tokens, reasoning_accuracy, reasoning_format,
                                      *reasoning_range, bonus)
     if math.isnan(perception_accuracy):
-        perception_length = math.nan  # instead of `length_reward`'s 0: left out of the logged means
+        perception_length = math.nan  # `length_reward` gave 0, but it is unknown: kept out of the means
 
     perception = perception_accuracy + perception_format + perception_length  # Eq. 5
     reasoning = reasoning_accuracy + reasoning_format + reasoning_length
@@ -264,8 +265,8 @@ def make_judge(spec, prompt_file=None, generate=None, **client_options):
     Any function of this form is a judge. So is one that gives floats in [0, 1], the accuracy in Eq. 3.
 
         rule                   the observation holds, as whole words, every item of record["evidence"] and
-                               none of "counter_evidence" (without evidence, every word of the correct
-                               answer): exact, free, offline, but no language model
+                               none of "counter_evidence"; a record without evidence needs every word of
+                               its answer. Exact, free, offline, but no language model
         anthropic:MODEL        the Messages API; its key is in ANTHROPIC_API_KEY
         openai:MODEL@BASE_URL  any chat-completions server (vLLM, llama.cpp, Ollama), by default OpenAI's;
                                the key, where the server wants one, is in OPENAI_API_KEY
@@ -315,11 +316,11 @@ class Judge:
 def read_verdict(reply):
     """True or False, as the first word in the last <judgement> of a reply says, outside <think>…</think>;
     None where it says neither (R6)."""
-    # behind the last </think>, before a later <think>
+    # after the last </think>, before any later <think>
     reply = reply.lower().rpartition("</think>")[2].partition("<think>")[0]
     said = re.findall(r"<judge?ment>(.*?)</judge?ment>", reply, re.DOTALL)
-    # The verdict is the first word. None: a longer word ("nothing"), a choice ("yes or no", "yes/no"), a
-    # block in which a second <judgement> opens.
+    # The verdict is the first word. It doesn't count if it begins a longer word ("nothing") or a choice ("yes
+    # or no", "yes/no"), or if another <judgement> opens behind it.
     hedged = r"[a-z]|[\s,(]*(?:or|and)\W+(?:yes|no)\b|\s*[/|\\]|.*<judge"
     word = re.match(rf"[\W_]*(yes|no)(?!{hedged})", said[-1], re.DOTALL) if said else None
     return word and word[1] == "yes"
@@ -335,7 +336,8 @@ def ask_judge(judge, records, observations):
 def rule_judge(records, observations):
     """The judge `rule`: whether all evidence of a record, else every word of its answer, is observed, and
     nothing of its `counter_evidence`, which is false and would change the answer."""
-    verdicts, as_list = [], lambda items: [items] if isinstance(items, str) else items or []
+    verdicts = []
+    as_list = lambda items: [items] if isinstance(items, str) else items or []
     for record, observation in zip(records, observations, strict=True):
         words = f" {normalise_text(observation or '')} "
         seen = lambda items: [f" {normalise_text(str(item))} " in words for item in as_list(items)]
@@ -361,6 +363,10 @@ def fill_prompt(template, **fields):
     return re.sub(r"\{(%s)\}" % "|".join(fields), lambda match: fenced[match[1]], template)
 
 
+# === skip on a first reading ================================================================================
+
+# --- options, and which one an answer picks -----------------------------------------------------------------
+
 LETTERS = list("ABCDEFGHIJKLMN")
 LABEL = r"[(（\[]?([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2})"  # of an option: a letter or a number, full-width ones, too
 BARE_LABEL = re.compile(r"""["'“‘`$({<【「\\_\s]*""" + LABEL + r"""["'”’`$)}>\]）】」\\_.,:;!、．：。\s]*""")
@@ -369,8 +375,8 @@ OPTION = re.compile(LABEL + r"(?:[)）\]、]|(?<!\d)[.:．：]|[.:．：](?!\d))
 
 
 def read_labels(options):
-    """[(label, text)] of options that carry labels, such as [("A", "red"), ("B", "blue")], else []. They
-    are labels only if all options have one, and all are letters or all numbers, in ascending order. "J.
+    """[(label, text)] of options that carry labels, such as [("A", "red"), ("B", "blue")], else [].
+    Labels are recognised only if all options have one, all are letters or all numbers, and they ascend. "J.
     Smith" next to "B. Jones" is a name."""
     found = [OPTION.fullmatch(option) for option in options]
     labels = [unicodedata.normalize("NFKC", match[1]).upper() for match in found if match]
@@ -392,7 +398,7 @@ def option_index(answer, options, letters):
 
     def labelled_by(match):
         label = match and unicodedata.normalize("NFKC", match[1]).upper()
-        # where options are numbered and the answer is a letter, B is the second
+        # options are numbered, and the answer is a letter: B is the second
         known = letters if label in letters and labels[0].isdigit() else labels
         return known.index(label) if label in known else None
 
@@ -400,8 +406,9 @@ def option_index(answer, options, letters):
     if index is not None and (labelled or answer not in texts):
         return index
     for form in (str, str.lower, option_words):  # 2, as written first: a sign can be all that differs
-        if found := [i for i, text in enumerate(texts) if form(text) == form(answer) != ""]:
-            return found[0] if len(found) == 1 else None
+        wanted, forms = form(answer), [form(text) for text in texts]
+        if wanted and wanted in forms:
+            return forms.index(wanted) if forms.count(wanted) == 1 else None
     label = OPTION.fullmatch(answer)  # 3
     # "B. red C. blue" lists options and picks none
     is_list = label and label[2] not in texts and re.search(r"\b[A-N][).:]\s", label[2])
@@ -449,10 +456,8 @@ def correct_answer(record):
     """(letter, text) of the gold answer, such as ("B", "a red car"). The letter is "" if there are no
     options, or if the gold is none of them."""
     gold, options = gold_answer(record["solution"]), label_options(record.get("options") or [])
-    for letter, text in read_labels(options):
-        if letter == option_key(gold, options):
-            return letter, text
-    return "", gold
+    letter, texts = option_key(gold, options), dict(read_labels(options))
+    return (letter, texts[letter]) if letter in texts else ("", gold)
 
 
 def load_prompt(file, default, fields):
@@ -463,8 +468,6 @@ def load_prompt(file, default, fields):
     return text
 
 
-# === skip on a first reading ================================================================================
-
 # --- scoring "lenient": one reader of loose answers (R4) ----------------------------------------------------
 
 # what denies, hedges, compares or asks
@@ -472,13 +475,13 @@ UNCLEAR = re.compile(r"(?i)[?不非或]|n['’]t\b|\b(?:not|cannot|never|no long
                      r"false|unlike|than|if|except|without|instead|maybe|perhaps|might|could|doubt|least|"
                      r"absent|missing|(?:exclud|eliminat|reject|dismiss)\w*|rul\w+ out)\b")
 BE = r"(?:is|seems|(?:would|should|must|will) be)(?: (?:most )?(?:likely|probably|clearly|indeed))?"
-# a pattern for each way to announce an answer, with the verb and colon behind it: "the answer is: ", "= ",
-# "I choose ", "so, "
+# A pattern for each way to announce an answer, with the verb and colon behind it. B is announced in "the
+# answer is: B", "= B", "I choose B" and "so, B". Nothing is announced in "red, B".
 ANNOUNCED = [re.compile(rf"(?i)(?:(?:{words})(?:\W*?\b{BE}\b|['’]s\b|[是为])?[\s:：*,]*)+") for words in (
     r"\banswer\b|答案", "=", r"\b(?:option|choice|choose|select|pick|letter|go with|it)\b|选项?",
     r"\b(?:so|thus|hence|therefore|final)\b")]
-# Where a remark begins: "B| because it rolls", "B| is right", "B|, the ball is red". No remark: "red, B". It
-# begins at a comma, a sentence's end or a new line, if no label follows.
+# Where a remark begins, shown by a bar: "B| because it rolls", "B| is right", "B|, the ball is red". There is
+# none in "red, B": at a comma, a sentence's end or a new line one begins only if no label follows.
 REMARK = re.compile(rf",?\s\(?(?i:because|since|as|for|not|rather|{BE} (?:the )?(?:best |most likely )?(?:"
                     r"right|correct|answer))\b|(?:[,;]|(?<=\w\w)[.!])\s(?!.{0,99}(?:\b[A-N]\b|\b[a-n]\W*\Z|"
                     r"\d))|\n(?!(?s:.*)\b[A-N](?:[).:\n]|\Z))")
@@ -496,8 +499,8 @@ def pieces(answer):
     for start in ANNOUNCED:
         # said: what is behind the last announcement; before: what is in front of each
         *before, said = start.split(plain)
-        # "answer is" and "=" may come nine times, and the last counts; others once, as "option A, option B"
-        # picks none
+        # The first two ways, "answer is" and "=", may come up to nine times: the last one counts. The others
+        # may come once: "option A, option B" picks none.
         most = 9 if start in ANNOUNCED[:2] else 1
         if 0 < len(before) <= most and not UNCLEAR.search(re.split(r"[,;.!?\n]", before[-1])[-1]):
             yield from (said, re.split(r"[.!;]\s|[。，；\n]", REMARK.split(said)[0])[0])
@@ -517,8 +520,8 @@ def without_units(answer, gold):
     """The numbers in both, as texts, "" for none. Both are "" if both have units and these differ. They are
     also "" if only one has a unit and that is a multiplier."""
     (a, unit), (b, gold_unit) = read_number(answer), read_number(gold)
-    one_has_it = "" in (unit, gold_unit) and not MULTIPLIER.fullmatch(unit + gold_unit)
-    return (a, b) if one_has_it or unit == gold_unit else ("", "")
+    unit_on_one_side = "" in (unit, gold_unit) and not MULTIPLIER.fullmatch(unit + gold_unit)
+    return (a, b) if unit == gold_unit or unit_on_one_side else ("", "")
 
 
 def option_key(answer, options, loose=False):
@@ -535,7 +538,7 @@ def option_key(answer, options, loose=False):
     # the options in it, but not "5 m" in "2.5 m", nor "no" or "a" in a sentence
     held = [text for text in texts if loose and (len(text) > 2 or text.isdigit()) and re.search(
         rf"(?i)(?<![\w.,^/+-]){re.escape(text)}(?![\w/^]|[.,]\d)", answer)]
-    # of "red" and "dark red" only the longer one
+    # drop an option that is part of a longer one, as "red" of "dark red"
     held = [text for text in held if not any(text in longer and text != longer for longer in held)]
     if len(held) == 1 and clear(answer, held[0]):
         return LETTERS[texts.index(held[0])]
@@ -567,8 +570,8 @@ class ChatClient:
 
     def __init__(self, spec, cache=os.devnull, concurrency=8, timeout=60.0, max_calls=None, max_tokens=1024,
                  extra=None, backoff=0.5):
-        # openai:MODEL, openai:MODEL@20250514, openai:MODEL@http://HOST/v1. A URL with user:password@ is
-        # refused, as URLs are written to files. The name of a model has no other @ than one before digits.
+        # The API; the model, in which an @ comes before digits only (MODEL@20250514); @ and the URL, if any.
+        # A URL with user:password@ is refused, as URLs are written to files.
         match = re.fullmatch(r"(anthropic|openai):((?!@http).[^@]*(?:@\d+)?)(?:@(https?://[^@?#]+))?", spec)
         if not match:
             raise UserError("A remote model is written anthropic:MODEL or openai:MODEL@http://HOST/v1.")
