@@ -588,8 +588,8 @@ def select_records(args):
 
 def hold_out(records, share=0.02):
     """(records of the media that are held out, all others). A `share` of the media is held out, by a hash of
-    their paths: the same ones in every stage and file. If the hash picks none of ten media or more, the one
-    with the least hash is held out, a fallback for this file only. 0 holds out none."""
+    their paths: the same ones in every stage and file, with one exception. If the hash picks none of ten
+    media or more, the one with the least hash is held out, for this file only. 0 holds out none."""
     ranks = sorted((int(digest(path), 16) / 16**24, path) for path in {record["path"] for record in records})
     count = max(sum(rank < share for rank, _ in ranks), share > 0 and len(ranks) >= 10)
     chosen = {path for _, path in ranks[:count]}

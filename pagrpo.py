@@ -16,10 +16,10 @@ which goes to the tokens of o_{i,k} alone:
 
     J = E[ 1/G Σ_i Σ_k ( min(ρ A, clip(ρ, 1-ε, 1+ε) A) - β KL(π_θ || π_ref) ) ]                    (Eq. 7)
 
-where i and j count completions, k is P or R, and ρ = π_θ / π_old. ρ, A and KL are per token, and a segment's
-value is the mean over its tokens (P2). π_old is the policy that sampled
-the completions. π_ref is the frozen model that RL starts from: the one after SFT, or the base where there was
-no SFT (`add_reference`).
+where i and j count completions, k is P or R, and ρ = π_θ / π_old. ρ and KL are per token, A is the segment's,
+and the value of a segment is the mean over its tokens (P2). π_old is the policy that sampled the completions.
+π_ref is the frozen model that RL starts from: the one after SFT, or the base where there was no SFT
+(`add_reference`).
 
     python pagrpo.py --model tiny              # a laptop's CPU: 2 minutes, 0.6 GiB
     python pagrpo.py --model qwen2.5-vl-7b     # one consumer GPU
@@ -38,10 +38,10 @@ Why GRPO hardly learns to see: it pays the observation's tokens for the answer. 
     a, g    the accuracy of the answers after right and after wrong observations,
     q       = p a + (1 - p) g, the accuracy of all answers.
 
-For binary rewards the correlation of GRPO's advantage with being right in the observation is then
-(a - g) √(p (1 - p) / (q (1 - q))), and PA-GRPO's is 1 (docs/by_hand.ipynb derives it). The toy's p, a and g
-give 0.16, an R² of 0.02. Measured there, with rewards that are not binary, R² is 0.01 for GRPO and 0.75 for
-PA-GRPO (docs/toy.md).
+For binary rewards the correlation of GRPO's advantage with being right in the observation is then (a - g) √(p
+(1 - p) / (q (1 - q))), and PA-GRPO's is 1 (docs/by_hand.ipynb derives it). The toy's p = 0.30, a = 0.60 and g
+= 0.43 give 0.16, an R² of 0.02. Measured there, with rewards that are not binary, R² is 0.01 for GRPO and
+0.75 for PA-GRPO (docs/toy.md).
 
 Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (at most the limit),
 S tokens of a packed sequence, D hidden, V vocabulary. "Process" means perception or reasoning; a process of
@@ -51,8 +51,8 @@ Our choices where the paper is silent:
 P1. o_P is everything up to and including the token that completes the first `</observation>`; o_R is the
     rest, end-of-sequence included. If the observation is never closed, o_P ends before the first `<think>`,
     or, without one, is the whole completion. If it is never opened, all is o_R. (R1 also ends an unclosed
-    observation at `<answer>`: the rewards are about text, and o_R is then empty.) Boundaries are found on the
-    sampled ids, never by re-tokenising.
+    observation at `<answer>`. Without `<think>` an answer can then be scored while o_R is empty: no token
+    gets A_R.) Boundaries are found on the sampled ids, never by re-tokenising.
 P2. A completion's loss is the mean over each segment's tokens, summed over the two: our reading of Eq. 7. An
     empty segment contributes 0. `--loss-average completion` takes one mean over all tokens of a completion,
     as other GRPO code does. It is the default in the rows of P7 that are marked *.
@@ -61,15 +61,15 @@ P3. std is the unbiased estimate plus 1e-4; a group with equal rewards, or with 
 P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3), in the same mean (P2). Its
     mean over samples of π is KL(π || π_ref). Autograd takes the samples as fixed. So the gradient is
     E_π[(1 - π_ref/π) ∇log π] = -E_ref[∇log π] (E_π[∇log π] is 0), that of KL(π_ref || π).
-P5. Completions are sampled at temperature 1, without top-p, top-k or penalties: the loss is about the very
-    distribution that is sampled. Of the added tokens (visual, chat control, tools) only `<|im_end|>` can be
-    sampled, which ends a turn of the chat format. The others would be inputs without meaning: a visual token
-    stands for a part of a picture, of which a completion has none, and a control token would begin somebody
-    else's turn. Nor can ids be sampled that stand for no token. The sampled ids are kept and trained on as
-    they are; completions cut at the limit count as truncated. The ban changes what is sampled and nothing
-    else. Every log-prob, the rollout's too, is normalised over the whole vocabulary, so that policy and
-    reference stay the model's own distributions. A sampled token's log-prob is therefore a little below that
-    of the distribution that it was drawn from.
+P5. Completions are sampled at temperature 1, without top-p, top-k or penalties: the loss is about the
+    distribution that is sampled, up to the ban below. Of the added tokens (visual, chat control, tools) only
+    `<|im_end|>` can be sampled, which ends a turn of the chat format. The others would be inputs without
+    meaning: a visual token stands for a part of a picture, of which a completion has none, and a control
+    token would begin somebody else's turn. Nor can ids be sampled that stand for no token. The sampled ids
+    are kept and trained on as they are; completions cut at the limit count as truncated. The ban changes what
+    is sampled and nothing else. Every log-prob, the rollout's too, is normalised over the whole vocabulary,
+    so that policy and reference stay the model's own distributions. A sampled token's log-prob is therefore a
+    little below that of the distribution that it was drawn from.
 P6. If the judge fails to give a verdict on a completion, R_P is NaN, never 0. The completion is left out of
     the mean and std of every reward that contains R_P, and its advantage for that reward is 0. The advantages
     that its tokens still get, by the value of --without:
@@ -282,8 +282,8 @@ def tell_lost_processes(rows, args):
     for process in ("perception", "reasoning"):
         spread = {row.get(f"frac_reward_zero_std/{process}") for row in rows} - {None, 1.0}
         if not spread and process != args.without:
-            print(f"There was no gradient of {process} in any update: in every group its rewards were equal. "
-                  f"If rewards/{process}_accuracy is always 0 or always 1, look at its judge or metric.")
+            print(f"There was no gradient of {process} in any update by its own reward. It never differed "
+                  f"in a group. If rewards/{process}_accuracy is always 0 or 1, look at its judge or metric.")
 
 
 def endless(records, seed, batch_size, step=0):
@@ -358,7 +358,8 @@ def update(model, tokenizer, optimizer, encoded, judge, lr, args):
 
 def sample_groups(model, encoded, tokenizer, args, greedy=False):
     """Sample G completions of each prompt, for `--prompts-per-rollout` prompts at a time, and find the
-    segment of each token. greedy: one completion of each prompt, and G times as many prompts at a time.
+    segment of each token. greedy: one completion of each prompt, and --num-generations times as many prompts
+    at a time.
     encoded: pairs (record, Prompt)."""
     groups, G, T = [], 1 if greedy else args.num_generations, args.max_completion_tokens
     batch = args.prompts_per_rollout * (args.num_generations // G)  # prompts at a time
@@ -652,9 +653,9 @@ class RolloutCache:
         return seen
 
     def close_gaps(self, going, n):
-        """Moves the rows that go on to the front. `going` holds their numbers, ascending, among n. A gap,
-        where a row has ended, is filled by one of the last of them. For n = 4 and going [0, 2, 3] row 3 moves
-        to the gap at 1. Returns where each row was before, for the caller's own tensors: [0, 3, 2]."""
+        """Moves the k rows that go on to the front. `going` holds their numbers, ascending, out of n. A row
+        below k that has ended is overwritten by one from k on that goes on. For n = 4 and going [0, 2, 3] row
+        3 moves to place 1. Returns where each row was before, for the caller's own tensors: [0, 3, 2]."""
         order = torch.arange(len(going), device=going.device)
         ended = torch.ones(n, dtype=torch.bool, device=going.device).index_fill(0, going, False)
         gaps, moved = ended[:len(going)].nonzero()[:, 0], going[going >= len(going)]

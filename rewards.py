@@ -11,11 +11,11 @@ type (Eq. 4). Every stage imports this file, which needs no torch.
 
 Our choices where the paper is silent:
 R1. Format: the stripped completion is the three blocks in order, each once, none empty, only white space
-    between. A fault in one process's part costs the other nothing. Perception is judged on the text up to
-    and including the first </observation>, which must be one observation block. Reasoning is judged on what
-    comes after that, which must be one think and one answer block. Without any </observation> perception
-    gets 0, and reasoning is judged on the whole text. If an observation is opened and
-    never closed, everything up to the first think or answer tag is skipped. Tags are case-sensitive.
+    between. A fault in one process's part costs the other nothing. Perception is judged on the text up to and
+    including the first </observation>, which must be one observation block. Reasoning is judged on what comes
+    after that, which must be one think and one answer block. Without any </observation> perception gets 0,
+    and reasoning is judged on the whole text, or, if an observation was opened, on the text from the first
+    think or answer tag on. Tags are case-sensitive.
 R2. The answer is the first answer block after the think block; without a complete think block, the first one
     anywhere, so that `<answer>B</answer>` alone is B. No answer, or an empty one, scores 0 whatever the gold
     is.

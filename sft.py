@@ -495,7 +495,7 @@ def is_first():
 def shard(items, batch_size):
     """This rank's share of a stream, batch by batch: every n-th item of a batch for n ranks."""
     rank, world_size = process().process_index, process().num_processes
-    # i % batch_size: an item's place in its batch, modulo the ranks
+    # an item's place in its batch is i % batch_size; that place % world_size is its rank
     return (item for i, item in enumerate(items) if i % batch_size % world_size == rank)
 
 

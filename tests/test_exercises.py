@@ -72,7 +72,8 @@ def test_the_command_lines(tmp_path):
     (tmp_path / "my/README.md").write_text("mine")
     assert run("start.py", "my").stderr == "my exists already: give another name.\n"
     assert (tmp_path / "my/README.md").read_text() == "mine"
-    assert run("check.py", "my", "length_reward").stdout == "length_reward           not written yet\n"
+    checked = run("check.py", "my", "length_reward")
+    assert (checked.stdout, checked.returncode) == ("length_reward           not written yet\n", 1)
 
 
 def test_right_bodies_are_done_and_wrong_ones_fail(tmp_path):

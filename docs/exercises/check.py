@@ -3,8 +3,9 @@
     python docs/exercises/check.py my                      # all eight, a quarter of a minute
     python docs/exercises/check.py my group_advantages     # one
 
-A line for each: done, not written yet, or the first case that fails. While a function's tests run, the other
-seven have the project's bodies. All else, such as helpers, is as in your files.
+A line for each: done, not written yet, or the first case that fails. The exit status is 0 if all are
+done. While a function's tests run, the other seven have the project's bodies. All else, such as helpers, is
+as in your files.
 """
 import argparse
 import ast
@@ -111,6 +112,10 @@ if __name__ == "__main__":
     if not (args.folder / "pagrpo.py").exists():
         sys.exit(f"No pagrpo.py in {args.folder}: make the folder with start.py.")
     signal.signal(signal.SIGALRM, too_long)
+    open_ones = 0
     for name in [args.function] if args.function else FUNCTIONS:
         print(f"{name:<24}", end="", flush=True)
-        print(check(args.folder.resolve(), name) or "done", flush=True)
+        failure = check(args.folder.resolve(), name)
+        open_ones += failure is not None
+        print(failure or "done", flush=True)
+    sys.exit(min(open_ones, 1))

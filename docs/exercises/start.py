@@ -18,18 +18,22 @@ left out, or an unknown accuracy (None or NaN) is paid for."""),
 Eq. 6 with P3 and P6. Usual mistakes: the biased std; tiny advantages where all rewards are equal. In floats
 the mean of eight times 0.1 is not 0.1, so compare the rewards with each other, not their std with 0."""),
     "process_advantages": ("pagrpo.py", """\
-Eq. 6 for each process by `group_advantages`, and the rows of P7. Usual mistake: two rows are confused.
-"separation" adds up the rewards, "assignment" the advantages."""),
+Eq. 6 for each process by `group_advantages`, and the rows of P7. In the rows marked * both processes get the
+same advantage. With N for `group_advantages` it is N(R_R) without "perception", N(R_P) without "reasoning".
+Usual mistake: two rows are confused. "separation" adds up the rewards, "assignment" the advantages."""),
     "format_rewards": ("rewards.py", """\
 Choice R1. The docstring, and `SKETCH` above the function, show a way. Usual mistake: one regular expression
 for the whole completion. A fault in one process's part must cost the other nothing."""),
     "segment_masks": ("pagrpo.py", """\
-Choice P1, on the ids: decode each by itself. Usual mistake: off by one at a tag. The token that completes
-`</observation>` is perception's, whatever else it holds. Where the observation is never closed, the token in
-which `<think>` begins is reasoning's."""),
+Choice P1, on the ids: decode each by itself. The tokenizer that you get has `decode` and `eos_token_id`, no
+more. Tags are looked for in the whole text: without `<observation>` all is reasoning's; else the first
+`</observation>` ends perception, wherever it is; else the first `<think>` does. Usual mistake: off by one.
+The token that completes `</observation>` is perception's, whatever else it holds. Where the observation is never
+closed, the token in which `<think>` begins is reasoning's."""),
     "pa_grpo_loss": ("pagrpo.py", """\
 Eq. 7 with a minus; P2 and P4. `clip_frac` is the share of tokens whose clipped term is the smaller one. Usual
-mistakes: the KL the wrong way round; means over padding, too; NaN for a completion that lacks a segment."""),
+mistakes: the KL the wrong way round; no clamp to ±10; a sum over completions for their mean; means over
+padding, too; NaN for a completion that lacks a segment. Return the metrics, too."""),
     "rope_positions": ("sft.py", """\
 Choice S1. `grid_thw` counts patches; `spatial_merge_size` of them in each direction of space are one token.
 Usual mistakes: the text goes on after the last time instead of after the largest position of all axes;
