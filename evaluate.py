@@ -14,16 +14,16 @@ each answers every n-th question, and a killed run may go on with another number
 
 Our choices:
 E1. Decoding is greedy, which is what the paper's temperature 0.01 with top-p 0.001 comes to.
-E2. The row "constant" is what guessing could earn. All questions of a group (such as a benchmark's task) and
-    problem type get one answer: of the 20 most frequent golds and, for numbers, their median, the one that
-    scores best on this very test set.
+E2. The row "constant" is what guessing could earn. All questions that share a group (such as a benchmark's
+    task) and a problem type get the same answer. It is the one that scores best on this very test set. Tried
+    are the 20 most frequent golds and, for numbers, their median.
 E3. The 95 % intervals and the p of a comparison come from a bootstrap over media: questions about one video
     are drawn together. With about 30 media and scores near 95 %, an interval is too short: it covers the
     truth less often than it says.
-E4. An output without a complete answer block is scored as a whole, here and nowhere else, as the peers do.
-    If it has begun the template it gets 0: a thought that was cut off is no answer. Scoring "lenient" looks
-    only behind the last </think>, so there an answer after a finished thought counts. `no tag` in the table
-    is the share of all outputs without a complete answer block.
+E4. An output without a complete answer block is scored as a whole, as the peers do; training gives it 0. But
+    it gets 0 here, too, if it has begun the template: a thought that was cut off is no answer. Scoring
+    "lenient" looks only behind the last </think>, so that an answer after a finished thought counts. `no tag`
+    in the table is the share of outputs without a complete answer block.
 E5. Every question counts. One whose medium is missing or unreadable is answered wrongly, and the table has
     their number. Open-ended questions, which the paper doesn't score, are left out.
 E6. A trace is a mismatch (Table 6) where the option that its think segment settles on is not its answer.
@@ -164,9 +164,11 @@ def write_results(summary, records, runs, args):
 # often a bootstrap has drawn the row's medium.
 
 def mean_of(score, *groups):
-    """A metric: the weighted mean of the column `score`. With three questions in g1 and one in g2, "group"
-    gives the weights ⅓, ⅓, ⅓ and 1: each group sums to 1. A second column does the same with these weights:
-    with "group", "task" each task then sums to 1."""
+    """A metric: the weighted mean of the column `score`. `groups` are names of columns.
+
+    Without one each question weighs the same. With "group" each group does: three questions of g1 and one of
+    g2 weigh ⅓, ⅓, ⅓ and 1. With "group", "task" the weights of each task are then divided by their sum, too,
+    so that each task weighs the same, and within it each group."""
     def metric(columns, weights):
         for group in groups:
             _, of_row = np.unique(columns[group], return_inverse=True)
@@ -278,7 +280,9 @@ def read_completions(path):
 
 
 def run_digest(adapter, args):
-    """What tells completions of these settings from others, wherever models lie."""
+    """A hash of all that decides what is answered: model, prompt and settings. It is in each row of a file of
+    completions, and tells the rows of this command from others. Paths of models don't matter, their weights
+    do."""
     return digest([sft.base_digest(args.base), args.server or sft.weights_digest(adapter),
                    Path(args.observations).read_bytes() if args.observations else "",
                    gen_cot.load_template(args), args.num_frames, args.min_frames, args.max_pixels,
@@ -385,8 +389,8 @@ def server_rows(media, observations, args):
 # --- scores -------------------------------------------------------------------------------------------------
 
 def relative_accuracy(answer, gold, strict=False):
-    """Mean relative accuracy (VSI-Bench): the share of θ = 0.50, 0.55 … 0.95 with |p − t| / t ≤ 1 − θ, or, if
-    strict, as in Video-R1: < 1 − θ, in float32."""
+    """Mean relative accuracy (VSI-Bench) of a number p to a gold t: the share of the ten thresholds θ = 0.50,
+    0.55 … 0.95 for which |p − t| / t ≤ 1 − θ. strict: as Video-R1 has it, with < for ≤, in float32."""
     p, t = to_number(answer), to_number(gold)
     if p is None or not t:
         return 0.0
@@ -527,9 +531,12 @@ def print_summary(summary):
 
 
 def row_names(adapters):
-    """{adapter: (the end of its file's name, its name in the table)}, such as {"runs/tiny/sft": ("sft",
-    "SFT")}. A name is what the adapter's run.json says. Where two share it, each has its folder behind it:
-    two folders of one name, a/sft and b/sft, get ("a-sft", "SFT (a/sft)") and ("b-sft", "SFT (b/sft)")."""
+    """{adapter: (stem, name)}. The name is for the table, and what the adapter's run.json says. The stem is
+    the end of its file's name, completions-STEM.jsonl, and comes from its folder.
+
+    "runs/tiny/sft" has the stem "sft" and the name "SFT". Two adapters of one name have their folders behind
+    it: "SFT (sft)" and "SFT (sft2)". If the folders' last parts are equal, too, their paths are used: a/sft
+    and b/sft are ("a-sft", "SFT (a/sft)") and ("b-sft", "SFT (b/sft)")."""
     ends = [Path(adapter.partition("@http")[0]).name for adapter in adapters]  # "sft", or a server's model
     names = ["base" if adapter == "none" else end if ":" in adapter else sft.read_run(adapter)["algorithm"]
              for end, adapter in zip(ends, adapters)]

@@ -467,24 +467,6 @@ def load_records(paths, media_root=None, left_out=(), lost_golds=False):
     return records
 
 
-def read_json(file):
-    """The list of objects in a JSON or JSON Lines file, plain or gzip. A line that is no JSON comes as text,
-    which is a bad record. Raises UserError where the file can't be read."""
-    load = functools.partial(json.loads, parse_constant=lambda nan: None)  # pandas' gaps are NaN
-    try:
-        with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as f:
-            text = f.read()
-        if text.lstrip()[:1] in ("[", ""):  # an empty file goes to json.loads, too, which raises
-            return load(text)
-    except Exception as error:  # of the system, gzip, zlib or json
-        raise UserError(f"{file} can't be read ({error}): download or make it again.") from None
-    rows = [line for line in text.split("\n") if line.strip()]  # not at U+2028 and its like
-    for i, line in enumerate(rows):
-        with contextlib.suppress(ValueError):
-            rows[i] = load(line)
-    return rows
-
-
 def parse_record(row, media_root=None, lost_golds=False):
     """One record with every field in its one form. Raises ValueError and its like."""
     types = {name.lower(): name for name in PROBLEM_TYPES}
@@ -501,74 +483,6 @@ def parse_record(row, media_root=None, lost_golds=False):
     if media_root is not None:
         record["media"] = media_path(media_root, record["path"])
     return record
-
-
-def parse_gold(record, options, lost_golds):
-    """The gold answer without tags, from a text or number. Of multiple choice it is an option's new letter,
-    where the file has the option's old label or its text."""
-    gold = gold_answer(as_text(record.get("solution"))) or gold_answer(as_text(record.get("answer")))
-    if not gold:
-        raise ValueError("it has no gold answer")
-    if record["problem_type"] != "multiple choice":
-        return gold
-    # Letters in the file count all places. In ["", "red", "blue"] the gold "B" means red. The empty option is
-    # dropped: `options` is {"B": "red", "C": "blue"}, and red becomes A. Without options, which may be in the
-    # question, any letter counts.
-    index = option_index(gold, list(options.values()), list(options or LETTERS))
-    if index is None and options:
-        gold = f"none of the options: {gold}"  # alone it could be the new letter of another option
-        if not lost_golds:
-            raise ValueError(f"its gold is {gold}")
-    return gold if index is None else LETTERS[index]
-
-
-def as_text(value):
-    """A field as a text. pandas writes 3.0 for 3 next to a gap."""
-    if isinstance(value, (list, dict)):
-        raise ValueError(f"{value} is no text")
-    value = int(value) if isinstance(value, float) and value.is_integer() else value
-    return "" if value is None else strip_invisible(str(value))
-
-
-def parse_options(options):
-    """{letter of its place: option}, from a list, null, or a list printed as JSON or Python (as in the
-    authors' RL file). What only fills a table up is left out: empty texts, null, NaN."""
-    if isinstance(options, str):
-        try:
-            options = json.loads(options.strip() or "[]")
-        except ValueError:
-            if re.search(r"""['"]\s+['"]""", options):  # as numpy prints them, and Python would join them
-                raise ValueError("its options lack their commas") from None
-            options = ast.literal_eval(options)  # parses literals only, evaluates nothing
-    if isinstance(options, dict) or len(options or []) > 14:
-        raise ValueError("its options are no list of at most 14, A to N")
-    kept = {letter: text for letter, text in zip(LETTERS, map(as_text, options or [])) if text}
-    # the texts without labels, to recognise "C. nan" as empty
-    bare = [text for _, text in read_labels(list(kept.values()))] or kept.values()
-    return {letter: kept[letter] for letter, text in zip(kept, bare) if text.lower() not in ("", "nan")}
-
-
-def path_below(media_root, path):
-    """A record's path below the media root, in NFC, from one that may be absolute, a URL or of Windows."""
-    path = re.sub("^file://(.*)", lambda url: unquote(url[1]), path.strip()).replace("\\", "/")
-    if path.startswith("/"):
-        path = path.removeprefix(f"{os.path.abspath(media_root)}/")
-        path = path.removeprefix(f"{os.path.realpath(media_root)}/")
-    path = os.path.normpath(unicodedata.normalize("NFC", path.lstrip("/")))
-    if path == "." or path.startswith(".."):
-        raise ValueError("its path names no file below the media root")
-    return path
-
-
-def media_path(media_root, path):
-    """The file of a path below the media root, with or without a leading `Evaluation/`, in NFC or NFD; or a
-    folder of frames of that name without its suffix."""
-    names = [path, path.removeprefix("Evaluation/"), f"Evaluation/{path}"]
-    names += [re.sub(r"\.[A-Za-z]\w*\Z", "", name) for name in names]  # but not of clip_1.5
-    if not path.isascii():
-        names += [unicodedata.normalize("NFD", name) for name in names]
-    media = [f"{media_root}/{name}" for name in names]
-    return next(filter(os.path.exists, media), media[0])
 
 
 def select_records(args):
@@ -681,19 +595,6 @@ def read_frames(path, num_frames=16, max_pixels=128 * FACTOR**2, min_frames=4):
             return pick_frames(path, stamps, num_frames, max_pixels, min_frames)
 
 
-@contextlib.contextmanager
-def open_video(path):
-    """(container, stream) of a video's pictures, which are never the cover of a sound file. No format is
-    opened that names other files."""
-    options = dict(format_whitelist=VIDEO_FORMATS, protocol_whitelist="file")
-    with av.open(str(path), options=options) as container:
-        stream = container.streams.best("video")
-        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-            raise ValueError("it holds no pictures")
-        stream.codec_context.thread_count = 1  # there are other workers
-        yield container, stream
-
-
 def pick_frames(path, stamps, num_frames, max_pixels, min_frames):
     """(frames, fps) as in `read_frames`, from the (pts, duration, is keyframe) of all frames. Seeks to
     keyframes; where the stamps have none, frame i is the i-th one decoded. LookupError where a frame is not
@@ -731,59 +632,6 @@ def pick_frames(path, stamps, num_frames, max_pixels, min_frames):
     return np.stack(frames), len(frames) / (end - starts[0])
 
 
-def to_pixels(frame, stream, shape, max_pixels):
-    """A decoded frame as uint8 (H, W, 3), turned and mirrored by its display matrix, resized to the `shape`
-    of the clip's first one; a tilt counts as the nearest quarter."""
-    image, matrix = frame.to_image(), frame.side_data.get("DISPLAYMATRIX")
-    sides = [frame.height, frame.width * float(stream.sample_aspect_ratio or 1)]
-    # The pixel (x, y), y down, is shown at (a x + c y, b x + d y), and moved into view. Of a turn by 90°
-    # clockwise a = d = 0, b is positive, and c = -b.
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
-    # A quarter turn: transpose the picture, which swaps x and y. Then c scales the new x, and b the new y. A
-    # negative scale mirrors: 90° clockwise is transposed, then mirrored left to right.
-    if abs(b) > abs(a):
-        image, a, d, sides = image.transpose(Image.TRANSPOSE), c, b, sides[::-1]
-    image = ImageOps.mirror(image) if a < 0 else image
-    image = ImageOps.flip(image) if d < 0 else image
-    height, width = shape[:2] if shape else fit_size(*sides, max_pixels)
-    return np.asarray(image.resize((width, height), Image.BICUBIC))
-
-
-def read_image(path, max_pixels=IMAGE_PIXELS[1], min_pixels=IMAGE_PIXELS[0]):
-    """A still image as frames uint8 (1, H, W, 3), turned as its EXIF data say, on white, sides as in
-    `fit_size`."""
-    with media_errors(path), Image.open(path, formats=IMAGE_FORMATS) as image:
-        if image.mode in ("I", "F"):
-            raise ValueError("what is white in 32 bits is not known: save it with 8 or 16 bits a channel")
-        image.load()  # first, as it turns a TIFF, which `exif_transpose` then leaves as it is
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # convert("L") alone would clip it to white
-            image = image.convert("I").point(lambda value: value / 256).convert("L")
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        height, width = fit_size(image.height, image.width, max_pixels, min_pixels)
-        return np.asarray(image.convert("RGB").resize((width, height), Image.BICUBIC))[None]
-
-
-def read_folder(path, num_frames, max_pixels, rate=FOLDER_FPS, min_frames=4):
-    """As `read_frames`, of a folder of pictures at `rate` per second in the order of their names, in which 10
-    comes after 9."""
-    with media_errors(path):
-        rate = float(rate)  # records have it as a text, too
-        formats = Image.registered_extensions()
-        names = [name for name in os.listdir(path) if not name.startswith(".")  # .DS_Store, ._1.jpg
-                 and formats.get(Path(name).suffix.lower()) in IMAGE_FORMATS]
-        number = lambda match: f"{Decimal(match[0]):040.9f}"  # zero-padded: text order is number order
-        names.sort(key=lambda name: re.sub(r"\d+(\.\d+)?", number, Path(name).stem))
-        assert names, "a folder without pictures"
-        wanted = sample_indices(np.arange(len(names)) / rate, len(names) / rate, num_frames,
-                                min_frames=min_frames)
-        frames = [read_image(os.path.join(path, names[i]), max_pixels, VIDEO_PIXELS)[0] for i in wanted]
-        size = frames[0].shape[1::-1]  # (W, H) of the first one, for all
-        frames = [np.asarray(Image.fromarray(frame).resize(size, Image.BICUBIC)) for frame in frames]
-        return np.stack(frames), len(frames) * rate / len(names)
-
-
 def read_media(record, num_frames=16, max_pixels=128, min_frames=4):
     """The record's frames and sampled fps (None for an image); `max_pixels` in units of 28×28. Raises
     MediaError."""
@@ -793,16 +641,6 @@ def read_media(record, num_frames=16, max_pixels=128, min_frames=4):
         rate = record.get("fps") or record.get("sample_fps") or FOLDER_FPS
         return read_folder(record["media"], num_frames, max_pixels * FACTOR**2, rate, min_frames)
     return read_frames(record["media"], num_frames, max_pixels * FACTOR**2, min_frames)
-
-
-def init_worker():
-    """What a worker does first: no decoder chatter on the screen. Ctrl-C is for its parent to answer. It dies
-    with its parent."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    gc.freeze()  # else a decoder of the parent's is freed here, which waits for threads of the parent
 
 
 def read_ahead(records, args, read=None, timeout=None):
@@ -847,12 +685,180 @@ def read_ahead(records, args, read=None, timeout=None):
 
 
 def in_order(jobs, ahead):
-    """The items of `jobs`, in order. Taking an item from `jobs` begins its job. At any time up to `ahead`
-    jobs are begun, with the one just yielded."""
+    """The items of the generator `jobs`, in order. Pulling an item from it begins that item's job. Up to
+    `ahead` of them are pulled before the first is yielded, and one more after each that is."""
     waiting = collections.deque(itertools.islice(jobs, ahead))
     while waiting:
         yield waiting.popleft()
         waiting.extend(itertools.islice(jobs, 1))
+
+
+# === skip on a first reading ================================================================================
+
+# --- fields as people write them ----------------------------------------------------------------------------
+
+def read_json(file):
+    """The list of objects in a JSON or JSON Lines file, plain or gzip. A line that is no JSON comes as text,
+    which is a bad record. Raises UserError where the file can't be read."""
+    load = functools.partial(json.loads, parse_constant=lambda nan: None)  # pandas' gaps are NaN
+    try:
+        with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as f:
+            text = f.read()
+        if text.lstrip()[:1] in ("[", ""):  # an empty file goes to json.loads, too, which raises
+            return load(text)
+    except Exception as error:  # of the system, gzip, zlib or json
+        raise UserError(f"{file} can't be read ({error}): download or make it again.") from None
+    rows = [line for line in text.split("\n") if line.strip()]  # not at U+2028 and its like
+    for i, line in enumerate(rows):
+        with contextlib.suppress(ValueError):
+            rows[i] = load(line)
+    return rows
+
+
+def parse_gold(record, options, lost_golds):
+    """The gold answer without tags, from a text or number. Of multiple choice it is an option's new letter,
+    where the file has the option's old label or its text."""
+    gold = gold_answer(as_text(record.get("solution"))) or gold_answer(as_text(record.get("answer")))
+    if not gold:
+        raise ValueError("it has no gold answer")
+    if record["problem_type"] != "multiple choice":
+        return gold
+    # A letter in the file counts places from the first, the empty ones too. Of ["", "red", "blue"] the empty
+    # option is dropped, and `options` is {"B": "red", "C": "blue"}. The file's gold "B" means red, whose new
+    # letter is A. Where the record has no options (they may be in the question), any letter is a gold.
+    index = option_index(gold, list(options.values()), list(options or LETTERS))
+    if index is None and options:
+        gold = f"none of the options: {gold}"  # alone it could be the new letter of another option
+        if not lost_golds:
+            raise ValueError(f"its gold is {gold}")
+    return gold if index is None else LETTERS[index]
+
+
+def as_text(value):
+    """A field as a text. pandas writes 3.0 for 3 next to a gap."""
+    if isinstance(value, (list, dict)):
+        raise ValueError(f"{value} is no text")
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    return "" if value is None else strip_invisible(str(value))
+
+
+def parse_options(options):
+    """{letter of its place: option}, from a list, null, or a list printed as JSON or Python (as in the
+    authors' RL file). What only fills a table up is left out: empty texts, null, NaN."""
+    if isinstance(options, str):
+        try:
+            options = json.loads(options.strip() or "[]")
+        except ValueError:
+            if re.search(r"""['"]\s+['"]""", options):  # as numpy prints them, and Python would join them
+                raise ValueError("its options lack their commas") from None
+            options = ast.literal_eval(options)  # parses literals only, evaluates nothing
+    if isinstance(options, dict) or len(options or []) > 14:
+        raise ValueError("its options are no list of at most 14, A to N")
+    kept = {letter: text for letter, text in zip(LETTERS, map(as_text, options or [])) if text}
+    # the texts without labels, to recognise "C. nan" as empty
+    bare = [text for _, text in read_labels(list(kept.values()))] or kept.values()
+    return {letter: kept[letter] for letter, text in zip(kept, bare) if text.lower() not in ("", "nan")}
+
+
+def path_below(media_root, path):
+    """A record's path below the media root, in NFC, from one that may be absolute, a URL or of Windows."""
+    path = re.sub("^file://(.*)", lambda url: unquote(url[1]), path.strip()).replace("\\", "/")
+    if path.startswith("/"):
+        path = path.removeprefix(f"{os.path.abspath(media_root)}/")
+        path = path.removeprefix(f"{os.path.realpath(media_root)}/")
+    path = os.path.normpath(unicodedata.normalize("NFC", path.lstrip("/")))
+    if path == "." or path.startswith(".."):
+        raise ValueError("its path names no file below the media root")
+    return path
+
+
+def media_path(media_root, path):
+    """The file of a path below the media root, with or without a leading `Evaluation/`, in NFC or NFD; or a
+    folder of frames of that name without its suffix."""
+    names = [path, path.removeprefix("Evaluation/"), f"Evaluation/{path}"]
+    names += [re.sub(r"\.[A-Za-z]\w*\Z", "", name) for name in names]  # but not of clip_1.5
+    if not path.isascii():
+        names += [unicodedata.normalize("NFD", name) for name in names]
+    media = [f"{media_root}/{name}" for name in names]
+    return next(filter(os.path.exists, media), media[0])
+
+
+# --- media as cameras write them ----------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def open_video(path):
+    """(container, stream) of a video's pictures, which are never the cover of a sound file. No format is
+    opened that names other files."""
+    options = dict(format_whitelist=VIDEO_FORMATS, protocol_whitelist="file")
+    with av.open(str(path), options=options) as container:
+        stream = container.streams.best("video")
+        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+            raise ValueError("it holds no pictures")
+        stream.codec_context.thread_count = 1  # there are other workers
+        yield container, stream
+
+
+def to_pixels(frame, stream, shape, max_pixels):
+    """A decoded frame as uint8 (H, W, 3), turned and mirrored by its display matrix, resized to the `shape`
+    of the clip's first one; a tilt counts as the nearest quarter."""
+    image, matrix = frame.to_image(), frame.side_data.get("DISPLAYMATRIX")
+    sides = [frame.height, frame.width * float(stream.sample_aspect_ratio or 1)]
+    # The matrix shows the pixel (x, y), y down, at (a x + c y, b x + d y), and the result is moved into view.
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
+    # Where b and c are the large ones, it is a quarter turn, with or without a mirror: it shows the pixel at
+    # about (c y, b x). A transposed picture has y and x swapped, so c and b are its scales. A negative scale
+    # is a mirror. (A turn by 90° clockwise has c < 0 < b: transposed, then mirrored left to right.)
+    if abs(b) > abs(a):
+        image, a, d, sides = image.transpose(Image.TRANSPOSE), c, b, sides[::-1]
+    image = ImageOps.mirror(image) if a < 0 else image
+    image = ImageOps.flip(image) if d < 0 else image
+    height, width = shape[:2] if shape else fit_size(*sides, max_pixels)
+    return np.asarray(image.resize((width, height), Image.BICUBIC))
+
+
+def read_image(path, max_pixels=IMAGE_PIXELS[1], min_pixels=IMAGE_PIXELS[0]):
+    """A still image as frames uint8 (1, H, W, 3), turned as its EXIF data say, on white, sides as in
+    `fit_size`."""
+    with media_errors(path), Image.open(path, formats=IMAGE_FORMATS) as image:
+        if image.mode in ("I", "F"):
+            raise ValueError("what is white in 32 bits is not known: save it with 8 or 16 bits a channel")
+        image.load()  # first, as it turns a TIFF, which `exif_transpose` then leaves as it is
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # convert("L") alone would clip it to white
+            image = image.convert("I").point(lambda value: value / 256).convert("L")
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        height, width = fit_size(image.height, image.width, max_pixels, min_pixels)
+        return np.asarray(image.convert("RGB").resize((width, height), Image.BICUBIC))[None]
+
+
+def read_folder(path, num_frames, max_pixels, rate=FOLDER_FPS, min_frames=4):
+    """As `read_frames`, of a folder of pictures at `rate` per second in the order of their names, in which 10
+    comes after 9."""
+    with media_errors(path):
+        rate = float(rate)  # records have it as a text, too
+        formats = Image.registered_extensions()
+        names = [name for name in os.listdir(path) if not name.startswith(".")  # .DS_Store, ._1.jpg
+                 and formats.get(Path(name).suffix.lower()) in IMAGE_FORMATS]
+        number = lambda match: f"{Decimal(match[0]):040.9f}"  # zero-padded: text order is number order
+        names.sort(key=lambda name: re.sub(r"\d+(\.\d+)?", number, Path(name).stem))
+        assert names, "a folder without pictures"
+        wanted = sample_indices(np.arange(len(names)) / rate, len(names) / rate, num_frames,
+                                min_frames=min_frames)
+        frames = [read_image(os.path.join(path, names[i]), max_pixels, VIDEO_PIXELS)[0] for i in wanted]
+        size = frames[0].shape[1::-1]  # (W, H) of the first one, for all
+        frames = [np.asarray(Image.fromarray(frame).resize(size, Image.BICUBIC)) for frame in frames]
+        return np.stack(frames), len(frames) * rate / len(names)
+
+
+def init_worker():
+    """What a worker does first: no decoder chatter on the screen. Ctrl-C is for its parent to answer. It dies
+    with its parent."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    gc.freeze()  # else a decoder of the parent's is freed here, which waits for threads of the parent
 
 
 if __name__ == "__main__":

@@ -56,11 +56,13 @@ P1. o_P is everything up to and including the token that completes the first `</
 P2. A completion's loss is the mean over each segment's tokens, summed over the two: our reading of Eq. 7. An
     empty segment contributes 0. `--loss-average completion` takes one mean over all tokens of a completion,
     as other GRPO code does. It is the default in the rows of P7 that are marked *.
-P3. std is the unbiased estimate plus 1e-4; a group with equal rewards, or with less than two that are known,
-    gets exact zeros.
+P3. std is the unbiased estimate plus 1e-4. A group whose rewards are all equal gets exact zeros. So does one
+    with fewer than two known rewards (P6 says when one is unknown).
 P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3), in the same mean (P2). Its
-    mean over samples of π is KL(π || π_ref). Autograd takes the samples as fixed. So the gradient is
-    E_π[(1 - π_ref/π) ∇log π] = -E_ref[∇log π] (E_π[∇log π] is 0), that of KL(π_ref || π).
+    mean over samples of π is KL(π || π_ref). Its gradient is another one, as autograd takes the samples as
+    fixed. By dx = -∇log π it is (1 - exp(x)) ∇log π for each sample, and exp(x) is π_ref/π. The mean over
+    samples of π is then E_π[∇log π] - E_ref[∇log π]. The first term is 0, the second is the gradient of
+    KL(π_ref || π).
 P5. Completions are sampled at temperature 1, without top-p, top-k or penalties: the loss is about the
     distribution that is sampled, up to the ban below. Of the added tokens (visual, chat control, tools) only
     `<|im_end|>` can be sampled, which ends a turn of the chat format. The others would be inputs without
@@ -278,7 +280,7 @@ def run_name(args):
 
 
 def tell_lost_processes(rows, args):
-    """Says which process never had a gradient in these rows of the log."""
+    """Says which process never had a gradient by its own reward in these rows of the log."""
     for process in ("perception", "reasoning"):
         spread = {row.get(f"frac_reward_zero_std/{process}") for row in rows} - {None, 1.0}
         if not spread and process != args.without:
@@ -387,7 +389,7 @@ def score_groups(groups, tokenizer, judge, args):
         records += [group.record] * len(group.completion_ids)
     observations = [parse_trace(text).observation for text in texts]
     verdicts = ask_judge(judge, records, observations)
-    # (text, verdict, the judge's words) of each completion, group by group; of a function there are no words
+    # each completion with its verdict and the judge's words (None of a function), in the order of the groups
     of_completions = zip(texts, verdicts, getattr(judge, "replies", [None] * len(verdicts)))
 
     # reward the two processes of each completion, and compare them within its group
@@ -569,9 +571,9 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
         prompt: Prompt with embeds (P, D). completion_ids (G, T) int64, completion_mask (G, T) bool.
     """
     language, device, P = sft.unwrap(model).model.language_model, prompt.embeds.device, len(prompt.input_ids)
-    # Side effect: from now on all layers call `shared_prefix_attention`, which they look up by this name.
-    # Checkpointing needs it in the backward pass, too, where it runs the layers once more. Without `lengths`,
-    # as in `rollout`, that function is the library's own attention.
+    # From now on, not only in this call, all layers use `shared_prefix_attention`, which they look up by this
+    # name. The backward pass needs it, too: under checkpointing it runs the layers once more. `rollout` is not
+    # affected: it passes no `lengths`, and without them that function is the library's own attention.
     language.config._attn_implementation = "shared_prefix"
     tokens = completion_ids[completion_mask]  # (S - P,), completion after completion
     embeds = torch.cat([prompt.embeds, language.embed_tokens(tokens)])  # (S, D)
@@ -628,10 +630,10 @@ class RolloutCache:
         row 2    --ppp cc....    prompt 1 is shorter: padding first
         row 3    --ppp cc....
 
-    `replace(cache, rows=…, columns=…)` shares the memory and selects a part. While a prompt is prefilled,
-    that is its G rows and its own columns (of prompt 1: rows 2 and 3, columns 2 to 4). While all decode, it
-    is all rows and the columns so far. What is fed now goes into the part's last columns. As we pass masks
-    and positions, the library calls nothing but `update` on it."""
+    `replace(cache, rows=…, columns=…)` shares the memory and selects rows and columns of it. While a prompt
+    is prefilled, they are its G rows and its own columns (of prompt 1: rows 2 and 3, columns 2 to 4). While
+    all decode, they are all rows and the columns so far. The tokens that are fed now are written to the last
+    of the selected columns. As we pass masks and positions, the library calls nothing but `update` on it."""
     layers: list  # for each layer its keys and values, (rows, key-value heads, columns, d) each
     rows: slice
     columns: slice
@@ -742,9 +744,11 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
 
 
 def sample_from(logits, uniforms):
-    """One token a row (N,): the first with a cumulative probability above the row's uniform number. In
-    float64, as in float32 a number just below 1 could round up to the total and draw the last id, which is
-    banned. NaN logits give the last id; the loss is NaN then, too: `sft.optimiser_step` skips the step."""
+    """One token a row (N,): the first one whose cumulative probability is above the row's uniform number.
+
+    In float64: in float32 a uniform number just below 1 could become 1, and would draw the last id, which may
+    be a banned one. NaN logits give the last id, too. Then the loss is NaN, and `sft.optimiser_step` skips
+    the step."""
     cumulative = logits.double().softmax(-1).cumsum(-1)  # (N, V)
     drawn = uniforms.to(logits.device)[:, None] * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, drawn, right=True)[:, 0]
@@ -764,26 +768,7 @@ def banned_ids(tokenizer, size):
     return added + list(range(len(tokenizer), size))
 
 
-@contextlib.contextmanager
-def merged(model):
-    """In float32, that is on a CPU: within the block each adapted layer is one dense matrix, its weight plus
-    the change of the active adapter. One call takes the place of four (dequantise, multiply, LoRA's A
-    and B), and on a CPU the number of calls dominates the time of decoding. The stored weights stay as they
-    are. Exact up to rounding; 16 bits would lose small changes, so nothing is merged there."""
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer)] if model.dtype == torch.float32 else []
-    try:
-        for layer in layers:
-            weight = dequantize_module_weight(layer.base_layer).float()
-            if not layer.disable_adapters:
-                weight = weight + sum(map(layer.get_delta_weight, layer.active_adapters))
-            layer.forward = functools.partial(F.linear, weight=weight, bias=layer.base_layer.bias)
-        yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)  # the instance's; the class has its own
-
-
-# --- the reference, the self judge, the probe ---------------------------------------------------------------
+# --- the reference and the self judge -----------------------------------------------------------------------
 
 def add_reference(model, args):
     """π_ref: the frozen adapter `ref`, active only while `ref_logprobs` are computed. It is a second copy of
@@ -816,6 +801,29 @@ def self_judge(model, tokenizer, prompts, args, max_tokens=256):
             ids, _, _ = rollout(model, encoded, tokenizer, 1, max_tokens)
         replies += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return replies
+
+
+# === skip on a first reading ================================================================================
+
+# --- dense weights to decode with, and the probe ------------------------------------------------------------
+
+@contextlib.contextmanager
+def merged(model):
+    """In float32, that is on a CPU: within the block each adapted layer is one dense matrix, its weight plus
+    the change of the active adapter. One call takes the place of four (dequantise, multiply, LoRA's A
+    and B), and on a CPU the number of calls dominates the time of decoding. The stored weights stay as they
+    are. Exact up to rounding; 16 bits would lose small changes, so nothing is merged there."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)] if model.dtype == torch.float32 else []
+    try:
+        for layer in layers:
+            weight = dequantize_module_weight(layer.base_layer).float()
+            if not layer.disable_adapters:
+                weight = weight + sum(map(layer.get_delta_weight, layer.active_adapters))
+            layer.forward = functools.partial(F.linear, weight=weight, bias=layer.base_layer.bias)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)  # the instance's; the class has its own
 
 
 def probe(model, tokenizer, judge, args):

@@ -387,10 +387,11 @@ def read_labels(options):
 
 
 def option_index(answer, options, letters):
-    """The index of the option that an answer picks, or None. `letters` are those of options without labels.
+    """The index of the option that an answer picks, or None.
 
-    Tried in turn: 1 a bare label (where options have no labels, an option's text goes before it); 2 an
-    option's whole text; 3 "B. …".
+    Tried in turn: 1 the answer is a label; 2 it is an option's whole text; 3 it is a label with more behind
+    it, "B. …". Where the options carry no labels, `letters` are those of their places. There an answer that
+    is exactly an option's text is that option, even if it looks like a label.
     """
     labelled = read_labels(options)
     labels, texts = zip(*labelled) if labelled else (tuple(letters), options)

@@ -90,7 +90,7 @@ class TrainingFlags(ModelFlags):
     lr: float = 1e-4  # peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)
     max_grad_norm: float = 5.0  # clip gradients to this norm (Video-R1: 5)
     checkpointing: bool = True  # of activations, to save memory
-    max_prompt_tokens: int | None = None  # leave out longer prompts (default: 300 words, the most frames)
+    max_prompt_tokens: int | None = None  # leave out longer prompts (default: a 300-word one, --num-frames)
     save_every: int = 20  # steps between two checkpoints
     show_every: int = 25  # every N steps: curves.png; in RL a group on screen, accuracy on held-out prompts
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None  # gets every row of the log, too
@@ -182,7 +182,7 @@ def sft_loss(model, prompts, completions):
     """
     qwen = unwrap(model).model
     device = prompts[0].embeds.device
-    # Each (S, D) and (S, 3). pad_sequence pads the first axis, so the positions (3, S) are transposed here.
+    # embeds: B of (S, D). positions: B of (S, 3), transposed since pad_sequence pads the first axis.
     embeds, positions = [], []
     for prompt, completion in zip(prompts, completions):
         after = prompt.next_position + torch.arange(len(completion))
@@ -190,9 +190,9 @@ def sft_loss(model, prompts, completions):
         positions.append(torch.cat([prompt.positions, after.expand(3, -1)], dim=1).T)
     attention_mask = pad_sequence([e.new_ones(len(e), dtype=torch.bool) for e in embeds], batch_first=True)
     hidden = qwen.language_model(  # (B, S, D)
-        inputs_embeds=pad_sequence(embeds, batch_first=True), attention_mask=attention_mask,  # (B, S)
-        # pad_sequence gave (longest S, B, 3), the model wants (3, B, longest S)
-        position_ids=pad_sequence(positions).permute(2, 1, 0).to(device), use_cache=False).last_hidden_state
+        inputs_embeds=pad_sequence(embeds, batch_first=True), attention_mask=attention_mask, use_cache=False,
+        # (B, S, 3) -> (3, B, S), which the model wants
+        position_ids=pad_sequence(positions, batch_first=True).permute(2, 0, 1).to(device)).last_hidden_state
     # a label is predicted from the state of the token before it
     before = [h[len(p.input_ids) - 1:len(e) - 1] for h, p, e in zip(hidden, prompts, embeds)]
     return -logprobs_from_hidden(model, torch.cat(before), torch.cat(completions).to(device)).sum()
