@@ -20,10 +20,10 @@ E2. The row "constant" is what guessing could earn. All questions that share a g
 E3. The 95 % intervals and the p of a comparison come from a bootstrap over media: questions about one video
     are drawn together. With about 30 media and scores near 95 %, an interval is too short: it covers the
     truth less often than it says.
-E4. An output without a complete answer block is scored as a whole, as the peers do; training gives it 0. But
-    it gets 0 here, too, if it has begun the template: a thought that was cut off is no answer. Scoring
-    "lenient" looks only behind the last </think>, so that an answer after a finished thought counts. `no tag`
-    in the table is the share of outputs without a complete answer block.
+E4. An output without a complete answer block is scored as a whole, as Video-R1 does, unless it holds an
+    <observation> or a <think>: a thought that was cut off is no answer, and scores 0. "lenient" looks at the
+    part behind the last </think> alone, so that an answer after a finished thought counts. (In training no
+    answer block means 0.) `no tag` in the table is the share of outputs without a complete answer block.
 E5. Every question counts. One whose medium is missing or unreadable is answered wrongly, and the table has
     their number. Open-ended questions, which the paper doesn't score, are left out.
 E6. A trace is a mismatch (Table 6) where the option that its think segment settles on is not its answer.
@@ -204,7 +204,8 @@ def field(name):
 
 BENCHMARKS = {
     "vsi": Benchmark("eval_vsibench.json", field("original_question_type"),
-                     # first the paper's (and Video-R1's): accuracy and strict MRA (a < for ≤), averaged
+                     # first the paper's and Video-R1's: `strict` is the accuracy in multiple choice, and MRA
+                     # (with < for ≤) where the answer is a number; the mean of the two means
                      {"(accuracy + MRA) / 2": mean_of("strict", "problem_type"),
                       # then VSI-Bench's own: its eight tasks, averaged; the task of relative direction is
                       # the mean of three difficulties
@@ -233,6 +234,7 @@ def bench_of(file):
 
 def load_questions(args):
     """The records of --data or of the benchmarks, each with `file`; open-ended ones are left out."""
+    # --bench; without it --data; without both all benchmarks
     names = BENCHMARKS if "all" in args.bench or not (args.bench or args.data) else args.bench
     paths = [Path(args.bench_root, BENCHMARKS[name].file) for name in names]
     records = []

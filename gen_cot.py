@@ -203,9 +203,9 @@ def generate(records, args):
         return teacher.reply([*media_parts(*media), build_prompt(record, template)], key=key,
                              question=question_key(record), problem_id=record.get("problem_id"))
 
-    # `jobs` is a generator. Each pull from it takes one decoded medium and submits its question. `in_order`
-    # pulls up to 2 x --teacher-concurrency jobs ahead. Half of them wait for a thread, so that no thread has
-    # to wait for a medium.
+    # Each item of the generator `jobs` is a question that was submitted once its medium was decoded. With 64
+    # threads `in_order` has up to 128 of them submitted at a time: 64 are at the server, the others wait for
+    # a thread. So no thread has to wait for a medium.
     jobs = (teacher.pool.submit(ask, key, record, media)
             for key, (record, media) in zip(todo, read_ahead(todo.values(), args)))
     outputs = dict(teacher.replies)
@@ -250,19 +250,19 @@ def id_of(number):
 
 def load_traces(path, records):
     """The raw trace (str) of each record from a file of {problem_id, output}, or None. A row with the
-    `question` of `generate` is found by that. An id is not used if two questions have it, or if two traces
-    have it that differ."""
-    traces, ids = {}, collections.Counter(id_of(record.get("problem_id")) for record in records)
+    `question` of `generate` is found by that, any other by its id. An id is not used if two questions have
+    it, or if two traces have it that differ."""
+    traces, numbers = {}, [record.get("problem_id") for record in records]
+    ids = collections.Counter(id_of(number) for number in numbers if number is not None)
     for row in read_json(path):
         if not isinstance(row, dict) or not isinstance(row.get("output"), str):
             continue  # a line that a kill tore, or an error
         own = re.fullmatch("[0-9a-f]{24}", str(row.get("question")))
-        key = own[0] if own else id_of(row["problem_id"])
-        # an id or a question's hash -> its trace; None, and that for good, once two differ
+        key = own[0] if own else id_of(row.get("problem_id"))
+        # an id or a question's hash -> its trace; None once two differ, and from then on, as no text is None
         traces[key] = row["output"] if traces.get(key, row["output"]) == row["output"] else None
     outputs = []
-    for record in records:
-        number = id_of(record.get("problem_id"))
+    for record, number in zip(records, map(id_of, numbers)):
         outputs.append(traces.get(question_key(record)) or (traces.get(number) if ids[number] == 1 else None))
     return outputs
 
@@ -502,8 +502,9 @@ def select_records(args):
 
 def hold_out(records, share=0.02):
     """(records of the media that are held out, all others). A `share` of the media is held out, by a hash of
-    their paths: the same ones in every stage and file, with one exception. If the hash picks none of ten
-    media or more, the one with the least hash is held out, for this file only. 0 holds out none."""
+    their paths: the same ones in every stage and file, with one exception. Where there are ten media or more
+    and the hash picks none of them, the one with the least hash is held out, for this file only. 0 holds out
+    none."""
     ranks = sorted((int(digest(path), 16) / 16**24, path) for path in {record["path"] for record in records})
     count = max(sum(rank < share for rank, _ in ranks), share > 0 and len(ranks) >= 10)
     chosen = {path for _, path in ranks[:count]}
@@ -522,7 +523,7 @@ def draw(records, limit, seed):
 
 FACTOR = 28  # one visual token covers 28 × 28 pixels: patches of 14, merged two by two
 IMAGE_PIXELS = (4 * FACTOR**2, 256 * FACTOR**2)  # least and most pixels of a still image
-VIDEO_PIXELS = 128 * FACTOR**2  # to which smaller frames of a clip are enlarged, as the peers do
+VIDEO_PIXELS = 128 * FACTOR**2  # to which smaller frames of a clip are enlarged, as by Qwen's own code
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # others could start programs
 VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,asf,flv,ogg,gif,h264,hevc,ivf,dv,mxf,rm"
 SEEK_OVER = 32  # frames; to jump over fewer costs more than to decode them
@@ -599,8 +600,8 @@ def pick_frames(path, stamps, num_frames, max_pixels, min_frames):
     """(frames, fps) as in `read_frames`, from the (pts, duration, is keyframe) of all frames. Seeks to
     keyframes; where the stamps have none, frame i is the i-th one decoded. LookupError where a frame is not
     where its packet said."""
-    # at: the index of the frame that was decoded last; -1 before the first; None after a seek, until the next
-    # frame's time says where we are
+    # at: the index of the frame that was decoded last; -1 before the first; None between a seek and the next
+    # frame, whose time says where we are
     frames, at = [], -1
     with open_video(path) as (container, stream):
         # when each frame appears: its packet's time, else one after the other at the stream's rate
@@ -613,7 +614,8 @@ def pick_frames(path, stamps, num_frames, max_pixels, min_frames):
         starts = np.array([pts for pts, _, _ in stamps]) * float(stream.time_base)
         end = (stamps[-1][0] + (stamps[-1][1] or step)) * float(stream.time_base)
 
-        # decode on to each sampled frame; jump to its last keyframe if that is over SEEK_OVER frames ahead
+        # decode on to each sampled frame; if the last keyframe up to it is over SEEK_OVER frames ahead, jump
+        # there first
         decoded = container.decode(stream)
         for i in sample_indices(starts, end, num_frames, min_frames=min_frames):
             key = max((k for k in keyframes if k <= i), default=-1)
@@ -671,7 +673,7 @@ def read_ahead(records, args, read=None, timeout=None):
         except MediaError as error:
             return error
         except (TimeoutError, BrokenExecutor, ProcessExpired) as error:
-            # a second try, after which `again` is False
+            # the second try, with `again` False, is the last
             return result(record, begin(record), False) if again else MediaError(
                 f"{record['media']} hangs or crashes its decoder ({error}).")
 
@@ -805,9 +807,9 @@ def to_pixels(frame, stream, shape, max_pixels):
     sides = [frame.height, frame.width * float(stream.sample_aspect_ratio or 1)]
     # The matrix shows the pixel (x, y), y down, at (a x + c y, b x + d y), and the result is moved into view.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
-    # Where b and c are the large ones, it is a quarter turn, with or without a mirror: it shows the pixel at
-    # about (c y, b x). A transposed picture has y and x swapped, so c and b are its scales. A negative scale
-    # is a mirror. (A turn by 90° clockwise has c < 0 < b: transposed, then mirrored left to right.)
+    # Upright, b and c are about 0: the pixel is shown at (a x, d y), and a negative a or d mirrors. In a
+    # quarter turn a and d are about 0: it is shown at (c y, b x). So we swap x and y by a transposition,
+    # after which c has the place of a, and b that of d. Example: 90° clockwise has c < 0 < b.
     if abs(b) > abs(a):
         image, a, d, sides = image.transpose(Image.TRANSPOSE), c, b, sides[::-1]
     image = ImageOps.mirror(image) if a < 0 else image
@@ -858,7 +860,7 @@ def init_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    gc.freeze()  # else a decoder of the parent's is freed here, which waits for threads of the parent
+    gc.freeze()  # never collect the parent's objects here: to free a decoder waits for the parent's threads
 
 
 if __name__ == "__main__":

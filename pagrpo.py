@@ -38,10 +38,15 @@ Why GRPO hardly learns to see: it pays the observation's tokens for the answer. 
     a, g    the accuracy of the answers after right and after wrong observations,
     q       = p a + (1 - p) g, the accuracy of all answers.
 
-For binary rewards the correlation of GRPO's advantage with being right in the observation is then (a - g) √(p
-(1 - p) / (q (1 - q))), and PA-GRPO's is 1 (docs/by_hand.ipynb derives it). The toy's p = 0.30, a = 0.60 and g
-= 0.43 give 0.16, an R² of 0.02. Measured there, with rewards that are not binary, R² is 0.01 for GRPO and
-0.75 for PA-GRPO (docs/toy.md).
+Let the rewards be 0 or 1. Then GRPO's advantage is the answer's, but for its scale, and PA-GRPO's is the
+observation's. The covariance of the two is p (a - q) = p (1 - p) (a - g). Divided by both standard deviations
+it is the correlation of GRPO's advantage with being right in the observation:
+
+    c = (a - g) √(p (1 - p) / (q (1 - q)))
+
+PA-GRPO's is 1 (docs/by_hand.ipynb takes more steps). On the toy, with all groups taken as one, p = 0.30, a =
+0.60 and g = 0.43, so c = 0.16, an R² of 0.02. Measured there in its groups, with its rewards, which are not
+binary, R² is 0.01 for GRPO and 0.75 for PA-GRPO (docs/toy.md).
 
 Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (at most the limit),
 S tokens of a packed sequence, D hidden, V vocabulary. "Process" means perception or reasoning; a process of
@@ -50,19 +55,19 @@ the operating system, of which there is one for each GPU, is called a rank.
 Our choices where the paper is silent:
 P1. o_P is everything up to and including the token that completes the first `</observation>`; o_R is the
     rest, end-of-sequence included. If the observation is never closed, o_P ends before the first `<think>`,
-    or, without one, is the whole completion. If it is never opened, all is o_R. (R1 also ends an unclosed
-    observation at `<answer>`. Without `<think>` an answer can then be scored while o_R is empty: no token
-    gets A_R.) Boundaries are found on the sampled ids, never by re-tokenising.
+    or, without one, is the whole completion. If it is never opened, all is o_R. Boundaries are found on the
+    sampled ids, never by re-tokenising. (One case is odd: an observation that is never closed, no `<think>`,
+    and an answer block. The answer is scored by R2, but o_R is empty, so no token gets A_R.)
 P2. A completion's loss is the mean over each segment's tokens, summed over the two: our reading of Eq. 7. An
     empty segment contributes 0. `--loss-average completion` takes one mean over all tokens of a completion,
     as other GRPO code does. It is the default in the rows of P7 that are marked *.
 P3. std is the unbiased estimate plus 1e-4. A group whose rewards are all equal gets exact zeros. So does one
     with fewer than two known rewards (P6 says when one is unknown).
 P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3), in the same mean (P2). Its
-    mean over samples of π is KL(π || π_ref). Its gradient is another one, as autograd takes the samples as
-    fixed. By dx = -∇log π it is (1 - exp(x)) ∇log π for each sample, and exp(x) is π_ref/π. The mean over
-    samples of π is then E_π[∇log π] - E_ref[∇log π]. The first term is 0, the second is the gradient of
-    KL(π_ref || π).
+    mean over samples of π is KL(π || π_ref). But the gradient that autograd gives is on average that of
+    KL(π_ref || π), as autograd takes the samples as fixed. Proof: ∇x = -∇log π, so a sample's gradient is
+    (1 - exp(x)) ∇log π = (1 - π_ref/π) ∇log π. The mean over samples of π is E_π[∇log π] - E_ref[∇log π]. The
+    first term is 0. The second is the gradient of KL(π_ref || π).
 P5. Completions are sampled at temperature 1, without top-p, top-k or penalties: the loss is about the
     distribution that is sampled, up to the ban below. Of the added tokens (visual, chat control, tools) only
     `<|im_end|>` can be sampled, which ends a turn of the chat format. The others would be inputs without
@@ -85,6 +90,7 @@ P6. If the judge fails to give a verdict on a completion, R_P is NaN, never 0. T
     The KL term still applies to it. If the judge gives no verdict at all in an update, nothing is learnt from
     that update (it is still one of the `--updates`). Three such updates in a row stop the run, or all of
     them in a run of one or two updates. `--without perception` needs no verdicts: it learns and goes on.
+    (A remote judge that can't be reached ends the run before that, see `rewards.MAX_UNANSWERED`.)
 P7. The rows of Table 2. In those marked * all tokens of a completion have one advantage, and the loss average
     is the completion's (`get_args`). The judge is asked in any case, for the log. GDPO, which is not the
     paper's, normalises each reward by itself, as PA-GRPO does, but assigns their sum to all tokens. For the
@@ -252,8 +258,8 @@ def train(model, tokenizer, records, judge, args):
                 if step % args.show_every == 0:
                     keep_groups(groups[:2], step, rollouts, tokenizer, args)
                 del groups  # frees their embeddings before the next batch makes its own
-            # After it: save the adapter every --keep-every updates. Look at each policy that is kept, and at
-            # the final one. These values overwrite those from before the same update.
+            # After the update: save the adapter every --keep-every updates. Look at each policy that is kept,
+            # and at the final one. A row of the log has one look only, so this one replaces any from above.
             keep = bool(args.keep_every) and (step + 1) % args.keep_every == 0
             if fixed and (keep or step + 1 == args.updates):
                 row |= fixed_accuracies(model, own_fixed, tokenizer, judge, args)
@@ -385,7 +391,8 @@ def score_groups(groups, tokenizer, judge, args):
     # ask the judge about all observations at once
     records, texts = [], []
     for group in groups:
-        texts += tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)  # not the padding
+        # skipped are <|im_end|> and the padding
+        texts += tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)
         records += [group.record] * len(group.completion_ids)
     observations = [parse_trace(text).observation for text in texts]
     verdicts = ask_judge(judge, records, observations)
@@ -572,8 +579,8 @@ def token_logprobs(model, prompt, completion_ids, completion_mask):
     """
     language, device, P = sft.unwrap(model).model.language_model, prompt.embeds.device, len(prompt.input_ids)
     # From now on, not only in this call, all layers use `shared_prefix_attention`, which they look up by this
-    # name. The backward pass needs it, too: under checkpointing it runs the layers once more. `rollout` is not
-    # affected: it passes no `lengths`, and without them that function is the library's own attention.
+    # name. The backward pass needs it, too: under checkpointing it runs the layers once more. `rollout` is
+    # not affected: it passes no `lengths`, and without them that function is the library's own attention.
     language.config._attn_implementation = "shared_prefix"
     tokens = completion_ids[completion_mask]  # (S - P,), completion after completion
     embeds = torch.cat([prompt.embeds, language.embed_tokens(tokens)])  # (S, D)
@@ -630,10 +637,11 @@ class RolloutCache:
         row 2    --ppp cc....    prompt 1 is shorter: padding first
         row 3    --ppp cc....
 
-    `replace(cache, rows=…, columns=…)` shares the memory and selects rows and columns of it. While a prompt
-    is prefilled, they are its G rows and its own columns (of prompt 1: rows 2 and 3, columns 2 to 4). While
-    all decode, they are all rows and the columns so far. The tokens that are fed now are written to the last
-    of the selected columns. As we pass masks and positions, the library calls nothing but `update` on it."""
+    `rows` and `columns` say which part of this memory the next forward pass sees; `replace(cache, rows=…,
+    columns=…)` gives another view of the same memory. The pass over prompt 1 sees rows 2 and 3, columns 2 to
+    4. A pass of the decode loop sees all rows, and the columns up to the token that it is fed. In both the
+    keys and values of the tokens that are fed go into the last columns of the part. The library calls nothing
+    but `update`, as we pass masks and positions ourselves."""
     layers: list  # for each layer its keys and values, (rows, key-value heads, columns, d) each
     rows: slice
     columns: slice
@@ -726,8 +734,8 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
             ids[rows, t], mask[rows, t] = token, True
             # normalised over the whole vocabulary, the banned tokens too (P5)
             logprobs[rows, t] = -F.cross_entropy(logits, token, reduction="none")
-            # Rows that have not ended. In `probe` `eos_token_id` is None, and the comparison the bool True:
-            # `&` with the mask, which is true for all these rows, makes it a tensor.
+            # Rows that have not ended. (The mask, which is true for all of them, makes a tensor of the plain
+            # True that the comparison is where `eos_token_id` is None, as in `probe`.)
             going = (mask[rows, t] & (token != tokenizer.eos_token_id)).nonzero()[:, 0]
             if t + 1 == max_tokens or not len(going):
                 break
@@ -782,8 +790,8 @@ def add_reference(model, args):
 
 @contextlib.contextmanager
 def use_adapter(model, name):
-    """Within the block the adapter `name` is active. Afterwards `policy` is active again, also after
-    an error, as `resumable` then saves the weights of the active adapter."""
+    """Within the block the adapter `name` is active. Afterwards `policy` is active and trainable again, also
+    after an error: `resumable` then saves the weights that are trainable."""
     model.set_adapter(name, inference_mode=True)
     try:
         yield

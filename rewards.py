@@ -28,7 +28,8 @@ R4. Scoring "lenient" never gives less than "paper". It takes what a person woul
     gold. An answer that is denied ("not B"), or that leaves a choice ("A or B"), is none. A unit that only
     one side has doesn't count, but "3 million" is not 3.
 R5. A judge that gives no verdict (a remote one is asked again where that can help) says None, "unknown",
-    never False. A missing or empty observation is False, and a language model is not asked about it.
+    never False. A missing or empty observation is False without asking a language model. (A judge function
+    of your own gets it, too, as None or "".)
 R6. The observation is written by a policy that is paid for a Yes. So what enters a judge's prompt loses its
     tags and invisible characters and is fenced by lines with a hash of all that is fenced. No text can hold
     its own hash, so none can fake the line that ends it. And only the last judgement of the judge's own reply
@@ -111,8 +112,8 @@ def format_rewards(completion):
             sketch += SKETCH.get(piece, "." if strip_invisible(piece) else "-")
     before, closing, after = sketch.partition("o")
     if not closing:
-        # no </observation>: drop one that is not closed, with the text before it, so that `O.T.tA.a` becomes
-        # `T.tA.a`; without any O nothing is cut
+        # no </observation>: where an observation was opened, cut all in front of the first think or answer
+        # tag, so that `O.T.tA.a` becomes `T.tA.a`
         after = re.sub("^[^TtAa]*O[^TtAa]*", "", sketch)
     return float(before == "O." and closing == "o"), float(after == "T.tA.a")
 
@@ -161,7 +162,7 @@ def answer_score(problem_type, answer, gold, scoring="paper", options=None):
         return 0.0
     if problem_type == "multiple choice":
         key = option_key(gold, options)  # the gold's letter; if it has none, its words
-        gold_is_option = not options or key in LETTERS
+        gold_is_option = not options or key in LETTERS  # else the record is bad, and no answer is right
         same = answer == gold or (lenient and key != "" and option_key(answer, options, True) == key)
         return float(gold_is_option and same)
     if answer == gold and lenient:
@@ -193,7 +194,7 @@ def to_number(text):
 
 def number_score(problem_type, answer, gold):
     """Numerical: 1.0 if both round to the same two decimals, and either both are written with a point or
-    comma, or neither is.
+    comma, or neither is: "3.0" is not 3 (Video-R1's rule, R3).
     Regression: 1 − |answer − gold| / |gold|, at least 0; a gold of 0 is matched by 0 alone."""
     a, b = to_number(answer), to_number(gold)
     if a is None or b is None:
@@ -293,8 +294,9 @@ def make_judge(spec, prompt_file=None, generate=None, **client_options):
 
 class Judge:
     """A language model as judge: `ask(prompts, lacks)` gives a reply, or None, to each prompt. `lacks(reply)`
-    says what a reply lacks, "" if nothing. After a call, `replies` holds its words on each pair, None where
-    it wasn't asked or said nothing."""
+    says what a reply lacks, "" if nothing; a remote model is asked again while it lacks something. After a
+    call of the judge, `replies` holds the model's words on each pair, None where it wasn't asked or said
+    nothing."""
 
     def __init__(self, ask, prompt, stats=None):
         self.ask, self.prompt, self.stats, self.replies = ask, prompt, stats, []
@@ -306,6 +308,7 @@ class Judge:
             if strip_invisible(observation or ""):  # else it is False unasked (R5)
                 prompts[i] = fill_prompt(self.prompt.replace("{medium}", record.get("data_type", "video")),
                                          question=question_text(record), observation=observation,
+                                         # "B. red", or the text of a gold without a letter
                                          answer=". ".join(filter(None, correct_answer(record))))
         lacks = lambda reply: "no <judgement>" if read_verdict(reply) is None else ""
         for i, reply in zip(prompts, self.ask(list(prompts.values()), lacks)):
@@ -319,8 +322,8 @@ def read_verdict(reply):
     # after the last </think>, before any later <think>
     reply = reply.lower().rpartition("</think>")[2].partition("<think>")[0]
     said = re.findall(r"<judge?ment>(.*?)</judge?ment>", reply, re.DOTALL)
-    # The verdict is the first word. It doesn't count if it begins a longer word ("nothing") or a choice ("yes
-    # or no", "yes/no"), or if another <judgement> opens behind it.
+    # The verdict is the first word, unless what follows it is one of these, in the order of the pattern: a
+    # letter ("nothing"); "or no"; a slash ("yes/no"); anywhere, another <judgement> that opens.
     hedged = r"[a-z]|[\s,(]*(?:or|and)\W+(?:yes|no)\b|\s*[/|\\]|.*<judge"
     word = re.match(rf"[\W_]*(yes|no)(?!{hedged})", said[-1], re.DOTALL) if said else None
     return word and word[1] == "yes"
@@ -399,7 +402,7 @@ def option_index(answer, options, letters):
 
     def labelled_by(match):
         label = match and unicodedata.normalize("NFKC", match[1]).upper()
-        # options are numbered, and the answer is a letter: B is the second
+        # the options' own labels, except for a letter where they are numbered: then B is the second
         known = letters if label in letters and labels[0].isdigit() else labels
         return known.index(label) if label in known else None
 
@@ -481,8 +484,9 @@ BE = r"(?:is|seems|(?:would|should|must|will) be)(?: (?:most )?(?:likely|probabl
 ANNOUNCED = [re.compile(rf"(?i)(?:(?:{words})(?:\W*?\b{BE}\b|['’]s\b|[是为])?[\s:：*,]*)+") for words in (
     r"\banswer\b|答案", "=", r"\b(?:option|choice|choose|select|pick|letter|go with|it)\b|选项?",
     r"\b(?:so|thus|hence|therefore|final)\b")]
-# Where a remark begins, shown by a bar: "B| because it rolls", "B| is right", "B|, the ball is red". There is
-# none in "red, B": at a comma, a sentence's end or a new line one begins only if no label follows.
+# Where a remark begins, shown by a bar. The pattern's three ways in order: at a word, "B| because it rolls",
+# "B| is right"; at a comma or a sentence's end, "B|, the ball is red", unless a label or number follows, as
+# in "red, B"; at a new line, unless a later line has a label.
 REMARK = re.compile(rf",?\s\(?(?i:because|since|as|for|not|rather|{BE} (?:the )?(?:best |most likely )?(?:"
                     r"right|correct|answer))\b|(?:[,;]|(?<=\w\w)[.!])\s(?!.{0,99}(?:\b[A-N]\b|\b[a-n]\W*\Z|"
                     r"\d))|\n(?!(?s:.*)\b[A-N](?:[).:\n]|\Z))")
@@ -498,7 +502,7 @@ def pieces(answer):
     yield from (answer, unwrap_answer(answer))
     plain = answer.replace("**", "")
     for start in ANNOUNCED:
-        # said: what is behind the last announcement; before: what is in front of each
+        # split at each announcement: said is what comes after the last one, before[-1] what comes before it
         *before, said = start.split(plain)
         # The first two ways, "answer is" and "=", may come up to nine times: the last one counts. The others
         # may come once: "option A, option B" picks none.

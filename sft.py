@@ -90,7 +90,7 @@ class TrainingFlags(ModelFlags):
     lr: float = 1e-4  # peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)
     max_grad_norm: float = 5.0  # clip gradients to this norm (Video-R1: 5)
     checkpointing: bool = True  # of activations, to save memory
-    max_prompt_tokens: int | None = None  # leave out longer prompts (default: a 300-word one, --num-frames)
+    max_prompt_tokens: int | None = None  # leave out longer prompts (default: 300 words and all frames)
     save_every: int = 20  # steps between two checkpoints
     show_every: int = 25  # every N steps: curves.png; in RL a group on screen, accuracy on held-out prompts
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None  # gets every row of the log, too
@@ -427,7 +427,7 @@ def token_ids(text, tokenizer):
 
 def defuse(text, tokenizer):
     """A text that can't write a control token, such as <|im_end|> or <tool_call>: each gets a space after its
-    first character."""
+    first character. (The template's tags are plain text to Qwen's tokenizer.)"""
     for token in tokenizer.added_tokens_decoder.values():
         text = text.replace(token.content, f"{token.content[0]} {token.content[1:]}")
     return text
@@ -605,8 +605,8 @@ def encode_medium(record, medium, text, tokenizer, config, limit=None):
 
 
 def encode_batch(media, size, template, tokenizer, config, limit=None):
-    """This rank's share of a batch of so many records, from its pairs of `read_ahead`. What can't be read or
-    is over `limit` tokens is left out, never replaced.
+    """This rank's share of a batch of `size` records. `media` is the rank's own `read_ahead`. What can't be
+    read or is over `limit` tokens is left out, never replaced.
 
     Returns (pairs, log): list of (record, Prompt), and a dict with `sec/media`, the seconds that this took,
     waiting for media included, and `skipped_media` of all ranks.
@@ -679,8 +679,8 @@ def check_resume(run, old):
     """Raises UserError if the run that `old` describes would become another one by going on as `run`. Prints
     flags that have changed, and keeps the old ones in run["earlier_flags"]."""
     for key in ("base", "adapter", "data", "algorithm", "loss_average"):
-        # Compare only the part after the last " + ": of "SFT + GRPO" that is "GRPO". The part before names
-        # the run that this one starts from, which `adapter`, the hash of its weights, compares already.
+        # Of an algorithm's name, such as "SFT + GRPO", only the part after the last " + " is compared: the
+        # part before names the run that this one starts from, and `adapter` is the hash of its weights.
         before, now = (str(either.get(key)).rpartition(" + ")[2] for either in (old, run))
         if before != now:
             raise UserError(f"The run was begun with another {key}, {before} (now {now}): give it back what "
@@ -733,8 +733,8 @@ def resumable(name, start, steps, model, optimizer, args, curves):
     the run ends with the command that goes on. A second Ctrl-C or SIGTERM ends it at once, with the last
     checkpoint.
 
-    An error in the caller's loop closes this generator, which raises GeneratorExit at the yield. The weights
-    are then saved, too, unless AdamW has begun its step.
+    An error ends the caller's loop. Python then closes this generator, which raises GeneratorExit at the
+    yield. The weights are saved, too, unless AdamW has begun its step.
     """
     asked = []  # the signals so far
     adamw_steps = lambda: sum(int(state["step"]) for state in optimizer.state.values())

@@ -491,6 +491,8 @@ def test_traces_are_found_by_their_question_else_by_an_id_that_no_other_has(tmp_
     assert found(*two[:2]) == [None, "x", None, None] and found(*two) == [None] * 4
     own = dict(problem_id=3, question="Which?", output="z")  # a field of somebody else's
     assert found(own) == [None, None, "z", None]
+    records[0]["problem_id"] = None  # no id is no id that two share
+    assert found(dict(problem_id=None, output="x"), dict(output="x"), own) == [None, None, "z", None]
 
 
 def test_a_line_of_the_traces_that_a_kill_tore_costs_one_trace(tmp_path):
