@@ -666,12 +666,14 @@ def kappa(columns, weights):
 def print_comparison(a, b, scoring):
     """Two runs on the same questions, by file: the paper's metric, the difference with its interval, and p,
     twice the share of the bootstrap's draws in which the difference has the other sign (E3)."""
-    first = {key_of(row): score_row(row, scoring) for row in read_completions(a)}
-    second = {key_of(row): score_row(row, scoring) for row in read_completions(b)}
-    pairs = [(first[key], second[key]) for key in first if key in second]
+    first, second = ({key_of(row): row for row in read_completions(path)} for path in (a, b))
+    # both by A's record: in B a gold can be another one, or the file's name, which decides the metric
+    shared = [(row, dict(row, completion=second[key]["completion"])) for key, row in first.items()
+              if key in second]
+    pairs = [(score_row(ours, scoring), score_row(theirs, scoring)) for ours, theirs in shared]
     assert pairs, f"{a} and {b} share no question, by its id, its text, its options and its path"
-    print(f"A is {a}, {len(first)} questions. B is {b}, {len(second)}. They share {len(pairs)}.\n\n"
-          "| file | questions | A | B | B − A | p |\n|---|---|---|---|---|---|")
+    print(f"A is {a}, {len(first)} questions. B is {b}, {len(second)}. They share {len(pairs)}. Gold: A's."
+          "\n\n| file | questions | A | B | B − A | p |\n|---|---|---|---|---|---|")
     for file in sorted({row["file"] for row, _ in pairs}):
         some = [pair for pair in pairs if pair[0]["file"] == file]
         bench = bench_of(file)

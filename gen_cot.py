@@ -68,7 +68,7 @@ from pebble import ProcessExpired, ProcessPool
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from rewards import (LETTERS, PROBLEM_TYPES, RIGHT, ChatClient, UserError, accuracy_reward, ask_judge,
+from rewards import (LETTERS, OPTION, PROBLEM_TYPES, RIGHT, ChatClient, UserError, accuracy_reward, ask_judge,
                      digest, format_rewards, gold_answer, label_options, load_prompt, make_judge,
                      option_index, parse_trace, question_text, read_labels, strip_invisible, write_jsonl,
                      write_text)
@@ -728,7 +728,11 @@ def parse_gold(record, options, lost_golds):
     # A letter in the file counts places from the first, the empty ones too. Of ["", "red", "blue"] the empty
     # option is dropped, and `options` is {"B": "red", "C": "blue"}. The file's gold "B" means red, whose new
     # letter is A. Where the record has no options (they may be in the question), any letter is a gold.
-    index = option_index(gold, list(options.values()), list(options or LETTERS))
+    texts, labelled = list(options.values()), OPTION.fullmatch(gold)
+    index = option_index(gold, texts, list(options or LETTERS))
+    texts = [text for _, text in read_labels(texts)] or texts
+    if None not in (index, labelled) and labelled[2] in texts and texts[index] not in (gold, labelled[2]):
+        index = None  # "B. red", where red is another option
     if index is None and options:
         gold = f"none of the options: {gold}"  # alone it could be the new letter of another option
         if not lost_golds:
@@ -737,11 +741,11 @@ def parse_gold(record, options, lost_golds):
 
 
 def as_text(value):
-    """A field as a text. pandas writes 3.0 for 3 next to a gap."""
+    """A field as a text. pandas writes 3.0 for 3 next to a gap, and the gap as nan."""
     if isinstance(value, (list, dict)):
         raise ValueError(f"{value} is no text")
     value = int(value) if isinstance(value, float) and value.is_integer() else value
-    return "" if value is None else strip_invisible(str(value))
+    return "" if value is None or str(value) == "nan" else strip_invisible(str(value))
 
 
 def parse_options(options):
@@ -754,7 +758,7 @@ def parse_options(options):
             if re.search(r"""['"]\s+['"]""", options):  # as numpy prints them, and Python would join them
                 raise ValueError("its options lack their commas") from None
             options = ast.literal_eval(options)  # parses literals only, evaluates nothing
-    if isinstance(options, dict) or len(options or []) > 14:
+    if not isinstance(options, (list, tuple, type(None))) or len(options or []) > 14:
         raise ValueError("its options are no list of at most 14, A to N")
     kept = {letter: text for letter, text in zip(LETTERS, map(as_text, options or [])) if text}
     # the texts without labels, to recognise "C. nan" as empty

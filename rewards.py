@@ -267,7 +267,7 @@ def make_judge(spec, prompt_file=None, generate=None, **client_options):
 
         rule                   the observation holds, as whole words, every item of record["evidence"] and
                                none of "counter_evidence"; a record without evidence needs every word of
-                               its answer. Exact, free, offline, but no language model
+                               its answer but single letters. Exact, free, offline, but no language model
         anthropic:MODEL        the Messages API; its key is in ANTHROPIC_API_KEY
         openai:MODEL@BASE_URL  any chat-completions server (vLLM, llama.cpp, Ollama), by default OpenAI's;
                                the key, where the server wants one, is in OPENAI_API_KEY
@@ -344,7 +344,9 @@ def rule_judge(records, observations):
     for record, observation in zip(records, observations, strict=True):
         words = f" {normalise_text(observation or '')} "
         seen = lambda items: [f" {normalise_text(str(item))} " in words for item in as_list(items)]
-        evidence = record.get("evidence") or normalise_text(correct_answer(record)[1]).split()
+        answer = normalise_text(correct_answer(record)[1]).split()
+        # a single letter is no evidence: an "A" whose option is in the question would be any "a"
+        evidence = record.get("evidence") or [word for word in answer if not re.fullmatch("[a-z]", word)]
         enough = bool(words.strip() and evidence) and all(seen(evidence))
         verdicts.append(enough and not any(seen(record.get("counter_evidence"))))
     return verdicts
@@ -379,14 +381,17 @@ OPTION = re.compile(LABEL + r"(?:[)）\]、]|(?<!\d)[.:．：]|[.:．：](?!\d))
 
 def read_labels(options):
     """[(label, text)] of options that carry labels, such as [("A", "red"), ("B", "blue")], else [].
-    Labels are recognised only if all options have one, all are letters or all numbers, and they ascend. "J.
-    Smith" next to "B. Jones" is a name."""
+    Labels are recognised only if all options have one, all are letters or all numbers, and they ascend, or
+    are A, B, C … in another order. "J. Smith" next to "B. Jones" is a name. What is left without them must
+    differ: "a.m." and "p.m.", or "(1)" and "(2)", are whole texts."""
     found = [OPTION.fullmatch(option) for option in options]
     labels = [unicodedata.normalize("NFKC", match[1]).upper() for match in found if match]
-    ascending = sorted(set(labels), key=lambda label: label.zfill(2)) == labels
-    if len(labels) < len(options) or not ascending or len(set(map(str.isdigit, labels))) > 1:
+    texts = [match[2].strip() for match in found if match]
+    ordered = sorted(set(labels), key=lambda label: label.zfill(2))
+    in_order = labels == ordered or (len(labels) > 2 and ordered == LETTERS[:len(labels)])
+    if len(labels) < len(options) or not in_order or len(set(map(str.isdigit, labels))) > 1:
         return []
-    return [(label, match[2].strip()) for label, match in zip(labels, found)]
+    return [] if len(set(texts)) == 1 < len(texts) else list(zip(labels, texts))
 
 
 def option_index(answer, options, letters):
@@ -414,9 +419,10 @@ def option_index(answer, options, letters):
         if wanted and wanted in forms:
             return forms.index(wanted) if forms.count(wanted) == 1 else None
     label = OPTION.fullmatch(answer)  # 3
-    # "B. red C. blue" lists options and picks none
-    is_list = label and label[2] not in texts and re.search(r"\b[A-N][).:]\s", label[2])
-    return None if is_list else labelled_by(label)
+    # "B. red C. blue" and "(B) and (C)" list options and pick none
+    others = set(re.findall(r"\w+", label[2].upper())) - {"AND", "OR"} if label else set()
+    is_list = others and (others <= {*labels, *letters} or re.search(r"\b[A-N][).:]\s", label[2]))
+    return None if is_list and label[2] not in texts else labelled_by(label)
 
 
 def unwrap_answer(answer):
@@ -426,9 +432,11 @@ def unwrap_answer(answer):
 
 
 def option_words(text):
-    """`normalise_text`, but a sign before a digit counts."""
+    """`normalise_text`, but a sign before a digit counts, as in "-5", "< 5" and ".5", and one after a word,
+    as in "O+" and "C#"."""
     text = re.sub("[−–－]", "-", text)
-    return normalise_text(re.sub(r"[-+<>=/](?=\d)", lambda sign: f" sign{ord(sign[0])} ", text))
+    return normalise_text(re.sub(r"[-+<>≤≥=/€£$]\s?(?=\d)|(?<!\d)\.(?=\d)|(?<=\w)[-+#](?!\w)",
+                                 lambda sign: f" sign{ord(sign[0][0])} ", text))
 
 
 def normalise_text(text):
@@ -491,9 +499,11 @@ REMARK = re.compile(rf",?\s\(?(?i:because|since|as|for|not|rather|{BE} (?:the )?
                     r"right|correct|answer))\b|(?:[,;]|(?<=\w\w)[.!])\s(?!.{0,99}(?:\b[A-N]\b|\b[a-n]\W*\Z|"
                     r"\d))|\n(?!(?s:.*)\b[A-N](?:[).:\n]|\Z))")
 NUMBER = re.compile(r"(?<![A-Za-z\d_.^<>≤≥≠√])([-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+|(?=\.\d))(?:\.\d+)?"
-                    r"(?:[eE][-+]?\d+)?)(?![\d²³½^])\.?\s*([%°]|[^\W\d_]+)?")  # -1,200.5 cm
+                    r"(?:[eE][-+]?\d+)?)(?!\s?[²³¼½¾⅓⅔]|[\d^])\.?\s*([%°]|[^\W\d_]+)?")  # -1,200.5 cm
+MINUS = re.compile(r"[−–－](?=\d)|(?i:\b(?:minus|negative) |负)(?=\d)")
 # what is not a unit after a number: any single letter except small g, h, m, s; words like "million"
-MULTIPLIER = re.compile(r"[A-Za-fi-ln-rt-zπ]|[百千万亿萬億].*|(?i:(?:hundred|thousand|.+illion|dozen)s?|half|pi)")
+MULTIPLIER = re.compile(r"[A-Za-fi-ln-rt-zπ]|[百千万亿萬億].*|(?i:(?:hundred|thousand|.+illion|dozen|lakh|crore|"
+                        r"quarter|third)s?|bn|half|halves|squared|cubed|pi)")
 
 
 def pieces(answer):
@@ -514,7 +524,7 @@ def pieces(answer):
 
 def read_number(answer):
     """(number, unit), two texts, of the first piece that has one number, and does not deny or compare it."""
-    for piece in pieces(re.sub(r"[−–](?=\d)", "-", answer)):
+    for piece in pieces(MINUS.sub("-", answer)):
         found = NUMBER.findall(piece)
         if len(found) == 1 and not UNCLEAR.search(piece):
             return re.sub("[, ]", "", found[0][0]), found[0][1]
@@ -540,9 +550,9 @@ def option_key(answer, options, loose=False):
         index = option_index(piece, options or [], LETTERS[:len(options or LETTERS)])
         if index is not None and clear(piece, texts[index] if texts else ""):
             return LETTERS[index]
-    # the options in it, but not "5 m" in "2.5 m", nor "no" or "a" in a sentence
+    # the options in it, but not "5 m" in "2.5 m", "dog" in "no dog", nor "no" or "a" in a sentence
     held = [text for text in texts if loose and (len(text) > 2 or text.isdigit()) and re.search(
-        rf"(?i)(?<![\w.,^/+-]){re.escape(text)}(?![\w/^]|[.,]\d)", answer)]
+        rf"(?i)(?<![\w.,^/+-])(?<!\bno ){re.escape(text)}(?![\w/^]|[.,]\d)", answer)]
     # drop an option that is part of a longer one, as "red" of "dark red"
     held = [text for text in held if not any(text in longer and text != longer for longer in held)]
     if len(held) == 1 and clear(answer, held[0]):

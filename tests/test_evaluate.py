@@ -417,6 +417,17 @@ def test_a_comparison_is_paired_and_its_p_counts_media(folder, capsys, both, onl
     assert other[1:] == ["1", "100.0", "75.0", "-", "-"]  # one medium tells nothing of others
 
 
+def test_a_comparison_is_by_one_file_s_golds(folder, capsys):
+    """Between the runs two golds were mended, and the file got a name whose numbers are scored by MRA."""
+    answers = [answered(question(gold, i=i), TRACE.format("A")) for i, gold in enumerate("AABB")]
+    number = answered(question("10", i=9, problem_type="regression"), TRACE.format("8"))
+    write_jsonl("0.jsonl", [*answers, number])
+    vsi = evaluate.BENCHMARKS["vsi"].file
+    write_jsonl("1.jsonl", [*(dict(row, solution="<answer>A</answer>") for row in answers), dict(number, file=vsi)])
+    run("--compare", "0.jsonl", "1.jsonl")
+    assert "| 5 | 56.0 | 56.0 | +0.0" in capsys.readouterr().out  # two of four, and 80 % of one
+
+
 def test_a_comparison_is_by_the_benchmarks_own_metric(folder, capsys):
     """MVBench's mean of tasks: A has one of two tasks right, B both, whatever the number of questions."""
     bench = evaluate.BENCHMARKS["mvbench"]

@@ -76,6 +76,8 @@ def test_all_file_forms_load_alike(tmp_path):
     (["A. c", "B) x: y"], ["A. c", "B) x: y"]), (["a. y", "B. x"], ["A. y", "B. x"]),
     (["J. Smith", "B. Doe"], ["A. J. Smith", "B. B. Doe"]),  # initials
     (["(2) red", "(3) blue"], ["A. red", "B. blue"]), (["B. y", "A. x"], ["A. B. y", "B. A. x"]),
+    (["(1)", "(2)"], ["A. (1)", "B. (2)"]), (["a.m.", "p.m."], ["A. a.m.", "B. p.m."]),  # texts, not labels
+    (["1. May", "2. May", "5. May"], ["A. 1. May", "B. 2. May", "C. 5. May"]),
     (["red", "", "blue", None, float("nan"), "nan"], ["A. red", "B. blue"]),  # a table's empty cells
     (["A. red", "B. None", "C. ", "D: nan"], ["A. red", "B. None"]),
     ("['A. red', 'B. blue', None]", ["A. red", "B. blue"]),
@@ -110,13 +112,29 @@ def test_a_gold_answer_is_the_letter_that_the_prompt_asks_for(options, solution,
     (["", "cat", "dog"], "C", "dog"), (["A. cat", "", "C. dog"], "C", "dog"), (["cat", None, "dog"], "C", "dog"),
     (["1.5", "2.5"], "2.5", "2.5"), (["A.3", "B.4"], "B.4", "4"), (["1: 0", "2: 1"], "B", "1"),
     ([1.0, 2.0], 2.0, "2"), (["−5", "5"], "-5", "−5"), (["A. R. Reagan", "B. John F. Kennedy"],
-                                                        "B. John F. Kennedy", "John F. Kennedy"), (["3", "1", "2"], 1, "1"), (["cafe\u0301", "tea"], "caf\u00e9", "caf\u00e9")])
+                                                        "B. John F. Kennedy", "John F. Kennedy"), (["3", "1", "2"], 1, "1"),
+    (["C. green", "A. red", "B. blue"], "A", "red"), (["(1)", "(2)"], "(2)", "(2)"), (["cat", "cat", "dog"], "B. cat", "cat"),
+    (["A. C", "B. G", "C. A"], "C. A", "A"), (["cafe\u0301", "tea"], "caf\u00e9", "caf\u00e9")])
 def test_a_gold_answer_stays_what_it_is_in_its_own_file(options, gold, text):
     """However the options are labelled there, the letter in the prompt stands for the same text."""
     record = gen_cot.parse_record(changed(options=options, solution=gold))
     assert correct_answer(record)[1] == text
     shown = question_text(record).replace("B.4", "B. 4").replace(") ", ". ").splitlines()
     assert f"{gold_answer(record['solution'])}. {text}" in shown
+
+
+@pytest.mark.parametrize("gold", [
+    "(A), (C)", "(A)(C)", "(A) and (C)", "[A][C]", "A、C", "A.C", "A. C", "A: C", "A,C", "AC",  # two options
+    "B. cat", "nan", ".5"])  # the label of one and the text of another; nothing; not 5
+def test_a_gold_that_is_not_one_option_is_a_bad_record(gold):
+    with pytest.raises(ValueError, match="gold"):
+        gen_cot.parse_record(changed(options=["cat", "dog", "5"], solution=gold))
+
+
+@pytest.mark.parametrize("options", [json.dumps(json.dumps(["yes", "no"])), "'red'", "{'red', 'blue'}", "0", "red, blue"])
+def test_options_that_are_no_list_are_a_bad_record(options):
+    with pytest.raises((ValueError, SyntaxError)):
+        gen_cot.parse_record(changed(options=options, solution="A"))
 
 
 def test_golds_that_name_no_option_are_bad_records_where_one_learns_from_them(tmp_path, capsys):

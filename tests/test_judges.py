@@ -538,6 +538,8 @@ def test_a_netrc_file_does_not_replace_the_key(server, monkeypatch, tmp_path):
     ({"problem_type": "numerical", "options": [], "solution": "4"}, "There are 4 left", True),
     ({"problem_type": "numerical", "options": [], "solution": "4"}, "There are 40 left", False),
     ({"problem_type": "free-form", "options": None, "solution": "<answer></answer>"}, "anything", False),
+    ({"options": [], "solution": "A"}, "I notice a car", False),  # its options are in the question
+    ({"problem_type": "free-form", "options": [], "solution": "a car"}, "I notice one car", True),
     ({}, None, False), ({}, "", False), ({}, "\u200b", False),
 ])
 def test_the_rule_judge(fields, observation, expected):

@@ -225,7 +225,7 @@ def test_lenient_reads_what_a_sentence_settles_on(answer):
     "either B or C", "B?", "Is it B?", "B is not correct", "B and C", "B/C", "b, c", "不是B", "答案不是B", "B is wrong",
     "Rule out B", "All except B", "The answer could be A or B", "The answer is A, not B", "A rather than B",
     "B is less likely than A", "not a blue van", "a red car or a blue van", "a blue van and 12", "Incorrect: B",
-    "A because B is blue", "The answer is BC", "B is the wrong answer", "B is less correct", "I cannot choose B",
+    "There is no blue van", "No blue van is seen", "(B) and (C)", "(B), (C)", "A because B is blue", "The answer is BC", "B is the wrong answer", "B is less correct", "I cannot choose B",
     "I doubt the answer is B", "It cannot be a blue van", "a blue van is absent", "I reject option B", "A: no\nB: yes",
     "The answer is B? No, it is C.", "A\nB\nC", "A: incorrect", "A. a red car B) a blue van"])
 def test_lenient_reads_nothing_that_is_denied_or_one_of_two(answer):
@@ -236,6 +236,7 @@ def test_lenient_reads_nothing_that_is_denied_or_one_of_two(answer):
     (["3 m", "5 m"], "The distance is 5 m.", "B"), (["3 m", "5 m"], "The distance is 2.5 m.", ""), (["5", "7"], "-5", ""),
     (["$10", "$20"], "It costs $10,000", ""), (["yes", "no"], "No. The car stops.", "B"), (["yes", "no"], "No, never.", "B"),
     (["yes", "no"], "I have no idea", ""), (["Left", "Right"], "It moves to the left.", "A"),
+    (["O+", "A+"], "O-", ""), (["C++", "C#"], "C#", "B"), (["5", "7"], ".5", ""), (["> 5 m", "9 m"], "< 5 m", ""),
     (["He did not do it", "He did it"], "A. He did not do it.", "A"), (["He did not do it", "He did it"], "He did not do it!", "A")])
 def test_an_options_text_counts_where_it_is_whole_and_meant(options, answer, letter):
     labelled = [f"{name}. {text}" for name, text in zip("AB", options)]
@@ -325,7 +326,8 @@ def test_an_option_is_named_by_its_text_however_short(options, gold, right, wron
     ("5 K", "5", 0), ("3 million", "3 million", 1), ("3 million", "3 billion", 0), ("50 percent", "50", 1),
     ("1 200 m", "1200", 1), ("\u22123", "-3", 1), ("5 minutes", "5", 1), ("$5", "$5", 1), ("nan", "nan", 1),
     ("", "", 0), ("cm", "m", 0), ("3M", "3", 0), ("3.", "3", 1), ("**3**", "3", 1), (r"\boxed{3}", "3", 1),
-    ("1 hour", "1", 1),
+    ("1 hour", "1", 1), ("minus 5", "-5", 1), ("minus 5", "5", 0), ("Negative 5 m", "-5", 1), ("负5", "-5", 1),
+    ("3¾", "3", 0), ("3 ½", "3", 0), ("5 lakh", "5", 0), ("3 quarters", "3", 0), ("5 squared", "5", 0), ("5 bn", "5", 0),
 ])
 def test_lenient_numerical(answer, gold, expected):
     assert score("numerical", answer, gold, "lenient") == expected
