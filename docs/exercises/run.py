@@ -56,9 +56,7 @@ def main(words):
         patched(name)
     reproduce.DOCS, reproduce.call = HERE, call_patched
     reproduce.run_matrix(rows)
-    # PA-GRPO's rows are those of the new matrix, as far as it has come (docs/toy.md)
-    matrix = max(ROOT.glob("docs/toy_runs*.jsonl"))  # toy_runs_next.jsonl, if it is there
-    files = matrix, HERE / "toy_runs.jsonl"
+    files = ROOT / "docs/toy_runs.jsonl", HERE / "toy_runs.jsonl"
     print(reproduce.report(sum(map(reproduce.read_jsonl, files), [])))
 
 
