@@ -20,10 +20,10 @@ E2. The row "constant" is what guessing could earn. All questions that share a g
 E3. The 95 % intervals and the p of a comparison come from a bootstrap over media: questions about one video
     are drawn together. With about 30 media and scores near 95 %, an interval is too short: it covers the
     truth less often than it says.
-E4. An output without a complete answer block is scored as a whole, as Video-R1 does, unless it holds an
-    <observation> or a <think>: a thought that was cut off is no answer, and scores 0. "lenient" looks at the
-    part behind the last </think> alone, so that an answer after a finished thought counts. (In training no
-    answer block means 0.) `no tag` in the table is the share of outputs without a complete answer block.
+E4. An output without a complete answer block is scored as a whole, as Video-R1 does. Scoring "lenient" first
+    cuts it behind the last </think>, so that an answer after a finished thought counts. If what is scored
+    then holds an <observation> or a <think> it gets 0: a thought that was cut off is no answer. (In training
+    no answer block means 0.) `no tag` in the table is the share of outputs without a complete answer block.
 E5. Every question counts. One whose medium is missing or unreadable is answered wrongly, and the table has
     their number. Open-ended questions, which the paper doesn't score, are left out.
 E6. A trace is a mismatch (Table 6) where the option that its think segment settles on is not its answer.
@@ -167,8 +167,8 @@ def mean_of(score, *groups):
     """A metric: the weighted mean of the column `score`. `groups` are names of columns.
 
     Without one each question weighs the same. With "group" each group does: three questions of g1 and one of
-    g2 weigh ⅓, ⅓, ⅓ and 1. With "group", "task" the weights of each task are then divided by their sum, too,
-    so that each task weighs the same, and within it each group."""
+    g2 weigh ⅓, ⅓, ⅓ and 1. With "group", "task" each task then does, and within it each group: if both groups
+    are of one task, the four weigh ⅙, ⅙, ⅙ and ½."""
     def metric(columns, weights):
         for group in groups:
             _, of_row = np.unique(columns[group], return_inverse=True)
@@ -195,7 +195,7 @@ class Benchmark(NamedTuple):
     numbers: dict  # name -> metric(columns, weights); the first one is the paper's
     paper: tuple = ()  # Table 1: Qwen2.5-VL-7B, VideoP2R 7B, VideoP2R 3B
     mra: bool = False  # numbers are scored by mean relative accuracy, not by the training metric
-    task: object = str  # group -> the task that it is a part of
+    task: object = str  # group -> the task that it is a part of (by default itself: a group's name is a str)
 
 
 def field(name):
@@ -333,6 +333,7 @@ def rows_of(adapter, base, media, observations, args):
     A medium is (frames, fps), None or a MediaError."""
     if args.server:
         return server_rows(media, observations, args)
+    # none: a fresh adapter, which changes nothing
     model = sft.add_adapter(base[0], None if adapter == "none" else adapter, trainable=False)
     return local_rows(model, base[1], media, observations, args)
 
@@ -539,7 +540,8 @@ def row_names(adapters):
     "runs/tiny/sft" has the stem "sft" and the name "SFT". Two adapters of one name have their folders behind
     it: "SFT (sft)" and "SFT (sft2)". If the folders' last parts are equal, too, their paths are used: a/sft
     and b/sft are ("a-sft", "SFT (a/sft)") and ("b-sft", "SFT (b/sft)")."""
-    ends = [Path(adapter.partition("@http")[0]).name for adapter in adapters]  # "sft", or a server's model
+    # "sft", or of a server, which has a colon, its model
+    ends = [Path(adapter.partition("@http")[0]).name for adapter in adapters]
     names = ["base" if adapter == "none" else end if ":" in adapter else sft.read_run(adapter)["algorithm"]
              for end, adapter in zip(ends, adapters)]
     folders = [end if ends.count(end) == 1 else adapter for end, adapter in zip(ends, adapters)]
@@ -609,8 +611,8 @@ your reply with the letter, as in <option>B</option>; only if no option can be m
 
 
 def settled_by_rule(think, options):
-    """The letter of the option that a think segment ends on, None where its last sentence, from the last "so"
-    on, does not name just one."""
+    """The letter of the option that a think segment ends on: the only one that its last sentence names, or,
+    if the sentence has a "so", the part behind that. None where there is no such option."""
     sentence = re.split(r"(?<=[.!?])\s+", think.strip())[-1]
     conclusion = re.split(r"\b(?:so|thus|hence|therefore)\b", sentence, flags=re.IGNORECASE)[-1].strip(" ,")
     letter = option_key(conclusion, options, loose=True)
@@ -665,7 +667,8 @@ def kappa(columns, weights):
 
 def print_comparison(a, b, scoring):
     """Two runs on the same questions, by file: the paper's metric, the difference with its interval, and p,
-    twice the share of the bootstrap's draws in which the difference has the other sign (E3)."""
+    twice the share of the bootstrap's draws in which the difference is 0 or has the other sign (E3), at least
+    1 in 1,000."""
     first, second = ({key_of(row): row for row in read_completions(path)} for path in (a, b))
     # both by A's record: in B a gold can be another one, or the file's name, which decides the metric
     shared = [(row, dict(row, completion=second[key]["completion"])) for key, row in first.items()

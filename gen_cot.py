@@ -22,8 +22,8 @@ Our choices where the paper is silent:
 G1. T frames are sampled, 2 per second, but at least 4, at most `--num-frames`, and no more than the clip has.
     T is rounded down to an even number. (A clip of one frame gives it twice.) Their times are evenly spaced
     from the middle of the clip's first frame to the middle of its last. At each we take the frame that a
-    player has on screen. The sampled rate, from which sft.py computes positions, is T over the seconds of all
-    of the clip's frames.
+    player has on screen. The sampled rate, from which sft.py computes positions, is T over the clip's whole
+    duration, not over the span of the T times.
 G2. Both sides of a frame are rounded to multiples of 28 (patch 14 × merge 2) within the pixel budget, aspect
     kept. Frames of a clip under 128·28² pixels are enlarged to that, as far as the budget allows.
 G3. The options appear once in the prompt: they are appended unless the question holds them as "A. text".
@@ -204,8 +204,8 @@ def generate(records, args):
                              question=question_key(record), problem_id=record.get("problem_id"))
 
     # Each item of the generator `jobs` is a question that was submitted once its medium was decoded. With 64
-    # threads `in_order` has up to 128 of them submitted at a time: 64 are at the server, the others wait for
-    # a thread. So no thread has to wait for a medium.
+    # threads `in_order` has up to 128 of them submitted at a time: 64 are at the server, and the next 64 are
+    # decoded already, so that a thread that gets free has one at once.
     jobs = (teacher.pool.submit(ask, key, record, media)
             for key, (record, media) in zip(todo, read_ahead(todo.values(), args)))
     outputs = dict(teacher.replies)
@@ -228,7 +228,7 @@ def media_parts(frames, fps):
 
 def stamped_jpegs(frames, fps, quality=90, side=65_500):
     """(time stamp, JPEG) of each frame, made smaller where a side is over `side`, by default the most that a
-    JPEG can have. The stamps go evenly from 0 to the clip's end, len(frames) / fps. (They are rounded: the
+    JPEG can have. The stamps go evenly from 0 to the clip's end, len(frames) / fps. (Approximately: the
     sampled times begin and end half a frame within, see G1.) A picture's is ""."""
     for i, frame in enumerate(frames):
         stamp = "" if fps is None else f"{i * len(frames) / fps / (len(frames) - 1):.1f} s"
@@ -259,8 +259,8 @@ def load_traces(path, records):
             continue  # a line that a kill tore, or an error
         own = re.fullmatch("[0-9a-f]{24}", str(row.get("question")))
         key = own[0] if own else id_of(row.get("problem_id"))
-        # an id or a question's hash -> its trace; None once two differ, and from then on, as no text is None
-        traces[key] = row["output"] if traces.get(key, row["output"]) == row["output"] else None
+        if traces.setdefault(key, row["output"]) != row["output"]:
+            traces[key] = None  # two that differ: it stays None, which no text equals
     outputs = []
     for record, number in zip(records, map(id_of, numbers)):
         outputs.append(traces.get(question_key(record)) or (traces.get(number) if ids[number] == 1 else None))
@@ -413,7 +413,7 @@ FOLDER_FPS = 3.0  # of a folder of frames whose record names no rate (TVQA's in 
 # fields by which others name a part of a clip: start, video_start, clip_start_time, …
 PART = re.compile(r"((video|clip|segment)_)?(start|end|begin)(_(time|sec|frame))?|timestamps|time_range|span")
 VISION = r"<\|vision_start\|>.*?<\|vision_end\|>"  # Qwen's own tokens
-# placeholders of the medium: <image> and <video> go at either end of the question, Qwen's own anywhere
+# placeholders of the medium: <image> and <video> are removed at both ends of the question, Qwen's anywhere
 PLACE = rf"(<image>|<video>|{VISION})"
 PLACEHOLDER = re.compile(rf"\A({PLACE}\s*)+|({PLACE}\s*)+\Z|{VISION}", re.DOTALL)
 
@@ -506,6 +506,7 @@ def hold_out(records, share=0.02):
     and the hash picks none of them, the one with the least hash is held out, for this file only. 0 holds out
     none."""
     ranks = sorted((int(digest(path), 16) / 16**24, path) for path in {record["path"] for record in records})
+    # at least one of ten media or more (True counts as 1)
     count = max(sum(rank < share for rank, _ in ranks), share > 0 and len(ranks) >= 10)
     chosen = {path for _, path in ranks[:count]}
     return ([record for record in records if record["path"] in chosen],
@@ -597,9 +598,11 @@ def read_frames(path, num_frames=16, max_pixels=128 * FACTOR**2, min_frames=4):
 
 
 def pick_frames(path, stamps, num_frames, max_pixels, min_frames):
-    """(frames, fps) as in `read_frames`, from the (pts, duration, is keyframe) of all frames. Seeks to
-    keyframes; where the stamps have none, frame i is the i-th one decoded. LookupError where a frame is not
-    where its packet said."""
+    """(frames, fps) as in `read_frames`, from the (pts, duration, is keyframe) of all frames.
+
+    Where the stamps name keyframes, it seeks to them, and a decoded frame's time says which one it is. Where
+    they name none (`read_frames`' second try) it decodes all, and frame i is the i-th one. LookupError, of
+    which KeyError is a kind, where a frame is not where its packet said."""
     # at: the index of the frame that was decoded last; -1 before the first; None between a seek and the next
     # frame, whose time says where we are
     frames, at = [], -1
@@ -625,6 +628,7 @@ def pick_frames(path, stamps, num_frames, max_pixels, min_frames):
             # decode until frame i; if `at` is i already, `frame` is used again
             while at is None or at < i:
                 frame = next(decoded, None)
+                # a seek can end at a frame that is no keyframe
                 if frame is None or (at is None and frame.pict_type != av.video.frame.PictureType.I):
                     raise LookupError("no frame, or no keyframe though its packet says so")
                 at = index[frame.pts] if keyframes else at + 1  # KeyError: a time that no packet has
@@ -662,7 +666,7 @@ def read_ahead(records, args, read=None, timeout=None):
     pools = []  # the last one is in use
 
     def begin(record):
-        if not pools or not pools[-1].active:  # pebble gives a pool up where an idle worker is killed
+        if not pools or not pools[-1].active:  # pebble closes a pool of which an idle worker was killed
             pools.append(ProcessPool(args.workers, context=context, initializer=init_worker))
         return pools[-1].schedule(read or read_media, (record, args.num_frames, args.max_pixels),
                                   timeout=timeout or DECODE_TIMEOUT)
@@ -725,9 +729,9 @@ def parse_gold(record, options, lost_golds):
         raise ValueError("it has no gold answer")
     if record["problem_type"] != "multiple choice":
         return gold
-    # A letter in the file counts places from the first, the empty ones too. Of ["", "red", "blue"] the empty
-    # option is dropped, and `options` is {"B": "red", "C": "blue"}. The file's gold "B" means red, whose new
-    # letter is A. Where the record has no options (they may be in the question), any letter is a gold.
+    # `options` is {the file's letter: option}. Of ["", "red", "blue"] it is {"B": "red", "C": "blue"}: a
+    # letter in the file counts the empty places, too. The file's gold "B" is index 0, red, whose new letter
+    # is A. Where the record has no options (they may be in the question), any letter is a gold.
     texts, labelled = list(options.values()), OPTION.fullmatch(gold)
     index = option_index(gold, texts, list(options or LETTERS))
     texts = [text for _, text in read_labels(texts)] or texts
@@ -812,8 +816,9 @@ def to_pixels(frame, stream, shape, max_pixels):
     # The matrix shows the pixel (x, y), y down, at (a x + c y, b x + d y), and the result is moved into view.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
     # Upright, b and c are about 0: the pixel is shown at (a x, d y), and a negative a or d mirrors. In a
-    # quarter turn a and d are about 0: it is shown at (c y, b x). So we swap x and y by a transposition,
-    # after which c has the place of a, and b that of d. Example: 90° clockwise has c < 0 < b.
+    # quarter turn a and d are about 0: it is shown at (c y, b x). A transposed picture has its x and y
+    # swapped, so there it is (c x, b y): c has the place of a, and b that of d. Of 90° clockwise c is
+    # negative and b positive: transposed, then mirrored left to right.
     if abs(b) > abs(a):
         image, a, d, sides = image.transpose(Image.TRANSPOSE), c, b, sides[::-1]
     image = ImageOps.mirror(image) if a < 0 else image
@@ -864,7 +869,7 @@ def init_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    gc.freeze()  # never collect the parent's objects here: to free a decoder waits for the parent's threads
+    gc.freeze()  # never free the parent's objects here: a decoder would wait for threads that it lacks here
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ Why GRPO hardly learns to see: it pays the observation's tokens for the answer. 
     a, g    the accuracy of the answers after right and after wrong observations,
     q       = p a + (1 - p) g, the accuracy of all answers.
 
-Let the rewards be 0 or 1. Then GRPO's advantage is the answer's, but for its scale, and PA-GRPO's is the
-observation's. The covariance of the two is p (a - q) = p (1 - p) (a - g). Divided by both standard deviations
-it is the correlation of GRPO's advantage with being right in the observation:
+Let the rewards be 0 or 1, for the answer and for the observation. Both are right with probability p a, so
+the covariance of the two rewards is p a - p q = p (1 - p) (a - g). Divided by both standard deviations it is
+their correlation, and that of GRPO's advantage with being right in the observation:
 
     c = (a - g) √(p (1 - p) / (q (1 - q)))
 
@@ -67,16 +67,16 @@ P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3
     mean over samples of π is KL(π || π_ref). But the gradient that autograd gives is on average that of
     KL(π_ref || π), as autograd takes the samples as fixed. Proof: ∇x = -∇log π, so a sample's gradient is
     (1 - exp(x)) ∇log π = (1 - π_ref/π) ∇log π. The mean over samples of π is E_π[∇log π] - E_ref[∇log π]. The
-    first term is 0. The second is the gradient of KL(π_ref || π).
+    first term is 0. The second, with its minus, is the gradient of KL(π_ref || π).
 P5. Completions are sampled at temperature 1, without top-p, top-k or penalties: the loss is about the
-    distribution that is sampled, up to the ban below. Of the added tokens (visual, chat control, tools) only
-    `<|im_end|>` can be sampled, which ends a turn of the chat format. The others would be inputs without
-    meaning: a visual token stands for a part of a picture, of which a completion has none, and a control
-    token would begin somebody else's turn. Nor can ids be sampled that stand for no token. The sampled ids
-    are kept and trained on as they are; completions cut at the limit count as truncated. The ban changes what
-    is sampled and nothing else. Every log-prob, the rollout's too, is normalised over the whole vocabulary,
-    so that policy and reference stay the model's own distributions. A sampled token's log-prob is therefore a
-    little below that of the distribution that it was drawn from.
+    distribution that is sampled, but for a ban on some tokens. Of the added tokens (visual, chat control,
+    tools) only `<|im_end|>` can be sampled, which ends a turn of the chat format. The others would be inputs
+    without meaning: a visual token stands for a part of a picture, of which a completion has none, and a
+    control token would begin somebody else's turn. Nor can ids be sampled that stand for no token. The
+    sampled ids are kept and trained on as they are; completions cut at the limit count as truncated. The ban
+    changes what is sampled and nothing else. Every log-prob, the rollout's too, is normalised over the whole
+    vocabulary, so that policy and reference stay the model's own distributions. A sampled token's log-prob is
+    therefore a little below that of the distribution that it was drawn from.
 P6. If the judge fails to give a verdict on a completion, R_P is NaN, never 0. The completion is left out of
     the mean and std of every reward that contains R_P, and its advantage for that reward is 0. The advantages
     that its tokens still get, by the value of --without:
@@ -148,14 +148,14 @@ class Args(sft.TrainingFlags):
     adapter: str | None = None  # the SFT adapter to start from (default: runs/<model>/sft); none: the base
     judge: str = "self"  # the frozen base; or rule, anthropic:MODEL, openai:MODEL@URL, FILE.py:FUNCTION
     algorithm: Literal["pa-grpo", "grpo"] = "pa-grpo"  # grpo is --without perception
-    # the reward that is left out; separation: one reward, the sum; assignment: one advantage, the sum (P7)
+    # leave out this reward; or separation: one reward, the sum; assignment: one advantage, the sum (P7)
     without: Literal["perception", "reasoning", "length", "separation", "assignment"] | None = None
     num_generations: int = 8  # completions per prompt, G (paper: 8)
     prompts_per_update: int = 7  # prompts per optimiser step (paper: 7)
     num_iterations: int = 1  # gradient steps per rollout, μ
     updates: int = 1000  # rollouts, each with μ optimiser steps (paper: 1000)
-    prompts_per_rollout: int | None = None  # generate for so many prompts at a time (default: all; memory)
-    completions_per_pass: int | None = None  # of a group, per training pass (default: all; memory)
+    prompts_per_rollout: int | None = None  # sample for so many prompts at a time (default: all; less memory)
+    completions_per_pass: int | None = None  # of a group, per training pass (default: all; less memory)
     max_completion_tokens: int = 768  # cut completions here (Video-R1: 768)
     clip_eps: float = 0.2  # ε of Eq. 7
     beta: float = 0.04  # β of Eq. 7 (Video-R1: 0.04); 0 skips the reference pass
@@ -225,8 +225,8 @@ def train(model, tokenizer, records, judge, args):
     optimizer = sft.setup_training(model, args)
     start = sft.load_checkpoint(model, optimizer, run, args)
     unanswered = 0  # updates in a row
-    # Up to 48 prompts about held-out media are for the curves, the same ones for every --seed. The others are
-    # trained on, over and over.
+    # Up to 48 prompts about held-out media are for the curves, the same ones for every --seed. All records
+    # about the other media are trained on, over and over.
     fixed = gen_cot.draw(held_out, 48, seed=0)
     print(f"{len(fixed)} prompts of held-out media for the curves")
     # by default the tokens of a question of 300 words with all frames
@@ -273,7 +273,7 @@ def train(model, tokenizer, records, judge, args):
     kept = [row for row in rows if row.get("kept") and row.get("fixed/reasoning") is not None]
     if kept:
         best = max(kept, key=lambda row: row["fixed/reasoning"])
-        print(f"{best['kept']} answers the held-out prompts best. They chose it: report it on others.")
+        print(f"{best['kept']} answers the held-out prompts best. Report its figure on other prompts.")
     gen_cot.print_stats("judge", judge)
 
 
@@ -288,6 +288,7 @@ def run_name(args):
 def tell_lost_processes(rows, args):
     """Says which process never had a gradient by its own reward in these rows of the log."""
     for process in ("perception", "reasoning"):
+        # the shares of groups with equal rewards that are known and not 1: {} if it never differed in a group
         spread = {row.get(f"frac_reward_zero_std/{process}") for row in rows} - {None, 1.0}
         if not spread and process != args.without:
             print(f"There was no gradient of {process} in any update by its own reward. It never differed "
@@ -358,8 +359,8 @@ def update(model, tokenizer, optimizer, encoded, judge, lr, args):
         metrics["frac_no_gradient"] = nan_mean(gather_object(flat))  # only the KL term acts there (Fig. 6c)
     # the entropy of each process, by its sampled tokens
     for process in ("perception", "reasoning"):
-        own = [-group.sampled_logprobs[getattr(group, f"{process}_mask")] for group in groups]
-        metrics[f"entropy/{process}"] = nan_mean(gather_object(torch.cat(own).tolist()))
+        own = [(-group.sampled_logprobs[getattr(group, f"{process}_mask")]).tolist() for group in groups]
+        metrics[f"entropy/{process}"] = nan_mean(gather_object(list(chain.from_iterable(own))))
     metrics["peak_gib"] = max(value for key, value in metrics.items() if key.startswith("gib/"))
     return groups, reward_metrics(gather_object([group.scores for group in groups])) | metrics
 
@@ -639,9 +640,10 @@ class RolloutCache:
 
     `rows` and `columns` say which part of this memory the next forward pass sees; `replace(cache, rows=…,
     columns=…)` gives another view of the same memory. The pass over prompt 1 sees rows 2 and 3, columns 2 to
-    4. A pass of the decode loop sees all rows, and the columns up to the token that it is fed. In both the
-    keys and values of the tokens that are fed go into the last columns of the part. The library calls nothing
-    but `update`, as we pass masks and positions ourselves."""
+    4. A pass of the decode loop sees the rows that still go on (`close_gaps` keeps them in front), and the
+    columns up to the token that it is fed. In both the keys and values of the tokens that are fed go into the
+    last columns of the part. The library calls nothing but `update`, as we pass masks and positions
+    ourselves."""
     layers: list  # for each layer its keys and values, (rows, key-value heads, columns, d) each
     rows: slice
     columns: slice
@@ -655,7 +657,7 @@ class RolloutCache:
     def update(self, keys, values, layer, *args, **kwargs):
         """Called by the library's attention with (n, heads, tokens, d) of the new tokens; returns n rows of
         all columns so far. A prompt is one row (n = 1): it is written to all G rows of its group, and one of
-        them comes back. While decoding, n is all rows."""
+        them comes back. While decoding, n is the number of rows that go on."""
         stop, seen = self.columns.stop, []
         for room, new in zip(self.layers[layer], (keys, values)):
             room[self.rows, :, stop - new.shape[2]:stop] = new
@@ -734,8 +736,8 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
             ids[rows, t], mask[rows, t] = token, True
             # normalised over the whole vocabulary, the banned tokens too (P5)
             logprobs[rows, t] = -F.cross_entropy(logits, token, reduction="none")
-            # Rows that have not ended. (The mask, which is true for all of them, makes a tensor of the plain
-            # True that the comparison is where `eos_token_id` is None, as in `probe`.)
+            # Rows that have not ended. (In `probe` `eos_token_id` is None, and `token != None` is the bool
+            # True. The mask, which is true for all these rows, makes a tensor of it.)
             going = (mask[rows, t] & (token != tokenizer.eos_token_id)).nonzero()[:, 0]
             if t + 1 == max_tokens or not len(going):
                 break

@@ -19,9 +19,9 @@ R1. Format: the stripped completion is the three blocks in order, each once, non
 R2. The answer is the first answer block after the think block; without a complete think block, the first one
     anywhere, so that `<answer>B</answer>` alone is B. No answer, or an empty one, scores 0 whatever the gold
     is.
-R3. Scoring "paper" agrees with the metric of Video-R1 and its successors unless that can be exploited.
-    Unlike there, NaN, infinities and empty texts score 0, and in regression an answer of 0 to a gold of
-    0 scores 1. In answers, characters that show nothing don't count.
+R3. `scoring` is "paper" or "lenient". "paper" is the metric of Video-R1 and its successors, except where that
+    metric can be exploited: here NaN, infinities and empty texts score 0. In regression an answer of 0 to a
+    gold of 0 scores 1. In answers, characters that show nothing don't count.
 R4. Scoring "lenient" never gives less than "paper". It takes what a person would take. For B it also takes b,
     B., (B), B. text, **B**, \\boxed{B}, the option's text, "the answer is B", "B, because …". For 5 it also
     takes 5 m, "there are 5 chairs", "2 + 3 = 5". It also takes any answer that is spelled exactly like the
@@ -112,9 +112,9 @@ def format_rewards(completion):
             sketch += SKETCH.get(piece, "." if strip_invisible(piece) else "-")
     before, closing, after = sketch.partition("o")
     if not closing:
-        # no </observation>: where an observation was opened, cut all in front of the first think or answer
-        # tag, so that `O.T.tA.a` becomes `T.tA.a`
-        after = re.sub("^[^TtAa]*O[^TtAa]*", "", sketch)
+        # no </observation>: the whole sketch, or, if an observation was opened, from the first think or
+        # answer tag on, so that of `O.T.tA.a` it is `T.tA.a`
+        after = sketch[re.search("[TtAa]|$", sketch).start():] if "O" in sketch else sketch
     return float(before == "O." and closing == "o"), float(after == "T.tA.a")
 
 
@@ -163,7 +163,7 @@ def answer_score(problem_type, answer, gold, scoring="paper", options=None):
     if problem_type == "multiple choice":
         key = option_key(gold, options)  # the gold's letter; if it has none, its words
         gold_is_option = not options or key in LETTERS  # else the record is bad, and no answer is right
-        same = answer == gold or (lenient and key != "" and option_key(answer, options, True) == key)
+        same = answer == gold or (lenient and key != "" and option_key(answer, options, loose=True) == key)
         return float(gold_is_option and same)
     if answer == gold and lenient:
         return 1.0
@@ -228,7 +228,7 @@ def process_rewards(record, completion, verdict, num_tokens, length_ranges, bonu
     reasoning_length = length_reward(reasoning_tokens, reasoning_accuracy, reasoning_format,
                                      *reasoning_range, bonus)
     if math.isnan(perception_accuracy):
-        perception_length = math.nan  # `length_reward` gave 0, but it is unknown: kept out of the means
+        perception_length = math.nan  # it is unknown, though `length_reward` gave 0: not in the log's means
 
     perception = perception_accuracy + perception_format + perception_length  # Eq. 5
     reasoning = reasoning_accuracy + reasoning_format + reasoning_length
@@ -284,7 +284,8 @@ def make_judge(spec, prompt_file=None, generate=None, **client_options):
     if file.endswith(".py") and Path(file).exists() and (judge := runpy.run_path(file).get(name)):
         return judge
     if spec == "self" and generate:
-        return Judge(lambda prompts, lacks: generate(prompts), prompt)  # a local model is asked once
+        # a local model is asked once, whatever its reply lacks
+        return Judge(lambda prompts, lacks: generate(prompts), prompt)
     if str(spec).startswith(("anthropic:", "openai:")):
         client = ChatClient(spec, **client_options)
         return Judge(client.ask, prompt, client.stats)
@@ -322,8 +323,9 @@ def read_verdict(reply):
     # after the last </think>, before any later <think>
     reply = reply.lower().rpartition("</think>")[2].partition("<think>")[0]
     said = re.findall(r"<judge?ment>(.*?)</judge?ment>", reply, re.DOTALL)
-    # The verdict is the first word, unless what follows it is one of these, in the order of the pattern: a
-    # letter ("nothing"); "or no"; a slash ("yes/no"); anywhere, another <judgement> that opens.
+    # The verdict is the first word. It is None if what follows that word is, in the order of the pattern: a
+    # letter, as in "nothing"; ", or no"; a slash, as in "yes/no"; anywhere, another tag that opens, as in
+    # "<judgement>yes <judgement>no</judgement>".
     hedged = r"[a-z]|[\s,(]*(?:or|and)\W+(?:yes|no)\b|\s*[/|\\]|.*<judge"
     word = re.match(rf"[\W_]*(yes|no)(?!{hedged})", said[-1], re.DOTALL) if said else None
     return word and word[1] == "yes"
@@ -492,12 +494,15 @@ BE = r"(?:is|seems|(?:would|should|must|will) be)(?: (?:most )?(?:likely|probabl
 ANNOUNCED = [re.compile(rf"(?i)(?:(?:{words})(?:\W*?\b{BE}\b|['’]s\b|[是为])?[\s:：*,]*)+") for words in (
     r"\banswer\b|答案", "=", r"\b(?:option|choice|choose|select|pick|letter|go with|it)\b|选项?",
     r"\b(?:so|thus|hence|therefore|final)\b")]
-# Where a remark begins, shown by a bar. The pattern's three ways in order: at a word, "B| because it rolls",
-# "B| is right"; at a comma or a sentence's end, "B|, the ball is red", unless a label or number follows, as
-# in "red, B"; at a new line, unless a later line has a label.
-REMARK = re.compile(rf",?\s\(?(?i:because|since|as|for|not|rather|{BE} (?:the )?(?:best |most likely )?(?:"
-                    r"right|correct|answer))\b|(?:[,;]|(?<=\w\w)[.!])\s(?!.{0,99}(?:\b[A-N]\b|\b[a-n]\W*\Z|"
-                    r"\d))|\n(?!(?s:.*)\b[A-N](?:[).:\n]|\Z))")
+# Where a remark begins, shown by a bar.
+REMARK = re.compile(
+    # at a word: "B| because it rolls", "B| is right"
+    rf",?\s\(?(?i:because|since|as|for|not|rather|{BE} (?:the )?(?:best |most likely )?"
+    r"(?:right|correct|answer))\b"
+    # at a comma or a sentence's end, unless a label or a number follows: "B|, the ball is red", but "red, B"
+    r"|(?:[,;]|(?<=\w\w)[.!])\s(?!.{0,99}(?:\b[A-N]\b|\b[a-n]\W*\Z|\d))"
+    # at a new line, unless a later line has a label
+    r"|\n(?!(?s:.*)\b[A-N](?:[).:\n]|\Z))")
 NUMBER = re.compile(r"(?<![A-Za-z\d_.^<>≤≥≠√])([-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+|(?=\.\d))(?:\.\d+)?"
                     r"(?:[eE][-+]?\d+)?)(?!\s?[²³¼½¾⅓⅔]|[\d^])\.?\s*([%°]|[^\W\d_]+)?")  # -1,200.5 cm
 MINUS = re.compile(r"[−–－](?=\d)|(?i:\b(?:minus|negative) |负)(?=\d)")
@@ -535,6 +540,7 @@ def without_units(answer, gold):
     """The numbers in both, as texts, "" for none. Both are "" if both have units and these differ. They are
     also "" if only one has a unit and that is a multiplier."""
     (a, unit), (b, gold_unit) = read_number(answer), read_number(gold)
+    # the sum is the one unit that there is
     unit_on_one_side = "" in (unit, gold_unit) and not MULTIPLIER.fullmatch(unit + gold_unit)
     return (a, b) if unit == gold_unit or unit_on_one_side else ("", "")
 

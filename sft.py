@@ -90,7 +90,7 @@ class TrainingFlags(ModelFlags):
     lr: float = 1e-4  # peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)
     max_grad_norm: float = 5.0  # clip gradients to this norm (Video-R1: 5)
     checkpointing: bool = True  # of activations, to save memory
-    max_prompt_tokens: int | None = None  # leave out longer prompts (default: 300 words and all frames)
+    max_prompt_tokens: int | None = None  # leave out longer prompts (default: than 300 words, all frames)
     save_every: int = 20  # steps between two checkpoints
     show_every: int = 25  # every N steps: curves.png; in RL a group on screen, accuracy on held-out prompts
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None  # gets every row of the log, too
@@ -141,11 +141,11 @@ def train(model, tokenizer, records, args):
     tracker = start_tracker(args)
     with open_log(args.output / "metrics.jsonl", start) as log:
         for step in resumable("SFT", start, steps, model, optimizer, args, CURVES):
-            # take this rank's share of a batch: its media were decoded while the last step ran
+            # take this rank's share of a batch of `size`: its media were decoded while the last step ran
             size = min(args.batch_size, len(order) - step * args.batch_size)
             encoded, media_log = encode_batch(media, size, template, tokenizer, config, limit)
             row = {"step": step, "lr": cosine_lr(step, steps, args.lr)} | media_log
-            # learn, unless all ranks together have skipped all of it
+            # learn, unless all of the batch was skipped (skipped_media is of all ranks)
             if row["skipped_media"] < size:
                 with measured("step", row):
                     row |= sft_step(model, tokenizer, optimizer, encoded, row["lr"], args)
@@ -214,7 +214,7 @@ def target_text(record, process_agnostic=False):
 
 
 def target_ids(record, tokenizer, process_agnostic=False):
-    """The completion's tokens, (T,) int64, the end-of-sequence token included."""
+    """The completion's tokens, (T,) int64, the end-of-sequence token included and no other control token."""
     ids = token_ids(defuse(target_text(record, process_agnostic), tokenizer), tokenizer)
     return torch.cat([ids, torch.tensor([tokenizer.eos_token_id])])
 
@@ -326,7 +326,7 @@ def save_adapter(model, folder, run=None):
 
 # --- from a record to tensors -------------------------------------------------------------------------------
 
-PATCH, MERGE, TEMPORAL = 14, 2, 2  # pixels a patch side; patches a token side; frames a temporal patch
+PATCH, MERGE, TEMPORAL = 14, 2, 2  # pixels per patch side; patches per token side; frames per temporal patch
 PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
@@ -447,6 +447,7 @@ def embed_prompts(model, prompts):
     if len(grids):
         pixels = torch.cat([p.pixel_values for p in prompts]).to(device)
         is_visual = (ids == qwen.config.image_token_id) | (ids == qwen.config.video_token_id)
+        # the tower's `pooler_output` has one state for each visual token
         embeds[is_visual] = qwen.visual(pixels, grid_thw=grids).pooler_output.to(embeds.dtype)
     for prompt, own in zip(prompts, embeds.split([len(p.input_ids) for p in prompts])):
         prompt.embeds = own
@@ -592,8 +593,8 @@ def worst_prompt(tokenizer, config, args, words=300):
 
 
 def encode_medium(record, medium, text, tokenizer, config, limit=None):
-    """The Prompt of a text with its medium: (frames, fps), or None without one. A MediaError stays one, and a
-    prompt over `limit` tokens becomes one."""
+    """The Prompt of a text with its `medium`, which is (frames, fps), or None where there is none. A medium
+    that is a MediaError is returned as it is, and a prompt over `limit` tokens as a MediaError."""
     if isinstance(medium, MediaError):
         return medium
     if medium is None:
@@ -694,8 +695,8 @@ def check_resume(run, old):
 
 
 def save_checkpoint(step, model, optimizer, folder):
-    """All that a run needs to go on with this step: the order of the data and the random numbers of the
-    sampling follow from seed and step."""
+    """Saves all that a run needs to go on with this step: weights, AdamW's moments, the step. (The order of
+    the data and the random numbers of the sampling follow from seed and step.)"""
     if is_first():
         check_finite(model)
         weights = [p.detach() for p in trainable_parameters(model)]
@@ -737,6 +738,7 @@ def resumable(name, start, steps, model, optimizer, args, curves):
     yield. The weights are saved, too, unless AdamW has begun its step.
     """
     asked = []  # the signals so far
+    # AdamW counts its steps for each weight: if the sum hasn't changed, it has changed no weight
     adamw_steps = lambda: sum(int(state["step"]) for state in optimizer.state.values())
 
     def receive(number, frame):  # raises nothing: an exception inside a __del__ would be swallowed

@@ -127,20 +127,21 @@ def run_here(clone, monkeypatch, command):
 
 
 def test_two_ranks_learn_what_one_learns(clone, monkeypatch):
-    """Their shares of the prompts, of three two and one, gradients added up: five steps with the same losses,
-    in both stages."""
+    """Their shares of the prompts, gradients added up: five steps with the same losses, in both stages. Of
+    three prompts the ranks have two and one; of one prompt the second rank has none."""
     commands = ["sft.py --model tiny --limit 40 --batch-size 8 --micro-batch 2 --output runs/NAME/sft",
                 "pagrpo.py --model tiny --updates 5 --prompts-per-update 3 --num-generations 4 "
                 "--max-completion-tokens 32 --limit 100 --held-out 1e-9 --output runs/NAME/pagrpo"]  # of one medium
+    commands += [commands[1].replace("-update 3", "-update 1").replace("NAME/pagrpo", "NAME/alone")]
     script = ["import sys, sft, pagrpo", "assert sft.process().num_processes == 2"]
-    for stage, command in zip(("sft", "pagrpo"), commands):
-        words = command.replace("NAME", "two").split()
+    for command in commands:
+        words, stage = command.replace("NAME", "two").split(), command.partition(".py")[0]
         script += [f"sys.argv = {words}", f"{stage}.main({stage}.get_args())"]
     (clone / "both.py").write_text("\n".join(script))
     run(clone, f"-m torch.distributed.run --nproc_per_node 2 --master_port {free_port()} both.py")
     for command in commands:
         run_here(clone, monkeypatch, command.replace("NAME", "one"))
-    for stage in ("sft", "pagrpo"):
+    for stage in ("sft", "pagrpo", "alone"):
         one, two = (without_times(clone / "runs" / name / stage) for name in ("one", "two"))
         assert len(one) == 5 and one[0]["loss"] != one[4]["loss"]
         for row, other in zip(one, two, strict=True):
