@@ -25,7 +25,8 @@ E4. An output without a complete answer block is scored as a whole, as Video-R1 
     then holds an <observation> or a <think> it gets 0: a thought that was cut off is no answer. (In training
     no answer block means 0.) `no tag` in the table is the share of outputs without a complete answer block.
 E5. Every question counts. One whose medium is missing or unreadable is answered wrongly, and the table has
-    their number. Open-ended questions, which the paper doesn't score, are left out.
+    their number. (With --only-held-out a missing one is left out, as in training.) Open-ended questions,
+    which the paper doesn't score, are left out.
 E6. A trace is a mismatch (Table 6) where the option that its think segment settles on is not its answer.
     A conclusion that names one option is read by rule; the rest by `--judge`, or is unknown without one.
 """
@@ -240,8 +241,9 @@ def load_questions(args):
     records = []
     for path in paths or [Path(args.data)]:
         asked = gen_cot.load_records(path, args.media_root, ("open-ended",), lost_golds=True)
-        if args.only_held_out:
-            asked, _ = gen_cot.hold_out(asked, args.held_out)
+        if args.only_held_out:  # as the trainers: of the media that are there
+            there = [record for record in asked if Path(record["media"]).exists()]
+            asked, _ = gen_cot.hold_out(there, args.held_out)
         for record in gen_cot.draw(asked, args.limit, args.seed):
             records.append(dict(record, file=path.name))
             bench_of(path.name).group(records[-1])  # an error here, not after hours of decoding
@@ -268,7 +270,7 @@ def read_completions(path):
     path, ours = Path(path), Path(path).suffix != ".json"
     rows = read_jsonl(path) if ours else json.loads(path.read_text("utf-8-sig"))
     rows = rows["results"] if isinstance(rows, dict) and "results" in rows else rows
-    first = rows if isinstance(rows, dict) else next(iter(rows), {})  # of a dict the error names the keys
+    first = rows if isinstance(rows, dict) else next(iter(rows), {})  # a dict is no completions: told below
     fields = "problem", "problem_type", "path", "data_type", "solution", "completion" if ours else "output"
     missing = [field for field in fields if field not in first]
     if rows and missing:
@@ -546,7 +548,7 @@ def row_names(adapters):
              for end, adapter in zip(ends, adapters)]
     folders = [end if ends.count(end) == 1 else adapter for end, adapter in zip(ends, adapters)]
     stems = [re.sub(r"[^\w.]+", "-", folder).strip("-") for folder in folders]
-    names = [name if names.count(name) == 1 else f"{name} ({end})" for name, end in zip(names, folders)]
+    names = [name if names.count(name) == 1 else f"{name} ({folder})" for name, folder in zip(names, folders)]
     return dict(zip(adapters, zip(stems, names)))
 
 
@@ -702,7 +704,7 @@ def write_page(folder, judge, args):
     results = {path.parent: json.loads(path.read_text("utf-8")) for path in folder.rglob("results.json")}
     for place in sorted({path.parent for path in folder.rglob("*.jsonl")}):
         run, below = sft.read_run(place), place.relative_to(folder)
-        name, settings = f"{run['algorithm']} ({below})", results.get(place, run).get("settings")
+        name, settings = f"{run['algorithm']} ({below})", results.get(place, {}).get("settings")
         medium = partial(page_medium, place, settings or run.get("flags", {}), args)
         curves[name] = read_jsonl(place / "metrics.jsonl")
         rollouts += [page_rollout(row, name, medium) for row in read_jsonl(place / "rollouts.jsonl")]

@@ -75,6 +75,7 @@ from rewards import (LETTERS, OPTION, PROBLEM_TYPES, RIGHT, ChatClient, UserErro
 
 MODELS = {"tiny": "data/toy/base", "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
           "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct"}
+# questions and raw traces of the toy; the verified ones go to runs/tiny/gen_cot/cot.jsonl
 TINY = dict(data="data/toy/cot.jsonl", media_root="data/toy", traces="data/toy/traces.jsonl", judge="rule")
 
 
@@ -597,47 +598,6 @@ def read_frames(path, num_frames=16, max_pixels=128 * FACTOR**2, min_frames=4):
             return pick_frames(path, stamps, num_frames, max_pixels, min_frames)
 
 
-def pick_frames(path, stamps, num_frames, max_pixels, min_frames):
-    """(frames, fps) as in `read_frames`, from the (pts, duration, is keyframe) of all frames.
-
-    Where the stamps name keyframes, it seeks to them, and a decoded frame's time says which one it is. Where
-    they name none (`read_frames`' second try) it decodes all, and frame i is the i-th one. LookupError, of
-    which KeyError is a kind, where a frame is not where its packet said."""
-    # at: the index of the frame that was decoded last; -1 before the first; None between a seek and the next
-    # frame, whose time says where we are
-    frames, at = [], -1
-    with open_video(path) as (container, stream):
-        # when each frame appears: its packet's time, else one after the other at the stream's rate
-        step = float(1 / (stream.average_rate or 25) / stream.time_base)
-        if any(pts is None for pts, _, _ in stamps):
-            stamps = [(i * step, step, False) for i in range(len(stamps))]
-        stamps = sorted(stamps)
-        index = {pts: i for i, (pts, _, _) in enumerate(stamps)}
-        keyframes = [i for i, (_, _, is_keyframe) in enumerate(stamps) if is_keyframe]
-        starts = np.array([pts for pts, _, _ in stamps]) * float(stream.time_base)
-        end = (stamps[-1][0] + (stamps[-1][1] or step)) * float(stream.time_base)
-
-        # decode on to each sampled frame; if the last keyframe up to it is over SEEK_OVER frames ahead, jump
-        # there first
-        decoded = container.decode(stream)
-        for i in sample_indices(starts, end, num_frames, min_frames=min_frames):
-            key = max((k for k in keyframes if k <= i), default=-1)
-            if key > at + SEEK_OVER:
-                container.seek(stamps[key][0], stream=stream)
-                decoded, at = container.decode(stream), None
-            # decode until frame i; if `at` is i already, `frame` is used again
-            while at is None or at < i:
-                frame = next(decoded, None)
-                # a seek can end at a frame that is no keyframe
-                if frame is None or (at is None and frame.pict_type != av.video.frame.PictureType.I):
-                    raise LookupError("no frame, or no keyframe though its packet says so")
-                at = index[frame.pts] if keyframes else at + 1  # KeyError: a time that no packet has
-            if at > i:
-                raise LookupError("a frame beyond the one that is wanted")
-            frames.append(to_pixels(frame, stream, frames[0].shape if frames else None, max_pixels))
-    return np.stack(frames), len(frames) / (end - starts[0])
-
-
 def read_media(record, num_frames=16, max_pixels=128, min_frames=4):
     """The record's frames and sampled fps (None for an image); `max_pixels` in units of 28×28. Raises
     MediaError."""
@@ -735,7 +695,7 @@ def parse_gold(record, options, lost_golds):
     texts, labelled = list(options.values()), OPTION.fullmatch(gold)
     index = option_index(gold, texts, list(options or LETTERS))
     texts = [text for _, text in read_labels(texts)] or texts
-    if None not in (index, labelled) and labelled[2] in texts and texts[index] not in (gold, labelled[2]):
+    if labelled and index is not None and labelled[2] in texts and texts[index] not in (gold, labelled[2]):
         index = None  # "B. red", where red is another option
     if index is None and options:
         gold = f"none of the options: {gold}"  # alone it could be the new letter of another option
@@ -806,6 +766,47 @@ def open_video(path):
             raise ValueError("it holds no pictures")
         stream.codec_context.thread_count = 1  # there are other workers
         yield container, stream
+
+
+def pick_frames(path, stamps, num_frames, max_pixels, min_frames):
+    """(frames, fps) as in `read_frames`, from the (pts, duration, is keyframe) of all frames.
+
+    Where the stamps name keyframes, it seeks to them, and a decoded frame's time says which one it is. Where
+    they name none (`read_frames`' second try) it decodes all, and frame i is the i-th one. LookupError, of
+    which KeyError is a kind, where a frame is not where its packet said."""
+    # at: the index of the frame that was decoded last; -1 before the first; None between a seek and the next
+    # frame, whose time says where we are
+    frames, at = [], -1
+    with open_video(path) as (container, stream):
+        # when each frame appears: its packet's time, else one after the other at the stream's rate
+        step = float(1 / (stream.average_rate or 25) / stream.time_base)
+        if any(pts is None for pts, _, _ in stamps):
+            stamps = [(i * step, step, False) for i in range(len(stamps))]
+        stamps = sorted(stamps)
+        index = {pts: i for i, (pts, _, _) in enumerate(stamps)}
+        keyframes = [i for i, (_, _, is_keyframe) in enumerate(stamps) if is_keyframe]
+        starts = np.array([pts for pts, _, _ in stamps]) * float(stream.time_base)
+        end = (stamps[-1][0] + (stamps[-1][1] or step)) * float(stream.time_base)
+
+        # decode on to each sampled frame; if the last keyframe up to it is over SEEK_OVER frames ahead, jump
+        # there first
+        decoded = container.decode(stream)
+        for i in sample_indices(starts, end, num_frames, min_frames=min_frames):
+            key = max((k for k in keyframes if k <= i), default=-1)
+            if key > at + SEEK_OVER:
+                container.seek(stamps[key][0], stream=stream)
+                decoded, at = container.decode(stream), None
+            # decode until frame i; if `at` is i already, `frame` is used again
+            while at is None or at < i:
+                frame = next(decoded, None)
+                # a seek can end at a frame that is no keyframe
+                if frame is None or (at is None and frame.pict_type != av.video.frame.PictureType.I):
+                    raise LookupError("no frame, or no keyframe though its packet says so")
+                at = index[frame.pts] if keyframes else at + 1  # KeyError: a time that no packet has
+            if at > i:
+                raise LookupError("a frame beyond the one that is wanted")
+            frames.append(to_pixels(frame, stream, frames[0].shape if frames else None, max_pixels))
+    return np.stack(frames), len(frames) / (end - starts[0])
 
 
 def to_pixels(frame, stream, shape, max_pixels):

@@ -38,15 +38,16 @@ Why GRPO hardly learns to see: it pays the observation's tokens for the answer. 
     a, g    the accuracy of the answers after right and after wrong observations,
     q       = p a + (1 - p) g, the accuracy of all answers.
 
-Let the rewards be 0 or 1, for the answer and for the observation. Both are right with probability p a, so
-the covariance of the two rewards is p a - p q = p (1 - p) (a - g). Divided by both standard deviations it is
-their correlation, and that of GRPO's advantage with being right in the observation:
+Let the rewards be 0 or 1. Up to scale GRPO's advantage is then (answer right) - q, and PA-GRPO's is
+(observation right) - p. Their covariance is the share of completions with both right minus p q, which is p a
+- p q = p (1 - p) (a - g). Divided by both standard deviations it is the correlation of GRPO's advantage with
+being right in the observation:
 
     c = (a - g) √(p (1 - p) / (q (1 - q)))
 
 PA-GRPO's is 1 (docs/by_hand.ipynb takes more steps). On the toy, with all groups taken as one, p = 0.30, a =
-0.60 and g = 0.43, so c = 0.16, an R² of 0.02. Measured there in its groups, with its rewards, which are not
-binary, R² is 0.01 for GRPO and 0.75 for PA-GRPO (docs/toy.md).
+0.60 and g = 0.43, so c = 0.16, an R² of 0.02. Measured there in groups with right and wrong observations,
+with rewards that are not binary, R² is 0.01 for GRPO and 0.75 for PA-GRPO (docs/toy.md).
 
 Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (at most the limit),
 S tokens of a packed sequence, D hidden, V vocabulary. "Process" means perception or reasoning; a process of
@@ -56,8 +57,8 @@ Our choices where the paper is silent:
 P1. o_P is everything up to and including the token that completes the first `</observation>`; o_R is the
     rest, end-of-sequence included. If the observation is never closed, o_P ends before the first `<think>`,
     or, without one, is the whole completion. If it is never opened, all is o_R. Boundaries are found on the
-    sampled ids, never by re-tokenising. (One case is odd: an observation that is never closed, no `<think>`,
-    and an answer block. The answer is scored by R2, but o_R is empty, so no token gets A_R.)
+    sampled ids, never by re-tokenising. (In one odd case an answer is scored, R2, and no token gets A_R, as
+    o_R is empty: an observation that is never closed, and no `<think>`.)
 P2. A completion's loss is the mean over each segment's tokens, summed over the two: our reading of Eq. 7. An
     empty segment contributes 0. `--loss-average completion` takes one mean over all tokens of a completion,
     as other GRPO code does. It is the default in the rows of P7 that are marked *.
@@ -641,9 +642,8 @@ class RolloutCache:
     `rows` and `columns` say which part of this memory the next forward pass sees; `replace(cache, rows=…,
     columns=…)` gives another view of the same memory. The pass over prompt 1 sees rows 2 and 3, columns 2 to
     4. A pass of the decode loop sees the rows that still go on (`close_gaps` keeps them in front), and the
-    columns up to the token that it is fed. In both the keys and values of the tokens that are fed go into the
-    last columns of the part. The library calls nothing but `update`, as we pass masks and positions
-    ourselves."""
+    columns up to the token that it is fed. In either pass the new tokens' keys and values go into the last
+    columns of the part. The library calls nothing but `update`, as we pass masks and positions ourselves."""
     layers: list  # for each layer its keys and values, (rows, key-value heads, columns, d) each
     rows: slice
     columns: slice
@@ -665,9 +665,10 @@ class RolloutCache:
         return seen
 
     def close_gaps(self, going, n):
-        """Moves the k rows that go on to the front. `going` holds their numbers, ascending, out of n. A row
-        below k that has ended is overwritten by one from k on that goes on. For n = 4 and going [0, 2, 3] row
-        3 moves to place 1. Returns where each row was before, for the caller's own tensors: [0, 3, 2]."""
+        """Moves the k rows that go on to the front. `going` holds their numbers, ascending, out of n. Each
+        ended row among the first k is overwritten by a row behind them that goes on. For n = 4 and going [0,
+        2, 3] row 3 moves to place 1. Returns where each row was before, for the caller's own tensors: [0, 3,
+        2]."""
         order = torch.arange(len(going), device=going.device)
         ended = torch.ones(n, dtype=torch.bool, device=going.device).index_fill(0, going, False)
         gaps, moved = ended[:len(going)].nonzero()[:, 0], going[going >= len(going)]

@@ -13,9 +13,9 @@ Our choices where the paper is silent:
 R1. Format: the stripped completion is the three blocks in order, each once, none empty, only white space
     between. A fault in one process's part costs the other nothing. Perception is judged on the text up to and
     including the first </observation>, which must be one observation block. Reasoning is judged on what comes
-    after that, which must be one think and one answer block. Without any </observation> perception gets 0,
-    and reasoning is judged on the whole text, or, if an observation was opened, on the text from the first
-    think or answer tag on. Tags are case-sensitive.
+    after that, which must be one think and one answer block. Without any </observation> perception gets 0.
+    Reasoning is then judged on the whole text; but if an observation was opened, only on the text from the
+    first think or answer tag on. Tags are case-sensitive.
 R2. The answer is the first answer block after the think block; without a complete think block, the first one
     anywhere, so that `<answer>B</answer>` alone is B. No answer, or an empty one, scores 0 whatever the gold
     is.
@@ -161,8 +161,10 @@ def answer_score(problem_type, answer, gold, scoring="paper", options=None):
     if not answer or not gold:
         return 0.0
     if problem_type == "multiple choice":
-        key = option_key(gold, options)  # the gold's letter; if it has none, its words
-        gold_is_option = not options or key in LETTERS  # else the record is bad, and no answer is right
+        # paper: the texts are equal; lenient: both pick the same option. `key` is the letter of the option
+        # that the gold picks, else its words. A gold that is none of the options has no right answer.
+        key = option_key(gold, options)
+        gold_is_option = not options or key in LETTERS
         same = answer == gold or (lenient and key != "" and option_key(answer, options, loose=True) == key)
         return float(gold_is_option and same)
     if answer == gold and lenient:
@@ -284,7 +286,7 @@ def make_judge(spec, prompt_file=None, generate=None, **client_options):
     if file.endswith(".py") and Path(file).exists() and (judge := runpy.run_path(file).get(name)):
         return judge
     if spec == "self" and generate:
-        # a local model is asked once, whatever its reply lacks
+        # `lacks` (see Judge) is for asking again; a local model is asked once
         return Judge(lambda prompts, lacks: generate(prompts), prompt)
     if str(spec).startswith(("anthropic:", "openai:")):
         client = ChatClient(spec, **client_options)
@@ -385,7 +387,7 @@ def read_labels(options):
     """[(label, text)] of options that carry labels, such as [("A", "red"), ("B", "blue")], else [].
     Labels are recognised only if all options have one, all are letters or all numbers, and they ascend, or
     are A, B, C … in another order. "J. Smith" next to "B. Jones" is a name. What is left without them must
-    differ: "a.m." and "p.m.", or "(1)" and "(2)", are whole texts."""
+    not be all the same: "a.m." and "p.m.", or "(1)" and "(2)", are whole texts."""
     found = [OPTION.fullmatch(option) for option in options]
     labels = [unicodedata.normalize("NFKC", match[1]).upper() for match in found if match]
     texts = [match[2].strip() for match in found if match]

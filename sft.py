@@ -741,7 +741,7 @@ def resumable(name, start, steps, model, optimizer, args, curves):
     # AdamW counts its steps for each weight: if the sum hasn't changed, it has changed no weight
     adamw_steps = lambda: sum(int(state["step"]) for state in optimizer.state.values())
 
-    def receive(number, frame):  # raises nothing: an exception inside a __del__ would be swallowed
+    def receive(number, frame):  # raises nothing: it may run inside an object's __del__, which swallows it
         asked.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
