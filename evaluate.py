@@ -21,9 +21,10 @@ E3. The 95 % intervals and the p of a comparison come from a bootstrap over medi
     are drawn together. With about 30 media and scores near 95 %, an interval is too short: it covers the
     truth less often than it says.
 E4. An output without a complete answer block is scored as a whole, as Video-R1 does. Scoring "lenient" first
-    cuts it behind the last </think>, so that an answer after a finished thought counts. If what is scored
-    then holds an <observation> or a <think> it gets 0: a thought that was cut off is no answer. (In training
-    no answer block means 0.) `no tag` in the table is the share of outputs without a complete answer block.
+    cuts it behind the last </think>, so that an answer after a finished thought counts. In both scorings, if
+    what is scored holds an <observation> or a <think> it gets 0: a thought that was cut off is no answer. (In
+    training no answer block means 0.) `no tag` in the table is the share of outputs without a complete answer
+    block.
 E5. Every question counts. One whose medium is missing or unreadable is answered wrongly, and the table has
     their number. (With --only-held-out a missing one is left out, as in training.) Open-ended questions,
     which the paper doesn't score, are left out.
@@ -130,6 +131,7 @@ def main(args):
     results = {"constant": constant_answers(records, args.scoring)}
     for adapter, (_, name) in names.items():
         done = {key_of(row): row for row in read_completions(files[adapter])}
+        # the completion with the record of today's file
         rows = [done[key_of(record)] | record for record in records if key_of(record) in done]
         if any(row.get("run") != runs[adapter] for row in rows):
             print(f"{name}: these completions are of another model, prompt or setting than this command's.")
@@ -165,7 +167,8 @@ def write_results(summary, records, runs, args):
 # often a bootstrap has drawn the row's medium.
 
 def mean_of(score, *groups):
-    """A metric: the weighted mean of the column `score`. `groups` are names of columns.
+    """A metric: the weighted mean of the column `score`. `groups` are names of columns: each value of the
+    last one weighs the same, within it each value of the one before it, and so on.
 
     Without one each question weighs the same. With "group" each group does: three questions of g1 and one of
     g2 weigh ⅓, ⅓, ⅓ and 1. With "group", "task" each task then does, and within it each group: if both groups
@@ -196,7 +199,7 @@ class Benchmark(NamedTuple):
     numbers: dict  # name -> metric(columns, weights); the first one is the paper's
     paper: tuple = ()  # Table 1: Qwen2.5-VL-7B, VideoP2R 7B, VideoP2R 3B
     mra: bool = False  # numbers are scored by mean relative accuracy, not by the training metric
-    task: object = str  # group -> the task that it is a part of (by default itself: a group's name is a str)
+    task: object = str  # group -> the task that it is a part of (str: itself, as groups are named by texts)
 
 
 def field(name):
@@ -205,8 +208,8 @@ def field(name):
 
 BENCHMARKS = {
     "vsi": Benchmark("eval_vsibench.json", field("original_question_type"),
-                     # first the paper's and Video-R1's: `strict` is the accuracy in multiple choice, and MRA
-                     # (with < for ≤) where the answer is a number; the mean of the two means
+                     # first the paper's and Video-R1's: `strict` (`score_row`) is the accuracy in multiple
+                     # choice, and MRA (with < for ≤) where the answer is a number; the mean of the two means
                      {"(accuracy + MRA) / 2": mean_of("strict", "problem_type"),
                       # then VSI-Bench's own: its eight tasks, averaged; the task of relative direction is
                       # the mean of three difficulties
@@ -270,7 +273,7 @@ def read_completions(path):
     path, ours = Path(path), Path(path).suffix != ".json"
     rows = read_jsonl(path) if ours else json.loads(path.read_text("utf-8-sig"))
     rows = rows["results"] if isinstance(rows, dict) and "results" in rows else rows
-    first = rows if isinstance(rows, dict) else next(iter(rows), {})  # a dict is no completions: told below
+    first = rows if isinstance(rows, dict) else next(iter(rows), {})  # a dict lacks the fields below
     fields = "problem", "problem_type", "path", "data_type", "solution", "completion" if ours else "output"
     missing = [field for field in fields if field not in first]
     if rows and missing:
@@ -536,8 +539,8 @@ def print_summary(summary):
 
 
 def row_names(adapters):
-    """{adapter: (stem, name)}. The name is for the table, and what the adapter's run.json says. The stem is
-    the end of its file's name, completions-STEM.jsonl, and comes from its folder.
+    """{adapter: (stem, name)}. The name, for the table, is the algorithm in the adapter's run.json. The stem
+    is the end of its file's name, completions-STEM.jsonl, and comes from its folder.
 
     "runs/tiny/sft" has the stem "sft" and the name "SFT". Two adapters of one name have their folders behind
     it: "SFT (sft)" and "SFT (sft2)". If the folders' last parts are equal, too, their paths are used: a/sft

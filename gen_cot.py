@@ -26,7 +26,7 @@ G1. T frames are sampled, 2 per second, but at least 4, at most `--num-frames`, 
     duration, not over the span of the T times.
 G2. Both sides of a frame are rounded to multiples of 28 (patch 14 × merge 2) within the pixel budget, aspect
     kept. Frames of a clip under 128·28² pixels are enlarged to that, as far as the budget allows.
-G3. The options appear once in the prompt: they are appended unless the question holds them as "A. text".
+G3. The options appear once in the prompt: they are appended unless the question holds them, with labels.
 G4. The teacher gets each sampled frame as a JPEG after its time stamp, then the prompt of all stages. A
     question that its server refuses or does not answer is "no trace". One on which the judge gives no verdict
     is "judge unknown". The next run asks both again.
@@ -204,9 +204,9 @@ def generate(records, args):
         return teacher.reply([*media_parts(*media), build_prompt(record, template)], key=key,
                              question=question_key(record), problem_id=record.get("problem_id"))
 
-    # Each item of the generator `jobs` is a question that was submitted once its medium was decoded. With 64
-    # threads `in_order` has up to 128 of them submitted at a time: 64 are at the server, and the next 64 are
-    # decoded already, so that a thread that gets free has one at once.
+    # To pull an item of the generator `jobs` waits for the next decoded medium and submits its question. With
+    # 64 threads `in_order` has up to 128 of them submitted at a time: 64 are at the server, and the next 64
+    # are decoded already, so that a thread that gets free has one at once.
     jobs = (teacher.pool.submit(ask, key, record, media)
             for key, (record, media) in zip(todo, read_ahead(todo.values(), args)))
     outputs = dict(teacher.replies)
@@ -613,7 +613,7 @@ def read_ahead(records, args, read=None, timeout=None):
     """Decode the records' media in worker processes, ahead of whoever takes them; `records` may be endless.
 
     A medium that hangs or crashes its decoder is tried once more, since lack of memory or a clock that jumps
-    does the same to a good one. Then it costs its own record.
+    can make a good medium look like that. Then it costs its own record.
 
     Args:
         args: with num_frames, max_pixels (in units of 28×28), workers.
@@ -626,7 +626,7 @@ def read_ahead(records, args, read=None, timeout=None):
     pools = []  # the last one is in use
 
     def begin(record):
-        if not pools or not pools[-1].active:  # pebble closes a pool of which an idle worker was killed
+        if not pools or not pools[-1].active:  # pebble closes a pool if the system kills an idle worker
             pools.append(ProcessPool(args.workers, context=context, initializer=init_worker))
         return pools[-1].schedule(read or read_media, (record, args.num_frames, args.max_pixels),
                                   timeout=timeout or DECODE_TIMEOUT)

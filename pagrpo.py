@@ -40,14 +40,14 @@ Why GRPO hardly learns to see: it pays the observation's tokens for the answer. 
 
 Let the rewards be 0 or 1. Up to scale GRPO's advantage is then (answer right) - q, and PA-GRPO's is
 (observation right) - p. Their covariance is the share of completions with both right minus p q, which is p a
-- p q = p (1 - p) (a - g). Divided by both standard deviations it is the correlation of GRPO's advantage with
-being right in the observation:
+- p q = p (1 - p) (a - g), as a - q = (1 - p) (a - g). Divided by both standard deviations it is the
+correlation of GRPO's advantage with being right in the observation:
 
     c = (a - g) √(p (1 - p) / (q (1 - q)))
 
-PA-GRPO's is 1 (docs/by_hand.ipynb takes more steps). On the toy, with all groups taken as one, p = 0.30, a =
-0.60 and g = 0.43, so c = 0.16, an R² of 0.02. Measured there in groups with right and wrong observations,
-with rewards that are not binary, R² is 0.01 for GRPO and 0.75 for PA-GRPO (docs/toy.md).
+PA-GRPO's is 1 (docs/by_hand.ipynb takes more steps). On the toy, with all sampled groups taken as one, p =
+0.30, a = 0.60 and g = 0.43, so c = 0.16, an R² of 0.02. Measured there in groups with right and wrong
+observations, with rewards that are not binary, R² is 0.01 for GRPO and 0.75 for PA-GRPO (docs/toy.md).
 
 Shapes: B prompts, G completions per group, P prompt tokens, T completion tokens (at most the limit),
 S tokens of a packed sequence, D hidden, V vocabulary. "Process" means perception or reasoning; a process of
@@ -68,7 +68,7 @@ P4. KL per token is exp(x) - x - 1 with x = clamp(log π_ref - log π, ±10) (k3
     mean over samples of π is KL(π || π_ref). But the gradient that autograd gives is on average that of
     KL(π_ref || π), as autograd takes the samples as fixed. Proof: ∇x = -∇log π, so a sample's gradient is
     (1 - exp(x)) ∇log π = (1 - π_ref/π) ∇log π. The mean over samples of π is E_π[∇log π] - E_ref[∇log π]. The
-    first term is 0. The second, with its minus, is the gradient of KL(π_ref || π).
+    first term is 0, and -E_ref[∇log π] = ∇KL(π_ref || π).
 P5. Completions are sampled at temperature 1, without top-p, top-k or penalties: the loss is about the
     distribution that is sampled, but for a ban on some tokens. Of the added tokens (visual, chat control,
     tools) only `<|im_end|>` can be sampled, which ends a turn of the chat format. The others would be inputs
@@ -89,8 +89,8 @@ P6. If the judge fails to give a verdict on a completion, R_P is NaN, never 0. T
         separation                    0             0        the one reward is R_P + R_R
         assignment (GDPO)            A_R           A_R       the sum, with A_P = 0
     The KL term still applies to it. If the judge gives no verdict at all in an update, nothing is learnt from
-    that update (it is still one of the `--updates`). Three such updates in a row stop the run, or all of
-    them in a run of one or two updates. `--without perception` needs no verdicts: it learns and goes on.
+    that update (it is still one of the `--updates`). Three such updates in a row stop the run (or all, if
+    --updates is less). `--without perception` needs no verdicts: it learns and goes on.
     (A remote judge that can't be reached ends the run before that, see `rewards.MAX_UNANSWERED`.)
 P7. The rows of Table 2. In those marked * all tokens of a completion have one advantage, and the loss average
     is the completion's (`get_args`). The judge is asked in any case, for the log. GDPO, which is not the
@@ -226,8 +226,8 @@ def train(model, tokenizer, records, judge, args):
     optimizer = sft.setup_training(model, args)
     start = sft.load_checkpoint(model, optimizer, run, args)
     unanswered = 0  # updates in a row
-    # Up to 48 prompts about held-out media are for the curves, the same ones for every --seed. All records
-    # about the other media are trained on, over and over.
+    # Up to 48 prompts about held-out media are for the curves, the same ones for every --seed. The prompts to
+    # train on are drawn from all records about the other media.
     fixed = gen_cot.draw(held_out, 48, seed=0)
     print(f"{len(fixed)} prompts of held-out media for the curves")
     # by default the tokens of a question of 300 words with all frames
@@ -289,7 +289,7 @@ def run_name(args):
 def tell_lost_processes(rows, args):
     """Says which process never had a gradient by its own reward in these rows of the log."""
     for process in ("perception", "reasoning"):
-        # the shares of groups with equal rewards that are known and not 1: {} if it never differed in a group
+        # of the logged shares of groups with equal rewards those that are neither missing nor 1
         spread = {row.get(f"frac_reward_zero_std/{process}") for row in rows} - {None, 1.0}
         if not spread and process != args.without:
             print(f"There was no gradient of {process} in any update by its own reward. It never differed "
@@ -737,8 +737,8 @@ def rollout(model, prompts, tokenizer, num_generations, max_tokens, uniforms=Non
             ids[rows, t], mask[rows, t] = token, True
             # normalised over the whole vocabulary, the banned tokens too (P5)
             logprobs[rows, t] = -F.cross_entropy(logits, token, reduction="none")
-            # Rows that have not ended. (In `probe` `eos_token_id` is None, and `token != None` is the bool
-            # True. The mask, which is true for all these rows, makes a tensor of it.)
+            # Rows that have not ended. (The mask is true for all of them. It is only for `probe`, where
+            # `eos_token_id` is None, and `token != None` the bool True: `&` makes a tensor of it.)
             going = (mask[rows, t] & (token != tokenizer.eos_token_id)).nonzero()[:, 0]
             if t + 1 == max_tokens or not len(going):
                 break

@@ -162,7 +162,8 @@ def answer_score(problem_type, answer, gold, scoring="paper", options=None):
         return 0.0
     if problem_type == "multiple choice":
         # paper: the texts are equal; lenient: both pick the same option. `key` is the letter of the option
-        # that the gold picks, else its words. A gold that is none of the options has no right answer.
+        # that the gold picks, else the gold's own words. In both scorings no answer is right if the gold is
+        # none of the options.
         key = option_key(gold, options)
         gold_is_option = not options or key in LETTERS
         same = answer == gold or (lenient and key != "" and option_key(answer, options, loose=True) == key)
@@ -327,7 +328,7 @@ def read_verdict(reply):
     said = re.findall(r"<judge?ment>(.*?)</judge?ment>", reply, re.DOTALL)
     # The verdict is the first word. It is None if what follows that word is, in the order of the pattern: a
     # letter, as in "nothing"; ", or no"; a slash, as in "yes/no"; anywhere, another tag that opens, as in
-    # "<judgement>yes <judgement>no</judgement>".
+    # "<judgement>yes <judgement>no</judgement>", where `said` begins behind the first tag.
     hedged = r"[a-z]|[\s,(]*(?:or|and)\W+(?:yes|no)\b|\s*[/|\\]|.*<judge"
     word = re.match(rf"[\W_]*(yes|no)(?!{hedged})", said[-1], re.DOTALL) if said else None
     return word and word[1] == "yes"
@@ -402,8 +403,8 @@ def option_index(answer, options, letters):
     """The index of the option that an answer picks, or None.
 
     Tried in turn: 1 the answer is a label; 2 it is an option's whole text; 3 it is a label with more behind
-    it, "B. …". Where the options carry no labels, `letters` are those of their places. There an answer that
-    is exactly an option's text is that option, even if it looks like a label.
+    it, "B. …". Where the options carry no labels, `letters` are those of their places, and an answer that is
+    exactly an option's text is that option, even if it looks like a label.
     """
     labelled = read_labels(options)
     labels, texts = zip(*labelled) if labelled else (tuple(letters), options)

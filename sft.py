@@ -19,8 +19,8 @@ S1. M-RoPE positions are computed here, once per sample, from the true sampled f
     and given to every forward pass; the library's own depend on its version and assume 24 frames per second.
 S2. A batch's loss is the mean over all its completion tokens, however it is split into micro-batches.
 S3. `--process-agnostic` (Table 2) removes the observation block from the target; the prompt stays the same.
-S4. One medium in fifty is held out, by a hash of its path (`gen_cot.hold_out`): no question about it is
-    trained on, in SFT or RL. The paper trains on all, as `--held-out 0` does.
+S4. One medium in fifty (of the toy, in twenty) is held out, by a hash of its path (`gen_cot.hold_out`): no
+    question about it is trained on, in SFT or RL. The paper trains on all, as `--held-out 0` does.
 S5. LoRA is on all linear layers of the language model's blocks (`LORA_TARGETS`), in float32, without dropout.
     Its alpha is twice its rank.
 S6. The learning rate rises linearly in the first 3 % of the steps, then falls to 0 along a cosine. AdamW's
@@ -90,7 +90,7 @@ class TrainingFlags(ModelFlags):
     lr: float = 1e-4  # peak learning rate (Video-R1: 1e-6 on all weights; LoRA wants more)
     max_grad_norm: float = 5.0  # clip gradients to this norm (Video-R1: 5)
     checkpointing: bool = True  # of activations, to save memory
-    max_prompt_tokens: int | None = None  # leave out longer prompts (default: than 300 words, all frames)
+    max_prompt_tokens: int | None = None  # leave out longer prompts (default: a 300-word question's)
     save_every: int = 20  # steps between two checkpoints
     show_every: int = 25  # every N steps: curves.png; in RL a group on screen, accuracy on held-out prompts
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None  # gets every row of the log, too
@@ -135,7 +135,7 @@ def train(model, tokenizer, records, args):
     for epoch in range(args.epochs):  # each in an order of its own
         order += random.Random(args.seed + epoch).sample(records, len(records))
     steps = math.ceil(len(order) / args.batch_size)
-    # with --resume puts the checkpoint's weights back, else moves an earlier run aside; then writes run.json
+    # --resume: puts a checkpoint's weights back; else moves an earlier run aside; in any case writes run.json
     start = load_checkpoint(model, optimizer, run, args)
     media = read_ahead(shard(order[start * args.batch_size:], args.batch_size), args)
     tracker = start_tracker(args)
@@ -268,9 +268,9 @@ def load_model(base, adapter=None, four_bit=True, lora_rank=64, trainable=True):
 
 
 def add_adapter(model, adapter=None, lora_rank=64, trainable=True):
-    """The model with a LoRA adapter named `policy`: the one saved in the folder `adapter`, or a fresh one (B
-    = 0). Its weights are float32, which is peft's default. A saved one that doesn't fit this base is an
-    error; peft would load what fits and say nothing."""
+    """The model with a LoRA adapter named `policy`: the one saved in the folder `adapter`, or a fresh one
+    (LoRA's matrix B is 0). Its weights are float32, which is peft's default. A saved one that doesn't fit
+    this base is an error; peft would load what fits and say nothing."""
     if adapter is None:
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS)
         model = get_peft_model(model, config, adapter_name="policy")
@@ -738,7 +738,7 @@ def resumable(name, start, steps, model, optimizer, args, curves):
     yield. The weights are saved, too, unless AdamW has begun its step.
     """
     asked = []  # the signals so far
-    # AdamW counts its steps for each weight: if the sum hasn't changed, it has changed no weight
+    # AdamW counts its steps for each weight: while the sum is the same, no weight has changed
     adamw_steps = lambda: sum(int(state["step"]) for state in optimizer.state.values())
 
     def receive(number, frame):  # raises nothing: it may run inside an object's __del__, which swallows it

@@ -27,6 +27,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_pipeline.py")  # the longest file first, for -n 3
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Puts back what a run in this process replaces, as Ctrl-C would else end no later test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """(model, tokenizer): the toy base in 4 bits with a fresh LoRA adapter, which changes nothing yet."""
