@@ -225,7 +225,7 @@ def test_lenient_reads_what_a_sentence_settles_on(answer):
     "either B or C", "B?", "Is it B?", "B is not correct", "B and C", "B/C", "b, c", "不是B", "答案不是B", "B is wrong",
     "Rule out B", "All except B", "The answer could be A or B", "The answer is A, not B", "A rather than B",
     "B is less likely than A", "not a blue van", "a red car or a blue van", "a blue van and 12", "Incorrect: B",
-    "There is no blue van", "No blue van is seen", "(B) and (C)", "(B), (C)", "A because B is blue", "The answer is BC", "B is the wrong answer", "B is less correct", "I cannot choose B",
+    "(B) and (C)", "(B), (C)", "A because B is blue", "The answer is BC", "B is the wrong answer", "B is less correct", "I cannot choose B",
     "I doubt the answer is B", "It cannot be a blue van", "a blue van is absent", "I reject option B", "A: no\nB: yes",
     "The answer is B? No, it is C.", "A\nB\nC", "A: incorrect", "A. a red car B) a blue van"])
 def test_lenient_reads_nothing_that_is_denied_or_one_of_two(answer):
@@ -236,7 +236,7 @@ def test_lenient_reads_nothing_that_is_denied_or_one_of_two(answer):
     (["3 m", "5 m"], "The distance is 5 m.", "B"), (["3 m", "5 m"], "The distance is 2.5 m.", ""), (["5", "7"], "-5", ""),
     (["$10", "$20"], "It costs $10,000", ""), (["yes", "no"], "No. The car stops.", "B"), (["yes", "no"], "No, never.", "B"),
     (["yes", "no"], "I have no idea", ""), (["Left", "Right"], "It moves to the left.", "A"),
-    (["O+", "A+"], "O-", ""), (["C++", "C#"], "C#", "B"), (["5", "7"], ".5", ""), (["> 5 m", "9 m"], "< 5 m", ""),
+    (["dog", "cat"], "There is no dog", ""), (["dog", "cat"], "There is a dog", "A"), (["O+", "A+"], "O-", ""), (["C++", "C#"], "C#", "B"), (["5", "7"], ".5", ""), (["> 5 m", "9 m"], "< 5 m", ""),
     (["He did not do it", "He did it"], "A. He did not do it.", "A"), (["He did not do it", "He did it"], "He did not do it!", "A")])
 def test_an_options_text_counts_where_it_is_whole_and_meant(options, answer, letter):
     labelled = [f"{name}. {text}" for name, text in zip("AB", options)]
