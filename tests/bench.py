@@ -22,7 +22,7 @@ quick start once before.
 """
 import argparse
 import asyncio
-import copy
+import contextlib
 import ctypes
 import itertools
 import json
@@ -87,11 +87,42 @@ def embedded(model, prompt):
     return prompt
 
 
-def endless(tokenizer):
-    """It knows no end of sequence, so that every completion runs to the limit."""
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.eos_token = None
-    return tokenizer
+def lengths_of(G, T, ragged):
+    """Where each of G completions ends: T / G, 2 T / G … T, or T for all."""
+    return torch.arange(1, G + 1) * (T // G) if ragged else torch.full((G,), T)
+
+
+@contextlib.contextmanager
+def ends_at(lengths, end):
+    """Within the block our completions have these lengths: a number over 1 marks the end, and
+    `sample_from` gives the end there and nowhere else."""
+    sample_from, draw_uniforms = pagrpo.sample_from, pagrpo.draw_uniforms
+
+    def marked(*args):
+        uniforms = draw_uniforms(*args)
+        uniforms[torch.arange(len(lengths)), lengths - 1] = 2.0
+        return uniforms
+
+    def ending(logits, uniforms):
+        others = logits.index_fill(-1, torch.tensor([end]), -torch.inf)
+        return sample_from(others, uniforms.clamp(max=1 - 1e-9)).masked_fill(uniforms > 1, end)
+
+    pagrpo.sample_from, pagrpo.draw_uniforms = ending, marked
+    try:
+        yield
+    finally:
+        pagrpo.sample_from, pagrpo.draw_uniforms = sample_from, draw_uniforms
+
+
+def ending_processor(start, lengths, end):
+    """The same for `generate`: a logits processor, for prompts of `start` tokens."""
+    def process(ids, scores):
+        ends = ids.shape[1] - start == lengths - 1
+        scores[:, end] = -torch.inf
+        scores[ends] = -torch.inf
+        scores[ends, end] = 0.0
+        return scores
+    return process
 
 
 def in_turn(functions, repeats):
@@ -286,23 +317,26 @@ def bench_rollout(model, tokenizer):
                  video_grid_thw=prompt.grid_thw.repeat(G, 1),
                  second_per_grid_ts=[1.0] * G)
     types = (prompt.input_ids == sft.unwrap(model).config.video_token_id) * 2
-    unending = endless(tokenizer)
-    print(f"rollout: {G} completions, P = {len(prompt.input_ids)}")
-    for T in (64, 256):
+    start, end = len(prompt.input_ids), tokenizer.eos_token_id
+    print(f"rollout: {G} completions, P = {start}")
+    for T, ragged in ((64, False), (256, False), (64, True), (256, True)):
+        lengths = lengths_of(G, T, ragged)
+
         def ours():
-            return pagrpo.rollout(model, [embedded(model, prompt)], unending, G, T,
+            return pagrpo.rollout(model, [embedded(model, prompt)], tokenizer, G, T,
                                   pagrpo.draw_uniforms(0, 0, G, T))
 
         def theirs():
             ids = prompt.input_ids.expand(G, -1)
             return sft.unwrap(model).generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types.expand(G, -1),
-                do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=T, max_new_tokens=T,
-                **media)
+                do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=T,
+                logits_processor=[ending_processor(start, lengths, end)], **media)
 
-        with torch.no_grad():
-            s_ours, s_theirs = in_turn([ours, theirs], 3)
-        print(f"   T = {T:<4} {s_ours:.2f} s against {s_theirs:.2f} s: {s_theirs / s_ours:.2f}x")
+        with torch.no_grad(), ends_at(lengths, end):
+            assert (ours()[1].sum(1) == lengths).all() and theirs().shape[1] == start + T
+            s_ours, s_theirs = in_turn([ours, theirs], 5)
+        print(f"   T = {T:<4}{'ragged ' * ragged} {s_ours:.2f} s against {s_theirs:.2f} s: {s_theirs / s_ours:.2f}x")
 
 
 # --- a whole update -----------------------------------------------------------------------------------------
@@ -321,26 +355,29 @@ def bench_update(model, tokenizer):
         loss_average="completion", lr=1e-5, max_grad_norm=1.0, checkpointing=False)
     record = dict(problem="?", problem_type="numerical", solution="<answer>1</answer>", options=[])
     pagrpo.add_reference(model, SimpleNamespace(adapter="none"))
-    optimizer, unending = sft.setup_training(model, args), endless(tokenizer)
+    optimizer = sft.setup_training(model, args)
     print(f"update: one prompt of 512 visual tokens, {G} completions: rollout, rewards, reference, one step")
-    for T in (64, 256):
-        args.max_completion_tokens = T
+    for T, ragged in ((64, False), (256, False), (64, True), (256, True)):
+        args.max_completion_tokens, lengths = T, lengths_of(G, T, ragged)
 
         def ours():
             prompt = make_prompt(model, tokenizer)
             encoded = [(dict(record, sample_index=0), prompt)]
-            groups = pagrpo.sample_groups(model, encoded, unending, args)
+            groups = pagrpo.sample_groups(model, encoded, tokenizer, args)
+            assert (groups[0].completion_mask.sum(1) == lengths).all()
             pagrpo.score_groups(groups, tokenizer, lambda records, observations: [
                 bool(i % 2) for i in range(len(records))], args)
             for group in groups:
                 group.reasoning_advantages = group.perception_advantages
             pagrpo.update_policy(model, optimizer, groups, args.lr, args)
 
-        (s_ours,), s_trl = in_turn([ours], 3), trl_step_seconds(G, T)
-        print(f"   T = {T:<4} {s_ours:.2f} s against {s_trl:.2f} s: {s_trl / s_ours:.2f}x")
+        with ends_at(lengths, tokenizer.eos_token_id):
+            s_ours, = in_turn([ours], 3)
+        s_trl = trl_step_seconds(G, T, lengths)
+        print(f"   T = {T:<4}{'ragged ' * ragged} {s_ours:.2f} s against {s_trl:.2f} s: {s_trl / s_ours:.2f}x")
 
 
-def trl_step_seconds(G, T, steps=4):
+def trl_step_seconds(G, T, lengths, steps=4):
     """Best seconds of a step of TRL's trainer after the first, on the same base, LoRA and lengths; eight
     images of 64 visual tokens each, since it takes no video."""
     from datasets import Dataset
@@ -352,6 +389,10 @@ def trl_step_seconds(G, T, steps=4):
     from trl import GRPOConfig, GRPOTrainer
     model, tokenizer = sft.load_base(ROOT / "data/toy/base", four_bit=False)
     tokenizer.padding_side = "left"
+    generate, end = model.generate, tokenizer.eos_token_id
+    model.generate = lambda input_ids, **options: generate(
+        input_ids=input_ids, **options,
+        logits_processor=[ending_processor(input_ids.shape[1], lengths, end)])
 
     class Processor(ProcessorMixin):
         """Text and images only: the model's own processor wants torchvision for its videos."""
@@ -395,9 +436,11 @@ def trl_step_seconds(G, T, steps=4):
             max_steps=steps, max_completion_length=T, beta=0.04, loss_type="grpo", learning_rate=1e-5,
             report_to=[], bf16=False,
             gradient_checkpointing=False, save_strategy="no", logging_strategy="no", disable_tqdm=True,
-            use_cpu=True, generation_kwargs=dict(min_new_tokens=T)))
+            use_cpu=True))
 
     trainer.train()
+    mean = trainer.state.log_history[-1]["completions/mean_length"]
+    assert float(mean) == lengths.float().mean(), f"TRL's completions have {mean} tokens on average"
     return min(times[1:])
 
 
