@@ -198,8 +198,10 @@ def test_neither_trainer_sees_a_medium_that_is_held_out_and_evaluation_sees_it_a
     run(RL.replace("--held-out 0", "--show-every 2"), tmp_path / "rl", toy_records)
     assert set(seen[:3]) == held and not held & set(seen[3:])  # for the curves, once
     assert ["fixed/reasoning" in row for row in rows_of(tmp_path / "rl")] == [True, False, True, True]  # and the last
-    records = [dict(toy_records[0], path="media/gone.mp4"), *toy_records[1:]]  # which no trainer would have seen
-    run("evaluate.py --adapters none --only-held-out --rescore", tmp_path / "e", records)
+    gone = dict(toy_records[0], path="media/gone.mp4")  # which no trainer would have seen
+    rewards.write_jsonl(tmp_path / "gone.jsonl", [gone, *toy_records])
+    run("evaluate.py --adapters none --only-held-out --rescore", tmp_path / "e", toy_records,
+        f"--data {tmp_path / 'gone.jsonl'}")
     assert "3 questions, of which 0 have no medium" in capsys.readouterr().out
 
 
