@@ -10,7 +10,8 @@ questions   gen_cot.py with 20,000 questions about pictures and 64 in flight, ag
             server beside it takes for each
 training    our pass over [prompt, completion 1, …, G] against G whole sequences, forward and backward
 rollout     our sampling loop against Hugging Face's `generate` with G copies of the prompt
-update      a whole update against TRL's GRPOTrainer on images (pip install trl==1.16.0; left out without it)
+update      a whole update against TRL's GRPOTrainer on images (pip install trl==1.16.0; left out without it);
+            in these two both sides' completions end at the same tokens, all at T, and at T/8, 2T/8 … T
 
 The model is the toy base (128 wide) in float32 with LoRA of rank 32; P = 574 prompt tokens, 512 of them
 visual. The training pass is measured on a wider one too, with random weights: at 128 a tenth of our pass is
