@@ -91,7 +91,8 @@ P6. If the judge fails to give a verdict on a completion, R_P is NaN, never 0. T
     The KL term still applies to it. If the judge gives no verdict at all in an update, nothing is learnt from
     that update (it is still one of the `--updates`). Three such updates in a row stop the run (or all, if
     --updates is less). `--without perception` needs no verdicts: it learns and goes on.
-    (A remote judge that can't be reached ends the run before that, see `rewards.MAX_UNANSWERED`.)
+    (A remote judge that leaves `rewards.MAX_UNANSWERED` questions in a row without an answer ends the run,
+    too, which by default is within the first such update.)
 P7. The rows of Table 2. In those marked * all tokens of a completion have one advantage, and the loss average
     is the completion's (`get_args`). The judge is asked in any case, for the log. GDPO, which is not the
     paper's, normalises each reward by itself, as PA-GRPO does, but assigns their sum to all tokens. For the
